@@ -1,0 +1,58 @@
+"""The agent contract: the one class a user writes to bring a model.
+
+    class Shout:
+        def load(self, weights, device):
+            pass
+
+        def predict(self, inputs):
+            return [text.upper() for text in inputs]
+
+`FUNCTION_AGENT=my_module:Shout` chooses it. An agent that needs no torch never causes it to be imported.
+"""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from function.errors import BadInput
+from weights_cache.errors import SettingsError
+from weights_cache.reader import Weights
+
+__all__ = ["BadInput", "InferenceAgent", "Weights", "load_agent"]
+
+
+class InferenceAgent(Protocol):
+    """Prepares inputs, calls the model, shapes outputs. All its methods are called from one and the same thread.
+
+    An agent may also have `warm_up(self) -> None`, called once after `load` and before the first request.
+    """
+
+    def load(self, weights: Weights, device: str) -> None:
+        """Bind the model's tensors; called once, before the function is ready. device: `cpu`, `cuda:0`."""
+
+    def predict(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """One output for each input, in the same order; outputs are what JSON can hold. Raises BadInput for an input it cannot use."""
+
+
+def load_agent(name: str) -> InferenceAgent:
+    """Import and construct the agent `package.module:Class`.
+
+    Raises SettingsError if there is no such class or it lacks `load` or `predict`; what its module raises on import passes through.
+    """
+    module_name, _, class_name = name.partition(":")
+    if not module_name or not class_name.isidentifier():
+        raise SettingsError(f"FUNCTION_AGENT={name!r}: must be package.module:Class")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name + ".").startswith(error.name + "."):  # the module itself, not something it imports
+            raise SettingsError(f"FUNCTION_AGENT={name!r}: there is no module {error.name!r} on the Python path") from error
+        raise
+    agent_class = getattr(module, class_name, None)
+    if agent_class is None:
+        raise SettingsError(f"FUNCTION_AGENT={name!r}: module {module_name!r} has no {class_name!r}")
+    for method in ("load", "predict"):
+        if not callable(getattr(agent_class, method, None)):
+            raise SettingsError(f"FUNCTION_AGENT={name!r}: the class has no method {method!r}; see function/agent.py for the contract")
+    agent: InferenceAgent = agent_class()
+    return agent

@@ -1,0 +1,1 @@
+"""Example agents: copy the one that is nearest to your model."""

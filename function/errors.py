@@ -1,0 +1,63 @@
+"""What a caller can be told: request → parse (BadRequest, TooLarge, UnsupportedMediaType) → queue (Unavailable) → agent (AgentFailed,
+TimedOut) → reply. Each error knows its HTTP status; only these reach the caller, anything else stays in the log.
+"""
+
+
+class FunctionError(Exception):
+    """Base of what callers are told. `retry_after_s`: when the same request may succeed, unchanged."""
+
+    status = 500
+    type = "internal_error"
+    retry_after_s: float | None = None
+
+
+class BadInput(FunctionError):
+    """The request or one of its inputs is not what it should be; an agent raises it for an input it cannot use."""
+
+    status = 400
+    type = "bad_input"
+
+
+class NotFound(FunctionError):
+    """There is no such model."""
+
+    status = 404
+    type = "not_found"
+
+
+class TooLarge(FunctionError):
+    """The body is larger than FUNCTION_MAX_BODY_BYTES."""
+
+    status = 413
+    type = "too_large"
+
+
+class UnsupportedMediaType(FunctionError):
+    """The body is of a type that is not understood here."""
+
+    status = 415
+    type = "unsupported_media_type"
+
+
+class AgentFailed(FunctionError):
+    """The agent raised something; what, is in the log and not for the caller."""
+
+    type = "agent_failed"
+
+
+class Unavailable(FunctionError):
+    """The function cannot take the request now: it is not ready, or its queue is full."""
+
+    status = 503
+    type = "unavailable"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class TimedOut(FunctionError):
+    """The answer was not there by the request's deadline."""
+
+    status = 504
+    type = "timed_out"

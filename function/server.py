@@ -1,0 +1,97 @@
+"""gunicorn, configured for one model: one worker process that owns the device, threads for the connections.
+
+The port is open, and `/readyz` answers, before the worker imports torch; the model is built in the worker, after the fork, because a
+CUDA context does not survive one.
+"""
+
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from gunicorn.app.base import BaseApplication
+from gunicorn.arbiter import Arbiter
+from gunicorn.workers.gthread import ThreadWorker
+
+from function.app import create_app
+from function.model import Model
+from function.settings import FunctionSettings, from_environment
+from weights_cache.errors import SettingsError
+from weights_cache.reader import Weights
+from weights_cache.settings import WeightsSettings
+
+log = logging.getLogger("relight.function")
+
+
+class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
+    """One function under gunicorn."""
+
+    def __init__(self, settings: FunctionSettings, weights: WeightsSettings, *, started_at: float) -> None:
+        self._settings = settings
+        self._weights = weights
+        self._started_at = started_at
+        self._model: Model | None = None
+        super().__init__()
+
+    def load_config(self) -> None:
+        """Called by gunicorn."""
+        settings = self._settings
+        config = {
+            "bind": f"{settings.host}:{settings.port}",
+            "workers": 1,
+            "worker_class": "gthread",
+            "threads": settings.http_threads,
+            "worker_connections": settings.http_threads + 1000,
+            "timeout": 0,  # a busy worker is the platform's to judge, by its probes
+            "graceful_timeout": int(settings.timeout_s) + 1,
+            "keepalive": 75,  # longer than any proxy in front, so that it is the proxy that closes an idle connection
+            "worker_tmp_dir": "/dev/shm" if Path("/dev/shm").is_dir() else None,  # noqa: S108  a read-only root has no other place
+            "control_socket_disable": True,
+            "loglevel": "warning",
+            "post_worker_init": self._start_model,
+        }
+        for name, value in config.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> Any:
+        """The WSGI app; called by gunicorn in the worker, after the fork."""
+        self._model = Model(self._settings, Weights(self._weights), started_at=self._started_at)
+        return create_app(self._settings, self._model)
+
+    def _start_model(self, worker: ThreadWorker) -> None:
+        model = self._model
+        assert model is not None
+
+        def on_term(number: int, frame: object) -> None:
+            model.drain()
+            worker.handle_exit(number, frame)
+
+        signal.signal(signal.SIGTERM, on_term)
+        # gunicorn ends, instead of trying again for ever, when a worker leaves with this status; the platform then sees the failure.
+        model.start(on_failure=lambda: os._exit(Arbiter.WORKER_BOOT_ERROR))
+
+
+def main() -> None:
+    """Serve until SIGTERM. Exits 2 with one line on stderr when a setting is wrong, 3 when the agent cannot be brought up."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        settings, weights = from_environment()
+        Weights(weights)  # says now what is wrong with WEIGHTS_URI
+    except SettingsError as error:
+        sys.exit(_complain(str(error)))
+    FunctionServer(settings, weights, started_at=_process_started_at()).run()
+
+
+def _complain(message: str) -> int:
+    sys.stderr.write(f"function: {message}\n")
+    return 2
+
+
+def _process_started_at() -> float:
+    """When the kernel started this process, on `time.monotonic`'s clock (to 10 ms); what Python itself took is part of a cold start."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - age_s

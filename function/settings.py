@@ -1,0 +1,40 @@
+"""What the function is told by its environment."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from weights_cache import environment
+from weights_cache.environment import setting
+from weights_cache.settings import WeightsSettings
+
+
+@dataclass(frozen=True)
+class FunctionSettings:
+    """The `FUNCTION_` variables and Knative's own PORT."""
+
+    agent: str = setting("FUNCTION_AGENT", text="the agent, as `package.module:Class`")
+    model_name: str = setting("FUNCTION_MODEL_NAME", "model", text="the model's name in URLs and metrics")
+    device: str = setting("FUNCTION_DEVICE", "cpu", text="where the model runs: `cpu`, `cuda:0`")
+    host: str = setting("FUNCTION_HOST", "0.0.0.0", text="the address the function listens on")  # noqa: S104  a pod's own network
+    port: int = setting("PORT", 8080, minimum=0, maximum=65535, text="the port the function listens on; Knative sets it")
+    http_threads: int = setting(
+        "FUNCTION_HTTP_THREADS", 64, minimum=1, maximum=1024, text="connections served at the same time; keep it above containerConcurrency"
+    )
+    queue_limit: int = setting(
+        "FUNCTION_QUEUE_LIMIT", 128, minimum=1, text="requests that may wait for the model; beyond it callers get 503"
+    )
+    timeout_s: float = setting("FUNCTION_TIMEOUT_S", 30.0, minimum=0.001, maximum=3600, text="seconds until a request is answered 504")
+    max_body_bytes: int = setting("FUNCTION_MAX_BODY_BYTES", 16 << 20, minimum=1, text="largest request body; beyond it callers get 413")
+    threads: int = setting(
+        "FUNCTION_TORCH_THREADS", 0, minimum=0, maximum=1024, text="torch's threads; 0 takes the container's CPU limit, or 1 without one"
+    )
+
+
+def from_environment() -> tuple[FunctionSettings, WeightsSettings]:
+    """Both settings of the function's process. Raises SettingsError."""
+    environ: Mapping[str, str] = os.environ
+    return (
+        environment.read(FunctionSettings, environ, prefix="FUNCTION_"),
+        environment.read(WeightsSettings, environ, prefix="WEIGHTS_"),
+    )

@@ -1,0 +1,34 @@
+"""`relight`: one command for everything. Each sub-command's code is imported only when it is called."""
+
+import importlib
+
+import click
+
+_COMMANDS = {
+    "run": ("knative.local.cli", "run", "Run manifests on this machine."),
+    "push": ("weights_cache.cli", "push", "Upload a directory of weights to object storage."),
+    "pull": ("weights_cache.cli", "pull", "Bring weights into a node's cache."),
+}
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        module, attribute, _ = _COMMANDS[name]
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in _COMMANDS.items()])
+
+
+@click.group(cls=_Lazy)
+@click.version_option(package_name="relight")
+def main() -> None:
+    """Scale-to-zero model functions on Knative."""

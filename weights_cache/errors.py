@@ -1,0 +1,29 @@
+"""What can go wrong with weights, one class for each way that a caller would act on differently."""
+
+
+class WeightsError(Exception):
+    """Base of every error this package raises on purpose; its text is meant for the person who has to act."""
+
+
+class SettingsError(WeightsError):
+    """A setting is misspelt, malformed or out of bounds."""
+
+
+class CacheError(WeightsError):
+    """The cache directory cannot be used as it is."""
+
+
+class StoreError(WeightsError):
+    """The object store said no, for a reason that trying again does not change."""
+
+
+class StoreUnavailable(StoreError):
+    """The object store could not be reached, or is busy; trying again later may help."""
+
+
+class ObjectChanged(StoreError):
+    """An object is no longer the version that was listed."""
+
+
+class HeaderError(WeightsError):
+    """A safetensors header does not describe the file it is in."""

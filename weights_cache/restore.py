@@ -1,0 +1,47 @@
+"""Tensors out of mapped files. The only module here that knows torch; the sidecar never imports it."""
+
+import mmap
+
+import torch
+
+from weights_cache.errors import WeightsError
+from weights_cache.safetensors_header import TensorInfo
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+def view(mapping: mmap.mmap, tensor: TensorInfo) -> torch.Tensor:
+    """The tensor as a view of a copy-on-write mapping of its file: nothing is read or copied until a page is touched.
+
+    Writing to it in place copies that page for this process and never reaches the file. The mapping lives as long as the tensor.
+    Raises WeightsError for a dtype that torch cannot hold.
+    """
+    if tensor.dtype not in _DTYPES:
+        raise WeightsError(f"tensor {tensor.name!r} has dtype {tensor.dtype}, which torch has no type for")
+    dtype = _DTYPES[tensor.dtype]
+    if tensor.start == tensor.stop:
+        return torch.empty(tensor.shape, dtype=dtype)
+    count = (tensor.stop - tensor.start) // dtype.itemsize
+    if tensor.start % dtype.itemsize:  # an odd-sized neighbour before it: unaligned reads are undefined, so this one is copied
+        return torch.frombuffer(bytearray(mapping[tensor.start : tensor.stop]), dtype=dtype).reshape(tensor.shape)
+    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=tensor.start).reshape(tensor.shape)

@@ -1,0 +1,20 @@
+"""What the sidecar, and the reader inside the function, are told by their environment."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from weights_cache.environment import setting
+
+
+@dataclass(frozen=True)
+class WeightsSettings:
+    """The `WEIGHTS_` variables; a pod sets the same values for both of its containers."""
+
+    uri: str | None = setting("WEIGHTS_URI", None, text="`s3://bucket/prefix` of the model; `#<snapshot>` at its end pins one version")
+    cache_dir: Path = setting("WEIGHTS_CACHE_DIR", Path("/var/cache/relight"), text="the cache directory that both containers share")
+    host: str = setting("WEIGHTS_HOST", "0.0.0.0", text="the address the sidecar listens on")  # noqa: S104  a pod's own network
+    port: int = setting("WEIGHTS_PORT", 8090, minimum=1, maximum=65535, text="the sidecar's port: health, metrics, progress")
+    connections: int = setting("WEIGHTS_CONNECTIONS", 4, minimum=1, maximum=64, text="ranges fetched at the same time")
+    part_bytes: int = setting(
+        "WEIGHTS_PART_BYTES", 8 << 20, minimum=1 << 20, maximum=1 << 30, text="bytes of one range request (rounded up to whole MiB)"
+    )

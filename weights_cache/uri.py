@@ -1,0 +1,28 @@
+"""`WEIGHTS_URI`: where a model's weights are, and optionally which version of them."""
+
+import re
+from dataclasses import dataclass
+
+from weights_cache.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class WeightsUri:
+    """`s3://bucket/prefix`, or `s3://bucket/prefix#snapshot` for those weights or none at all."""
+
+    bucket: str
+    prefix: str
+    snapshot: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "WeightsUri":
+        """Raises SettingsError if `text` is not such a URI."""
+        match = re.fullmatch(r"s3://([^/#]+)/([^#]*[^/#])/?(?:#([0-9a-f]{32}))?", text)
+        if not match:
+            raise SettingsError(
+                f"weights URI {text!r}: must be s3://bucket/prefix, or s3://bucket/prefix#snapshot with the 32 hex digits of one"
+            )
+        return cls(*match.groups())
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}" + (f"#{self.snapshot}" if self.snapshot else "")
