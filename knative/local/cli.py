@@ -1,0 +1,38 @@
+"""`relight run`."""
+
+import asyncio
+from pathlib import Path
+
+import click
+
+from knative.local.errors import PlatformError
+from knative.local.manifest import read_files
+
+
+@click.command()
+@click.argument("manifests", nargs=-1, required=True, type=click.Path(allow_dash=True, path_type=Path))
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535), help="Where all Services answer.")
+@click.option("--admin-port", type=click.IntRange(1, 65535), help="Where the platform tells its state. [default: port + 1]")
+@click.option(
+    "--state-dir", default=Path(".relight"), show_default=True, type=click.Path(path_type=Path), help="Volumes, logs, node cache."
+)
+@click.option("--default-service", help="Who answers a Host that names no Service. [default: the first in the manifests]")
+@click.option("--seed", "seeds", multiple=True, metavar="DIR=s3://BUCKET/PREFIX", help="Put a directory into the embedded object store.")
+def run(
+    manifests: tuple[Path, ...], port: int, admin_port: int | None, state_dir: Path, default_service: str | None, seeds: tuple[str, ...]
+) -> None:
+    """Run the Knative Services in MANIFESTS (YAML files, - for stdin) on this machine until Ctrl-C."""
+    from knative.local.embedded import Seed
+    from knative.local.platform import Platform, PlatformSettings
+    from knative.local.terminal import Terminal
+
+    try:
+        found = read_files(manifests)
+        settings = PlatformSettings(port, admin_port or port + 1, state_dir, default_service, [Seed.parse(text) for text in seeds])
+
+        async def main() -> None:
+            await Platform(settings, found, Terminal()).run()
+
+        asyncio.run(main())
+    except PlatformError as error:
+        raise click.ClickException(str(error)) from error

@@ -1,0 +1,91 @@
+"""Servers that come with the platform, each a process of its own: started when a manifest names them, filled with seeds."""
+
+import asyncio
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from knative.local.errors import PlatformError
+from knative.local.launch import Process
+from knative.local.process import ContainerProcess
+
+# What manifests call the object store; the real address takes its place.
+OBJECT_STORE = "http://object-store.relight.localhost"
+START_LIMIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A directory to be put into the object store before the first request."""
+
+    directory: Path
+    uri: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Seed":
+        """From `DIR=s3://bucket/prefix`. Raises PlatformError."""
+        directory, separator, uri = text.rpartition("=")
+        if not separator or not uri.startswith("s3://"):
+            raise PlatformError(f"--seed {text!r}: must be DIR=s3://bucket/prefix")
+        if not Path(directory).is_dir():
+            raise PlatformError(f"--seed {text!r}: there is no directory {directory!r}")
+        return cls(Path(directory), uri)
+
+
+class ObjectStore:
+    """The embedded S3 server, in memory."""
+
+    def __init__(self, port: int, log: Path) -> None:
+        self.address = f"http://127.0.0.1:{port}"
+        self._port = port
+        self._process = ContainerProcess(
+            Process(
+                container="object-store",
+                is_main=True,
+                argv=(sys.executable, "-m", "knative.local.object_store", str(port)),
+                env=dict(os.environ),
+                cwd=None,
+                directories=(),
+                log=log,
+                readiness=None,
+                liveness=None,
+            ),
+            on_exit=lambda: None,
+        )
+
+    async def start(self) -> None:
+        """Returns once it answers. Raises PlatformError if it does not."""
+        await self._process.start()
+        for _ in range(int(START_LIMIT_S / 0.05)):
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", self._port)
+                writer.close()
+                return
+            except OSError:
+                if not self._process.running:
+                    break
+                await asyncio.sleep(0.05)
+        said = "\n".join(self._process.tail(10))
+        await self.stop()
+        raise PlatformError(f"the embedded object store did not start; it said:\n{said}")
+
+    async def stop(self) -> None:
+        """End it; what it held is gone."""
+        await self._process.stop(5)
+
+    async def fill(self, seed: Seed) -> None:
+        """Put a directory into it, with `relight push` in a process of its own, which shows its progress. Raises PlatformError."""
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "WEIGHTS_"))}
+        env |= {"AWS_ACCESS_KEY_ID": "relight", "AWS_SECRET_ACCESS_KEY": "relight-local", "AWS_DEFAULT_REGION": "us-east-1"}
+        env["AWS_ENDPOINT_URL"] = self.address
+        command = (sys.executable, "-m", "weights_cache", "push", str(seed.directory), seed.uri, "--create-bucket")
+        child = await asyncio.create_subprocess_exec(*command, env=env, stdout=asyncio.subprocess.DEVNULL)
+        try:
+            status = await child.wait()
+        except asyncio.CancelledError:
+            child.kill()
+            await child.wait()
+            raise
+        if status:
+            raise PlatformError(f"{seed.directory} could not be put into the embedded object store (exit status {status})")

@@ -1,0 +1,59 @@
+"""What the local platform can tell its user, at start or in an answer."""
+
+
+class PlatformError(Exception):
+    """Base of every error this package raises on purpose; its text is for the person who has to act."""
+
+
+class ManifestError(PlatformError):
+    """A manifest cannot be used; says in which file and where, what was found and what is allowed."""
+
+    def __init__(self, file: str, where: str, message: str) -> None:
+        super().__init__(f"{file}: {where}: {message}" if where else f"{file}: {message}")
+
+
+class RequestError(PlatformError):
+    """Base of what a caller is answered by the platform itself, as opposed to by a pod."""
+
+    status = 503
+    type = "unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Overloaded(RequestError):
+    """The activator's queue is full."""
+
+    type = "overloaded"
+
+
+class RevisionFailed(RequestError):
+    """The revision's pod did not become ready within its progress deadline."""
+
+    type = "revision_failed"
+
+
+class Stopping(RequestError):
+    """The platform is shutting down."""
+
+    type = "stopping"
+
+
+class BadGateway(RequestError):
+    """The pod went away before it answered; whether it did the work is not known."""
+
+    status = 502
+    type = "bad_gateway"
+
+
+class TooSlow(RequestError):
+    """The answer was not there within the Service's timeoutSeconds."""
+
+    status = 504
+    type = "timed_out"
+
+
+class PodUnreached(PlatformError):
+    """Nothing of the request has reached the pod: another pod may have it."""

@@ -1,0 +1,378 @@
+"""Read manifests: plain YAML in, checked Services, ConfigMaps and Secrets out.
+
+Fields that a cluster needs and one machine does not (image, resources, security contexts) are accepted and left alone; a field that
+no Knative Service has is an error, because in a manifest a misspelt name is a setting that silently does nothing.
+"""
+
+import base64
+import binascii
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
+
+from knative.autoscaler import ScaleSpec, SpecError
+from knative.local.errors import ManifestError
+
+M = TypeVar("M", bound=BaseModel)
+
+SERVING = "serving.knative.dev/v1"
+# Of use to a cluster only; they may stand in the same file.
+_LEFT_ALONE = {"Namespace", "NetworkPolicy", "PersistentVolumeClaim", "ServiceAccount"}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", alias_generator=to_camel, frozen=True)
+
+
+class Metadata(_Strict):
+    """`metadata`, of an object or a template."""
+
+    name: str = ""
+    namespace: str = "default"
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+
+
+class KeyRef(_Strict):
+    """One key of a ConfigMap or Secret."""
+
+    name: str
+    key: str
+    optional: bool = False
+
+
+class EnvSource(_Strict):
+    """`valueFrom`."""
+
+    config_map_key_ref: KeyRef | None = None
+    secret_key_ref: KeyRef | None = None
+
+
+class EnvVar(_Strict):
+    """One item of `env`."""
+
+    name: str = Field(min_length=1)
+    value: str = ""
+    value_from: EnvSource | None = None
+
+
+class SourceRef(_Strict):
+    """A whole ConfigMap or Secret."""
+
+    name: str
+    optional: bool = False
+
+
+class EnvFrom(_Strict):
+    """One item of `envFrom`."""
+
+    prefix: str = ""
+    config_map_ref: SourceRef | None = None
+    secret_ref: SourceRef | None = None
+
+
+class ContainerPort(_Strict):
+    """The port of the user container."""
+
+    container_port: int = Field(ge=1, le=65535)
+    name: Literal["", "http1", "h2c"] = ""
+    protocol: Literal["TCP"] = "TCP"
+
+
+class HttpGet(_Strict):
+    """An HTTP probe; without a port it asks the container's own."""
+
+    path: str = "/"
+    port: int | None = Field(None, ge=0, le=65535)
+    host: str | None = None
+    scheme: Literal["HTTP"] = "HTTP"
+    http_headers: list[dict[str, str]] = []
+
+
+class TcpSocket(_Strict):
+    """A TCP probe."""
+
+    port: int | None = Field(None, ge=0, le=65535)
+    host: str | None = None
+
+
+class ProbeSpec(_Strict):
+    """A liveness, readiness or startup probe; seconds and counts as in Kubernetes (a period of 0 is Knative's "as often as is useful")."""
+
+    http_get: HttpGet | None = None
+    tcp_socket: TcpSocket | None = None
+    initial_delay_seconds: int = Field(0, ge=0)
+    period_seconds: int = Field(0, ge=0)
+    timeout_seconds: int = Field(1, ge=1)
+    success_threshold: int = Field(1, ge=1)
+    failure_threshold: int = Field(3, ge=1)
+
+
+class VolumeMount(_Strict):
+    """Where a container sees a volume."""
+
+    name: str
+    mount_path: str = Field(pattern="^/")
+    read_only: bool = False
+    sub_path: str = ""
+
+
+class Container(_Strict):
+    """A container, of which one machine needs the command, its environment, its ports, probes and mounts."""
+
+    name: str = "user-container"
+    image: str = ""
+    image_pull_policy: str = ""
+    command: list[str] = []
+    args: list[str] = []
+    env: list[EnvVar] = []
+    env_from: list[EnvFrom] = []
+    ports: list[ContainerPort] = Field([], max_length=1)
+    liveness_probe: ProbeSpec | None = None
+    readiness_probe: ProbeSpec | None = None
+    startup_probe: ProbeSpec | None = None
+    resources: dict[str, Any] = {}
+    security_context: dict[str, Any] = {}
+    volume_mounts: list[VolumeMount] = []
+    working_dir: str | None = None
+
+
+class ClaimSource(_Strict):
+    """A persistent volume claim."""
+
+    claim_name: str
+    read_only: bool = False
+
+
+class Volume(_Strict):
+    """A volume: lives as long as the pod (emptyDir) or outlives it (persistentVolumeClaim)."""
+
+    name: str
+    empty_dir: dict[str, Any] | None = None
+    persistent_volume_claim: ClaimSource | None = None
+
+
+class PodSpec(_Strict):
+    """`spec.template.spec`."""
+
+    containers: list[Container] = Field(min_length=1)
+    volumes: list[Volume] = []
+    container_concurrency: int = Field(0, ge=0, le=1000)
+    timeout_seconds: int = Field(300, ge=1, le=600)
+    response_start_timeout_seconds: int | None = Field(None, ge=0, le=600)
+    idle_timeout_seconds: int | None = Field(None, ge=0, le=600)
+    enable_service_links: bool | None = None
+    service_account_name: str | None = None
+    automount_service_account_token: bool | None = None
+    image_pull_secrets: list[dict[str, str]] = []
+    node_selector: dict[str, str] = {}
+    tolerations: list[dict[str, Any]] = []
+    affinity: dict[str, Any] = {}
+    runtime_class_name: str | None = None
+    priority_class_name: str | None = None
+
+
+class Template(_Strict):
+    """`spec.template`."""
+
+    metadata: Metadata = Metadata()
+    spec: PodSpec
+
+
+class ServiceSpec(_Strict):
+    """`spec` of a Service."""
+
+    template: Template
+    traffic: list[dict[str, Any]] = []
+
+
+class _ServiceObject(_Strict):
+    api_version: Literal["serving.knative.dev/v1"]
+    kind: Literal["Service"]
+    metadata: Metadata
+    spec: ServiceSpec
+
+
+class _DataObject(_Strict):
+    api_version: Literal["v1"]
+    kind: str
+    metadata: Metadata
+    data: dict[str, str] = {}
+    string_data: dict[str, str] = {}
+    type: str = ""
+    immutable: bool = False
+
+
+@dataclass(frozen=True)
+class Service:
+    """A Knative Service as it stands in a file."""
+
+    file: str
+    metadata: Metadata
+    spec: PodSpec
+    annotations: Mapping[str, str]  # of the template: the revision's
+    scale: ScaleSpec
+
+    @property
+    def name(self) -> str:
+        """The Service's name."""
+        return self.metadata.name
+
+    @property
+    def namespace(self) -> str:
+        """The Service's namespace."""
+        return self.metadata.namespace
+
+    @property
+    def user_container(self) -> Container:
+        """The container that is called: the one with a port, or the only one."""
+        return next((c for c in self.spec.containers if c.ports), self.spec.containers[0])
+
+
+@dataclass
+class Manifests:
+    """Everything of use in the files that were read."""
+
+    services: list[Service] = field(default_factory=list)
+    config_maps: dict[tuple[str, str], Mapping[str, str]] = field(default_factory=dict)  # by (namespace, name)
+    secrets: dict[tuple[str, str], Mapping[str, str]] = field(default_factory=dict)
+
+    def mentions(self, text: str) -> bool:
+        """Whether `text` stands anywhere in an environment or an argument."""
+        values = [value for data in (*self.config_maps.values(), *self.secrets.values()) for value in data.values()]
+        for service in self.services:
+            for container in service.spec.containers:
+                values += [*container.command, *container.args, *(variable.value for variable in container.env)]
+        return any(text in value for value in values)
+
+
+def read_manifests(sources: Sequence[tuple[str, str]]) -> Manifests:
+    """The objects in some YAML texts, given as (file name, text). Raises ManifestError for the first mistake."""
+    manifests = Manifests()
+    pending: list[tuple[str, str, _ServiceObject]] = []
+    for file, text in sources:
+        for number, document in enumerate(_documents(file, text), 1):
+            if document is None:
+                continue
+            where = f"document {number}"
+            if not isinstance(document, dict) or not {"apiVersion", "kind"} <= document.keys():
+                raise ManifestError(file, where, "found no object with apiVersion and kind")
+            kind, metadata = document["kind"], document.get("metadata")
+            name = metadata.get("name", "") if isinstance(metadata, dict) else ""
+            where = f"document {number} ({kind} {name})".replace(" )", ")")
+            if not name or not isinstance(name, str):
+                raise ManifestError(file, where, "metadata.name: found none; each object needs a name")
+            if kind == "Service" and document["apiVersion"] == SERVING:
+                pending.append((file, where, _parse(_ServiceObject, document, file, where)))
+            elif kind in ("ConfigMap", "Secret"):
+                held = _parse(_DataObject, document, file, where)
+                key = held.metadata.namespace, held.metadata.name
+                if kind == "ConfigMap":
+                    manifests.config_maps[key] = held.data
+                else:
+                    manifests.secrets[key] = _decoded(held, file, where)
+            elif kind not in _LEFT_ALONE:
+                raise ManifestError(
+                    file,
+                    where,
+                    f"found {document['apiVersion']} {kind}; allowed are {SERVING} Service, v1 ConfigMap and Secret"
+                    f" (and, without effect here, {', '.join(sorted(_LEFT_ALONE))})",
+                )
+    autoscaler_config = next((data for (_, name), data in manifests.config_maps.items() if name == "config-autoscaler"), {})
+    for file, where, item in pending:
+        manifests.services.append(_service(file, where, item, autoscaler_config))
+    if not manifests.services:
+        raise ManifestError(", ".join(file for file, _ in sources), "", f"found no {SERVING} Service")
+    _check_unique(manifests.services)
+    return manifests
+
+
+def read_files(paths: Sequence[Path]) -> Manifests:
+    """The objects in some YAML files, `-` being standard input. Raises ManifestError."""
+    sources = []
+    for path in paths:
+        try:
+            sources.append(("standard input", sys.stdin.read()) if path == Path("-") else (str(path), path.read_text()))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ManifestError(str(path), "", f"cannot be read: {error}") from error
+    return read_manifests(sources)
+
+
+def _documents(file: str, text: str) -> list[Any]:
+    try:
+        return list(yaml.safe_load_all(text))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ManifestError(file, f"line {mark.line + 1}" if mark else "", f"not YAML: {getattr(error, 'problem', error)}") from error
+
+
+def _parse(model: type[M], document: dict[str, Any], file: str, where: str) -> M:
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        found = first["input"]
+        said = "no such field" if first["type"] == "extra_forbidden" else first["msg"]
+        shown = "" if first["type"] in ("missing",) or isinstance(found, dict | list) else f" (found {found!r})"
+        raise ManifestError(file, f"{where}: {path}", said + shown) from error
+
+
+def _service(file: str, where: str, item: _ServiceObject, autoscaler_config: Mapping[str, str]) -> Service:
+    spec = item.spec.template.spec
+    at = f"{where}: spec.template.spec"
+    with_ports = [container.name for container in spec.containers if container.ports]
+    if len(spec.containers) > 1 and len(with_ports) != 1:
+        raise ManifestError(
+            file, f"{at}.containers", f"found ports in {with_ports or 'none'}; exactly one container must have them, the one that is called"
+        )
+    names = [container.name for container in spec.containers]
+    volumes = {volume.name for volume in spec.volumes}
+    for index, container in enumerate(spec.containers):
+        if names.count(container.name) > 1:
+            raise ManifestError(file, f"{at}.containers[{index}].name", f"found {container.name!r} twice; names must differ")
+        if not container.command:
+            raise ManifestError(
+                file, f"{at}.containers[{index}].command", "found none; here images are not run, so each container must name its command"
+            )
+        for number, mount in enumerate(container.volume_mounts):
+            if mount.name not in volumes:
+                raise ManifestError(
+                    file, f"{at}.containers[{index}].volumeMounts[{number}].name", f"found {mount.name!r}; volumes are {sorted(volumes)}"
+                )
+    for index, volume in enumerate(spec.volumes):
+        if volume.empty_dir is None and volume.persistent_volume_claim is None:
+            raise ManifestError(file, f"{at}.volumes[{index}]", "allowed are emptyDir and persistentVolumeClaim")
+    annotations = item.spec.template.metadata.annotations
+    try:
+        scale = ScaleSpec.parse(annotations, spec.container_concurrency, autoscaler_config)
+    except SpecError as error:
+        raise ManifestError(file, f"{where}: spec.template.metadata.annotations", str(error)) from error
+    return Service(file, item.metadata, spec, annotations, scale)
+
+
+def _decoded(item: _DataObject, file: str, where: str) -> Mapping[str, str]:
+    decoded = {}
+    for key, value in item.data.items():
+        try:
+            decoded[key] = base64.b64decode(value, validate=True).decode()
+        except (binascii.Error, UnicodeDecodeError) as error:
+            raise ManifestError(file, f"{where}: data.{key}", "must be base64 of text; plain text goes under stringData") from error
+    return decoded | item.string_data
+
+
+def _check_unique(services: Sequence[Service]) -> None:
+    seen: dict[tuple[str, str], str] = {}
+    for service in services:
+        key = service.namespace, service.name
+        if key in seen:
+            raise ManifestError(
+                service.file, f"Service {service.name}", f"stands twice in namespace {service.namespace} (first in {seen[key]})"
+            )
+        seen[key] = service.file

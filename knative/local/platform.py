@@ -1,0 +1,173 @@
+"""The platform: everything that `relight run` starts, in order, and ends, in the reverse order."""
+
+import asyncio
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from knative.local.activator import Activator
+from knative.local.admin import admin_handler
+from knative.local.embedded import OBJECT_STORE, ObjectStore, Seed
+from knative.local.errors import PlatformError
+from knative.local.launch import Places, plan_pod
+from knative.local.manifest import Manifests
+from knative.local.pod import Pod
+from knative.local.revision import Revision
+from knative.local.terminal import Terminal
+
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class PlatformSettings:
+    """What `relight run` was told."""
+
+    port: int
+    admin_port: int
+    state_dir: Path
+    default_service: str | None
+    seeds: Sequence[Seed]
+
+
+class Platform:
+    """One machine's worth of Knative for some manifests."""
+
+    def __init__(self, settings: PlatformSettings, manifests: Manifests, terminal: Terminal) -> None:
+        """Raises PlatformError if the default service is none of the manifests'."""
+        self._settings = settings
+        self._manifests = manifests
+        self._terminal = terminal
+        self._places = Places(settings.state_dir)
+        self._addresses: dict[str, str] = {}
+        self._ports: set[int] = set()
+        self._revisions: dict[tuple[str, str], Revision] = {}
+        self._default = self._find_default()
+        self._session: aiohttp.ClientSession | None = None
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Run until SIGINT or SIGTERM. Raises PlatformError if something cannot be started."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop.set)
+        if sys.version_info < (3, 12):
+            watcher = asyncio.PidfdChildWatcher()  # the default waits in a thread for each process
+            watcher.attach_loop(loop)
+            asyncio.set_child_watcher(watcher)
+        async with AsyncExitStack() as started:
+            serving = asyncio.create_task(self._start(started))
+            stopping = asyncio.create_task(self._stop.wait())
+            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                serving.result()
+                await stopping
+            else:
+                serving.cancel()
+                await asyncio.gather(serving, return_exceptions=True)
+            self._terminal.say("stopping: ending the pods")
+        self._terminal.say("stopped")
+
+    async def _start(self, started: AsyncExitStack) -> None:
+        """Bring everything up; each thing that must be ended is pushed on `started` as soon as it is there."""
+        self._lock_state_dir(started)
+        shutil.rmtree(self._settings.state_dir / "pods", ignore_errors=True)  # of a platform that was killed
+        started.callback(self._terminal.close)
+        # For probes. No connection is kept: an idle one would keep a pod that is told to end waiting for its next request.
+        self._session = await started.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)))
+        await self._start_store(started)
+        for service in self._manifests.services:
+            self._revisions[service.namespace, service.name] = Revision(service, self._make_pod, self._terminal)
+        default = self._revisions[self._default]
+        started.push_async_callback(self._stop_revisions)
+        await self._listen(started, self._settings.port, Activator(self._revisions, default).handle)
+        await self._listen(started, self._settings.admin_port, admin_handler(self.status))
+        urls = [self._url(revision) for revision in self._revisions.values()]
+        self._terminal.serving(list(self._revisions.values()), urls, default, self._settings.port, self._settings.admin_port)
+        for revision in self._revisions.values():
+            revision.start()
+
+    def status(self) -> dict[str, Any]:
+        """The document of `/api/status`."""
+        address = f"http://{HOST}:{self._settings.port}/"
+        return {"services": [revision.status(self._url(revision), address) for revision in self._revisions.values()]}
+
+    async def _start_store(self, started: AsyncExitStack) -> None:
+        if not self._settings.seeds and not self._manifests.mentions(OBJECT_STORE):
+            return
+        store = ObjectStore(self._free_port(), self._settings.state_dir / "logs" / "object-store.log")
+        started.push_async_callback(store.stop)
+        await store.start()
+        self._addresses[OBJECT_STORE] = store.address
+        self._terminal.say(f"object store at {store.address}, in memory")
+        for seed in self._settings.seeds:
+            await store.fill(seed)
+
+    async def _stop_revisions(self) -> None:
+        await asyncio.gather(*(revision.stop() for revision in self._revisions.values()))
+
+    def _make_pod(self, revision: Revision, name: str) -> Pod:
+        plan = plan_pod(
+            revision.service,
+            revision=revision.name,
+            pod=name,
+            places=self._places,
+            manifests=self._manifests,
+            free_port=self._free_port,
+            addresses=self._addresses,
+        )
+        assert self._session is not None
+        return Pod(name, plan, self._places.pod(name), self._session, revision.pod_changed)
+
+    def _free_port(self) -> int:
+        """A loopback port that nobody has, and that no other pod was just given."""
+        while True:
+            with socket.socket() as probe:
+                probe.bind((HOST, 0))
+                port: int = probe.getsockname()[1]
+            if port not in self._ports:
+                self._ports.add(port)
+                return port
+
+    def _find_default(self) -> tuple[str, str]:
+        services, wanted = self._manifests.services, self._settings.default_service
+        for service in services:
+            if wanted is None or service.name == wanted:
+                return service.namespace, service.name
+        raise PlatformError(f"--default-service {wanted!r}: there is no such Service; there are {', '.join(s.name for s in services)}")
+
+    def _url(self, revision: Revision) -> str:
+        return f"http://{revision.service.name}.{revision.service.namespace}.localhost:{self._settings.port}/"
+
+    def _lock_state_dir(self, started: AsyncExitStack) -> None:
+        folder = self._settings.state_dir
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise PlatformError(f"--state-dir {folder}: {error.strerror or error}") from error
+        started.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PlatformError(f"--state-dir {folder}: another `relight run` uses it; stop that one or name another directory") from None
+
+    async def _listen(self, started: AsyncExitStack, port: int, handle: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> None:
+        # handler_cancellation: a client that goes away is forgotten, also while it is held.
+        runner = web.ServerRunner(web.Server(handle, access_log=None, handler_cancellation=True), shutdown_timeout=2)
+        await runner.setup()
+        started.push_async_callback(runner.cleanup)
+        try:
+            await web.TCPSite(runner, HOST, port, backlog=1024).start()
+        except OSError as error:
+            raise PlatformError(f"port {port} on {HOST} cannot be opened: {os.strerror(error.errno or 0)}; choose another") from error

@@ -1,0 +1,207 @@
+"""A pod: the processes of one replica, from asked for to gone."""
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import aiohttp
+
+from knative.local.launch import PodPlan, Probe
+from knative.local.process import ContainerProcess
+
+# While a pod starts it is probed as often as Knative's queue-proxy does; what a probe waits, a caller waits.
+START_PROBE_S = 0.025
+STOP_GRACE_S = 10.0
+
+Phase = Literal["pending", "starting", "ready", "draining"]
+
+
+@dataclass
+class Report:
+    """What the user container's readiness probe says about itself, if it says anything: phases, stages and bytes of a cold start."""
+
+    phase: str = ""
+    restored_bytes: int = 0
+    total_bytes: int = 0
+    stages: dict[str, float] | None = None  # seconds since its process started
+    weights: dict[str, Any] | None = None
+
+
+class Pod:
+    """One replica of a revision. `on_change` is called whenever its phase or its report changes."""
+
+    def __init__(
+        self, name: str, plan: PodPlan, directory: Path, session: aiohttp.ClientSession, on_change: Callable[["Pod"], object]
+    ) -> None:
+        self.name = name
+        self.plan = plan
+        self.phase: Phase = "pending"
+        self.in_flight = 0
+        self.started_at = time.time()  # for people
+        self.asked_at = time.monotonic()
+        self.unready_since: float | None = self.asked_at  # the progress deadline counts from here
+        self.stages: dict[str, float] = {}  # seconds since the pod was asked for
+        self.report = Report()
+        self._spawned_at = 0.0  # seconds since asked for; the processes' own stages count from here
+        self._directory = directory
+        self._session = session
+        self._on_change = on_change
+        self._containers = [ContainerProcess(process, self._exited) for process in plan.processes]
+        self._tasks: list[asyncio.Task[None]] = []
+        self._idle = asyncio.Event()
+        self._connections: aiohttp.ClientSession | None = None
+
+    @property
+    def address(self) -> str:
+        """Where the user container answers."""
+        return f"http://127.0.0.1:{self.plan.port}"
+
+    @property
+    def connections(self) -> aiohttp.ClientSession:
+        """The connections to the user container, kept alive between requests."""
+        if self._connections is None:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=15)
+            self._connections = aiohttp.ClientSession(connector=connector, auto_decompress=False, timeout=aiohttp.ClientTimeout(total=None))
+        return self._connections
+
+    async def start(self) -> None:
+        """Start the processes and the probing; returns once they are spawned."""
+        self.phase = "starting"
+        for container in self._containers:
+            for directory in container.process.directories:
+                directory.mkdir(parents=True, exist_ok=True)
+        self._spawned_at = self._age()
+        # All at once: the function imports its libraries while the sidecar sees to the weights.
+        await asyncio.gather(*(container.start() for container in self._containers))
+        self.stages["spawn"] = self._age()
+        self._tasks = [asyncio.create_task(self._watch_readiness())]
+        for container in self._containers:
+            if container.process.liveness:
+                self._tasks.append(asyncio.create_task(self._watch_liveness(container, container.process.liveness)))
+        self._on_change(self)
+
+    async def drain(self, patience_s: float) -> None:
+        """Take no more requests, let those in flight finish for at most `patience_s`, end the processes, remove what was the pod's."""
+        self.phase = "draining"
+        self._on_change(self)
+        if self.in_flight:
+            self._idle.clear()
+            try:
+                await asyncio.wait_for(self._idle.wait(), patience_s)
+            except TimeoutError:
+                pass
+        for task in self._tasks:
+            task.cancel()
+        if self._connections:
+            await self._connections.close()
+        await asyncio.gather(*(container.stop(STOP_GRACE_S) for container in self._containers))
+        await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
+
+    def leave(self) -> None:
+        """One request less."""
+        self.in_flight -= 1
+        if not self.in_flight:
+            self._idle.set()
+
+    def last_words(self, lines: int = 12) -> str:
+        """The last lines of each container's log, for whoever asks why it is not ready."""
+        said = {container.process.container: container.tail(lines) for container in self._containers}
+        parts = [f"{name}:\n" + "\n".join(f"  {line}" for line in text) for name, text in said.items() if text]
+        return "\n".join(parts) or "its containers wrote nothing"
+
+    def status(self) -> dict[str, Any]:
+        """Its entry in `/api/status`."""
+        document: dict[str, Any] = {
+            "name": self.name,
+            "phase": self.phase,
+            "concurrency": self.in_flight,
+            "started_at": round(self.started_at, 3),
+            "address": self.address,
+            "restarts": {container.process.container: container.restarts for container in self._containers},
+            "stages": self.stages,
+        }
+        if self.report.weights:
+            document["weights"] = self.report.weights
+        return document
+
+    def _age(self) -> float:
+        return round(time.monotonic() - self.asked_at, 4)
+
+    def _exited(self) -> None:
+        """A process ended by itself; it will be started again."""
+        if self.phase == "ready" and not all(container.running for container in self._containers if container.process.is_main):
+            self._set_ready(ready=False)
+
+    async def _watch_readiness(self) -> None:
+        failures = 0
+        probes = [(container, container.process.readiness) for container in self._containers if container.process.readiness]
+        while True:
+            results = [container.running and await self._ask(container, probe) for container, probe in probes if probe]
+            if all(results):
+                failures = 0
+                if self.phase == "starting":
+                    self._set_ready(ready=True)
+            else:
+                failures += 1
+                if self.phase == "ready" and failures >= max(probe.failures for _, probe in probes if probe):
+                    self._set_ready(ready=False)
+            await asyncio.sleep(min(probe.period_s for _, probe in probes if probe) if self.phase == "ready" else START_PROBE_S)
+
+    def _set_ready(self, *, ready: bool) -> None:
+        self.phase = "ready" if ready else "starting"
+        self.unready_since = None if ready else time.monotonic()
+        if ready and "ready" not in self.stages:
+            ready_s = self._age()
+            told = {name: min(ready_s, round(self._spawned_at + seconds, 4)) for name, seconds in (self.report.stages or {}).items()}
+            self.stages |= told | {"ready": ready_s}
+        self._on_change(self)
+
+    async def _watch_liveness(self, container: ContainerProcess, probe: Probe) -> None:
+        await asyncio.sleep(probe.delay_s)
+        failures = 0
+        while True:
+            await asyncio.sleep(probe.period_s)
+            failures = 0 if not container.running or await self._ask(container, probe) else failures + 1
+            if failures >= probe.failures:
+                failures = 0
+                await container.restart()
+
+    async def _ask(self, container: ContainerProcess, probe: Probe) -> bool:
+        """One probe. A user container that explains its readiness in JSON is listened to."""
+        try:
+            if probe.path is None:
+                _, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", probe.port), probe.timeout_s)
+                writer.close()
+                return True
+            async with self._session.get(
+                f"http://127.0.0.1:{probe.port}{probe.path}",
+                headers=probe.headers,
+                timeout=aiohttp.ClientTimeout(total=probe.timeout_s),
+                allow_redirects=False,
+            ) as reply:
+                if container.process.is_main and probe is container.process.readiness and reply.content_type == "application/json":
+                    self._listen(await reply.read())
+                return 200 <= reply.status < 400
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    def _listen(self, body: bytes) -> None:
+        try:
+            said = json.loads(body)
+            report = Report(
+                str(said["phase"]),
+                int(said.get("restored_bytes", 0)),
+                int(said.get("total_bytes", 0)),
+                said.get("stages"),
+                said.get("weights"),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return  # some other JSON
+        if report != self.report:
+            self.report = report
+            self._on_change(self)

@@ -1,0 +1,301 @@
+"""A revision: its pods, the requests that wait for one, and the beat that scales it.
+
+A request arrives, is admitted to a pod with room or waits; each second the load is sampled, every two seconds the autoscaler decides,
+and a request that finds no pod pokes it at once.
+"""
+
+import asyncio
+import itertools
+import random
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from knative.autoscaler import TICK_S, Activity, Autoscaler, Status, reconcile
+from knative.local.errors import Overloaded, RevisionFailed, Stopping
+from knative.local.manifest import Service
+from knative.local.meter import ConcurrencyMeter
+from knative.local.pod import Pod
+
+SAMPLE_S = 1.0
+QUEUE_LIMIT = 10_000  # requests that may wait for a pod, as in Knative's activator
+RETRY_S, RETRY_LIMIT_S = 10.0, 300.0  # after a failed start, until the next is tried
+
+
+class Watcher(Protocol):
+    """Who wants to know what happens to a revision: the terminal."""
+
+    def starting(self, revision: "Revision", pod: Pod, waiting: int) -> None:
+        """A pod was asked for."""
+
+    def progress(self, revision: "Revision", pod: Pod) -> None:
+        """A pod's phase or its report changed."""
+
+    def ready(self, revision: "Revision", pod: Pod) -> None:
+        """A pod takes requests."""
+
+    def failed(self, revision: "Revision", reason: str) -> None:
+        """The revision could not be brought up."""
+
+    def at_zero(self, revision: "Revision", idle_s: float) -> None:
+        """The last pod is gone, so long after the last request."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why the last start failed, and until when no other is tried."""
+
+    reason: str
+    until: float
+
+
+class Revision:
+    """One revision of a Service. Everything here runs in one event loop."""
+
+    def __init__(self, service: Service, make_pod: Callable[["Revision", str], Pod], watcher: Watcher) -> None:
+        """make_pod(revision, name): a pod that has not been started."""
+        now = time.monotonic()
+        self.service = service
+        self.name = f"{service.name}-00001"
+        self.meter = ConcurrencyMeter(now)
+        self.pods: list[Pod] = []
+        self._ready: set[Pod] = set()
+        self._make_pod = make_pod
+        self._watcher = watcher
+        self._autoscaler = Autoscaler(service.scale, ready=0, now=now)
+        self._status = Status.initial(now)
+        self._waiting: deque[asyncio.Future[Pod]] = deque()
+        self._last_left = now
+        self._poked = 0.0  # concurrency already recorded by a poke in the present second
+        self._failure: Failure | None = None
+        self._retries = 0
+        self._stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._turn = itertools.count()
+
+    def start(self) -> None:
+        """Begin to beat, and bring up the pods that the revision starts with."""
+        scale = self.service.scale
+        self._scale_to(max(scale.initial_scale, scale.min_scale))
+        self._spawn(self._beat())
+
+    async def stop(self) -> None:
+        """Answer those who wait, and end every pod."""
+        self._stopping = True
+        self._fail_waiting(Stopping("the platform is shutting down"))
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(pod.drain(0) for pod in self.pods))
+        self.pods.clear()
+
+    @asynccontextmanager
+    async def request(self) -> AsyncIterator[None]:
+        """For as long as it is entered, the revision has one request more."""
+        self.meter.arrive(time.monotonic())
+        try:
+            yield
+        finally:
+            self._last_left = time.monotonic()
+            self.meter.leave(self._last_left)
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[Pod]:
+        """A ready pod with room for one request more, waiting for one if there is none.
+
+        Raises Overloaded, RevisionFailed or Stopping instead.
+        """
+        pod = await self._admit()
+        try:
+            yield pod
+        finally:
+            pod.leave()
+            self._dispatch()
+
+    async def _admit(self) -> Pod:
+        if self._stopping:
+            raise Stopping("the platform is shutting down")
+        if not self._waiting and (pod := self._pick()):
+            pod.in_flight += 1
+            return pod
+        if failure := self._failure:
+            if (left_s := failure.until - time.monotonic()) > 0:
+                raise RevisionFailed(failure.reason, retry_after_s=left_s)
+            self._failure = None
+        if len(self._waiting) >= QUEUE_LIMIT:
+            raise Overloaded(f"{QUEUE_LIMIT} requests are waiting for {self.service.name} already", retry_after_s=1)
+        turn: asyncio.Future[Pod] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        self._poke()
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            # The caller went away: forget it, or pass on the place that it was just given.
+            if turn.done() and not turn.cancelled() and not turn.exception():
+                turn.result().leave()
+                self._dispatch()
+            elif turn in self._waiting:
+                self._waiting.remove(turn)
+            raise
+
+    def _dispatch(self) -> None:
+        """Give every pod that has room to those who wait, first come first served."""
+        while self._waiting and (pod := self._pick()):
+            turn = self._waiting.popleft()
+            if not turn.done():
+                pod.in_flight += 1
+                turn.set_result(pod)
+
+    def _pick(self) -> Pod | None:
+        ready = [pod for pod in self.pods if pod in self._ready]
+        return pick(ready, self.service.spec.container_concurrency, next(self._turn))
+
+    def _fail_waiting(self, error: Exception) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_exception(error)
+
+    async def _beat(self) -> None:
+        began = time.monotonic()
+        for beat in itertools.count(1):
+            await asyncio.sleep(max(0.0, began + beat * SAMPLE_S - time.monotonic()))
+            now = time.monotonic()
+            self._sample(now)
+            self._check_deadline(now)
+            if beat % round(TICK_S / SAMPLE_S) == 0:
+                self._decide(now)
+
+    def _sample(self, now: float) -> None:
+        concurrency, rps = self.meter.report(now)
+        # What a poke has recorded is not to be counted twice; with no pods and no requests there is nobody to report a zero.
+        if self.pods or concurrency:
+            self._autoscaler.record(now, concurrency=max(0.0, concurrency - self._poked), rps=max(0.0, rps - self._poked))
+        self._poked = 0.0
+
+    def _poke(self) -> None:
+        """The first request at zero does not wait for the beat."""
+        if self.pods or self._poked:
+            return
+        now = time.monotonic()
+        self._poked = 1.0
+        self._autoscaler.record(now, concurrency=1.0, rps=1.0)
+        self._decide(now)
+
+    def _decide(self, now: float) -> None:
+        self._autoscaler.tick(now, len(self._ready))
+        self._reconcile(now)
+
+    def _reconcile(self, now: float) -> None:
+        step = reconcile(self.service.scale, self._autoscaler.last, self._status, len(self._ready), now)
+        self._status = step.status
+        if step.pods is not None:
+            self._scale_to(step.pods)
+
+    def _scale_to(self, wanted: int) -> None:
+        if self._stopping:
+            return
+        kept = [pod for pod in self.pods if pod.phase != "draining"]
+        if wanted > len(kept) and not (self._failure and self._failure.until > time.monotonic()):
+            for _ in range(wanted - len(kept)):
+                self._add_pod()
+        for pod in victims(kept, len(kept) - wanted):
+            self._spawn(self._remove(pod))
+
+    def _add_pod(self) -> None:
+        pod = self._make_pod(self, f"{self.name}-{secrets.token_hex(3)}")
+        self.pods.append(pod)
+        self._watcher.starting(self, pod, len(self._waiting))
+        self._spawn(pod.start())
+
+    async def _remove(self, pod: Pod) -> None:
+        await pod.drain(self.service.spec.timeout_seconds)
+        if pod in self.pods:
+            self.pods.remove(pod)
+        if not self.pods and not self._failure:
+            self._watcher.at_zero(self, time.monotonic() - self._last_left)
+        self._dispatch()
+
+    def pod_changed(self, pod: Pod) -> None:
+        """Called by a pod whose phase or report changed."""
+        self._watcher.progress(self, pod)
+        if (pod.phase == "ready") == (pod in self._ready):
+            return
+        if pod.phase == "ready":
+            self._ready.add(pod)
+            self._retries = 0
+            self._watcher.ready(self, pod)
+        else:
+            self._ready.remove(pod)
+        if not self._stopping:
+            self._reconcile(time.monotonic())
+            self._dispatch()
+
+    def _check_deadline(self, now: float) -> None:
+        """A pod that is not ready by its progress deadline has failed, and with it the start of the revision."""
+        limit_s = self.service.scale.progress_deadline_s
+        late = [
+            pod for pod in self.pods if pod.phase in ("pending", "starting") and pod.unready_since and now - pod.unready_since > limit_s
+        ]
+        for pod in late:
+            reason = f"{pod.name} was not ready within {limit_s:g} s (progress-deadline). The last it said:\n{pod.last_words()}"
+            pause_s = min(RETRY_LIMIT_S, RETRY_S * 2**self._retries)
+            self._retries += 1
+            self._failure = Failure(reason, now + pause_s)
+            self._watcher.failed(self, reason)
+            self._spawn(self._remove(pod))
+        if late and not self._ready:
+            assert self._failure is not None
+            self._fail_waiting(RevisionFailed(self._failure.reason, retry_after_s=self._failure.until - now))
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def status(self, url: str, address: str) -> dict[str, Any]:
+        """Its entry in `/api/status`."""
+        last = self._autoscaler.last
+        return {
+            "name": self.service.name,
+            "namespace": self.service.namespace,
+            "revision": self.name,
+            "url": url,
+            "address": address,
+            "mode": "panic" if last and last.panic else "stable",
+            "active": self._status.activity is not Activity.INACTIVE,
+            "desired": last.bounded if last else len(self.pods),
+            "stable_concurrency": abs(round(last.stable, 6)) if last else 0.0,
+            "panic_concurrency": abs(round(last.panic_value, 6)) if last else 0.0,
+            "requests_total": self.meter.total,
+            "queued": len(self._waiting),
+            "failure": self._failure.reason if self._failure else None,
+            "pods": [pod.status() for pod in self.pods],
+        }
+
+
+def pick(ready: Sequence[Pod], container_concurrency: int, turn: int) -> Pod | None:
+    """The pod that the next request goes to, or None if none has room; the choice is Knative's activator's.
+
+    containerConcurrency 0: the less busy of two at random; up to 3: the first with room; above: each in its turn.
+    """
+    if not ready:
+        return None
+    if container_concurrency == 0:
+        return min(random.sample(ready, min(2, len(ready))), key=lambda pod: pod.in_flight)
+    start = 0 if container_concurrency <= 3 else turn % len(ready)
+    for offset in range(len(ready)):
+        pod = ready[(start + offset) % len(ready)]
+        if pod.in_flight < container_concurrency:
+            return pod
+    return None
+
+
+def victims(pods: Sequence[Pod], count: int) -> list[Pod]:
+    """Which pods to let go: those not ready first, then the least busy, then the youngest."""
+    ordered = sorted(pods, key=lambda pod: (pod.phase == "ready", pod.in_flight, -pod.asked_at))
+    return list(ordered[: max(0, count)])

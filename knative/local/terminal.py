@@ -1,0 +1,116 @@
+"""What happens, on the terminal, as it happens: a line for each event, and a live line for each pod that is starting."""
+
+import json
+import shlex
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TransferSpeedColumn
+
+from knative.local.pod import Pod
+from knative.local.revision import Revision
+
+REFRESH_S = 0.1
+
+
+class Terminal:
+    """Prints for a person; without a terminal it prints plain lines and no live ones."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self._bars: dict[str, TaskID] = {}
+        self._shown_at = 0.0
+        self._phases: dict[str, str] = {}
+        self._live = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            console=self.console,
+            transient=True,
+            auto_refresh=False,  # refreshed by the events themselves: no thread beside the loop
+        )
+
+    def say(self, text: str) -> None:
+        """A line outside any service."""
+        self.console.print(text, soft_wrap=True)
+
+    def serving(self, revisions: Sequence[Revision], urls: Sequence[str], default: Revision, port: int, admin_port: int) -> None:
+        """The platform takes requests."""
+        self.say("")
+        for revision, url in zip(revisions, urls, strict=True):
+            scale = revision.service.scale
+            standing = "at zero: costs nothing until somebody calls" if not max(scale.initial_scale, scale.min_scale) else "starting"
+            self.say(f"  [bold]{revision.service.name}[/]  {url}  [dim]{standing}[/]")
+        body = _example(default)
+        self.say(f"\n  call it   curl http://127.0.0.1:{port}/ -H 'Content-Type: application/json' -d {escape(shlex.quote(body))}")
+        self.say(f"  status    http://127.0.0.1:{admin_port}/api/status")
+        self.say("  stop      Ctrl-C ends everything that was started\n")
+
+    def starting(self, revision: Revision, pod: Pod, waiting: int) -> None:
+        """See Watcher."""
+        why = f"{waiting} request{'s' * (waiting != 1)} waiting" if waiting else "to keep it warm"
+        self._event(revision, f"starting [bold]{pod.name}[/]: {why}")
+
+    def progress(self, revision: Revision, pod: Pod) -> None:
+        """See Watcher."""
+        report, phase = pod.report, pod.report.phase or pod.phase
+        if pod.phase != "starting":
+            self._forget(pod)
+            return
+        if not self.console.is_terminal:
+            if phase not in ("starting", "ready", self._phases.get(pod.name)):
+                self._phases[pod.name] = phase
+                size = f", {report.restored_bytes / 1e6:.1f} of {report.total_bytes / 1e6:.1f} MB of weights" if report.total_bytes else ""
+                self._event(revision, f"{pod.name} {phase}{size}")
+            return
+        if pod.name not in self._bars:
+            if not self._bars:
+                self._live.start()
+            self._bars[pod.name] = self._live.add_task(pod.name, total=None)
+        self._live.update(
+            self._bars[pod.name], description=f"{pod.name} {phase}", completed=report.restored_bytes, total=report.total_bytes or None
+        )
+        if (now := time.monotonic()) - self._shown_at > REFRESH_S:
+            self._shown_at = now
+            self._live.refresh()
+
+    def ready(self, revision: Revision, pod: Pod) -> None:
+        """See Watcher."""
+        stages = " · ".join(
+            f"{name.replace('_', '-')} {seconds:.2f}" for name, seconds in sorted(pod.stages.items(), key=lambda item: item[1])
+        )
+        weights = pod.report.weights
+        source = f"; {weights['bytes'] / 1e6:.1f} MB of weights from the {weights['source']}" if weights else ""
+        self._event(revision, f"[green]ready after {pod.stages['ready']:.2f} s[/] [dim]({stages}{source})[/]")
+
+    def failed(self, revision: Revision, reason: str) -> None:
+        """See Watcher."""
+        self._event(revision, f"[red]failed[/]: {escape(reason)}")
+
+    def at_zero(self, revision: Revision, idle_s: float) -> None:
+        """See Watcher."""
+        self._event(revision, f"[cyan]scaled to zero[/], {idle_s:.1f} s after the last request")
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bars:
+            self._live.stop()
+
+    def _event(self, revision: Revision, text: str) -> None:
+        self.say(f"[dim]{time.strftime('%H:%M:%S')}[/] [bold]{revision.service.name}[/] {text}")
+
+    def _forget(self, pod: Pod) -> None:
+        self._phases.pop(pod.name, None)
+        if (bar := self._bars.pop(pod.name, None)) is not None:
+            self._live.remove_task(bar)
+            if not self._bars:
+                self._live.stop()
+
+
+def _example(revision: Revision) -> str:
+    """A request body that the Service's author gave as an example."""
+    return revision.service.metadata.annotations.get("relight/example") or json.dumps({"instances": ["hello"]})
