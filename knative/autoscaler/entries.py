@@ -11,6 +11,7 @@ from knative.autoscaler.errors import SpecError
 
 MAX_INT32 = 2**31 - 1
 NS_PER_S = 1_000_000_000
+_MAX_INT64 = 2**63 - 1  # of nanoseconds: what a duration of Go can hold
 
 # What Go's strconv and time packages accept, less the spellings nobody writes in a manifest (hexadecimal floats, inf, nan).
 _WHOLE = re.compile(r"[+-]?[0-9]+")
@@ -25,7 +26,7 @@ Value = TypeVar("Value", int, float)
 def parse_duration_ns(text: str) -> int:
     """Nanoseconds of a duration as Go writes it: "6s", "1m30s", "1.5h", "-2ms", "0".
 
-    Raises ValueError if `text` is anything else. Digits below a nanosecond are cut off, as in Go.
+    Raises ValueError if `text` is anything else, or longer than 292 years. Digits below a nanosecond are cut off, as in Go.
     """
     sign = -1 if text.startswith("-") else 1
     rest = text[1:] if text[:1] in ("+", "-") else text
@@ -38,7 +39,7 @@ def parse_duration_ns(text: str) -> int:
             break
         total += int(whole or 0) * _UNIT_NS[unit] + int(fraction or 0) * _UNIT_NS[unit] // 10 ** len(fraction)
         at = part.end()
-    if at == 0 or at < len(rest):
+    if at == 0 or at < len(rest) or total > _MAX_INT64:
         raise ValueError(f"not a duration: {text!r}")
     return sign * total
 
@@ -99,26 +100,25 @@ class Entries:
         """A whole number of at least `low` that fits 32 bits, as Knative keeps them."""
         return self._read(name, default, _to_whole, f"must be a whole number from {low} to {MAX_INT32}", lambda n: low <= n <= MAX_INT32)
 
-    def number(self, name: str, default: float, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> float:
-        """A finite number with low <= number <= high and number > above."""
+    def number(
+        self, name: str, default: float, *, low: float | None = None, above: float | None = None, high: float | None = None
+    ) -> float:
+        """A finite number with low <= number <= high and number > above, as far as these are given."""
         allowed = f"must be a number{_range_text(low, above, high, lambda n: f'{n:g}')}"
-        return self._read(name, default, parse_number, allowed, lambda n: low <= n <= high and n > above)
+        return self._read(name, default, parse_number, allowed, lambda n: _in_range(n, low, above, high))
 
     def burst_capacity(self, name: str, default: float) -> float:
         """A target burst capacity: a number, where of the negative ones only -1 has a meaning (unlimited)."""
         return self._read(name, default, parse_number, "must be at least 0, or -1 for unlimited", lambda n: n >= 0 or n == -1)
 
     def duration_ns(
-        self, name: str, default: int, *, low: int = 0, above: int = -1, high: int | None = None, whole_seconds: bool = False
+        self, name: str, default: int, *, low: int = 0, above: int | None = None, high: int | None = None, whole_seconds: bool = False
     ) -> int:
-        """Nanoseconds with low <= duration <= high and duration > above."""
-        most = math.inf if high is None else high
-        allowed = f"must be a duration{_range_text(low, above, most, lambda ns: format_duration(int(ns)))}"
-        if whole_seconds:
-            allowed += ", in whole seconds"
+        """Nanoseconds with low <= duration <= high and duration > above, as far as these are given."""
+        allowed = f"must be a duration{_range_text(low, above, high, format_duration)}{', in whole seconds' if whole_seconds else ''}"
 
         def fits(ns: int) -> bool:
-            return low <= ns <= most and ns > above and not (whole_seconds and ns % NS_PER_S)
+            return _in_range(ns, low, above, high) and not (whole_seconds and ns % NS_PER_S)
 
         return self._read(name, default, parse_duration_ns, allowed, fits)
 
@@ -153,11 +153,17 @@ def parse_number(text: str) -> float:
     return number
 
 
-def _range_text(low: float, above: float, high: float, show: Callable[[float], str]) -> str:
-    least = f" above {show(above)}" if above > -math.inf and above >= low else f" of at least {show(low)}" if low > -math.inf else ""
-    if high == math.inf:
-        return least
-    return f"{least} and at most {show(high)}" if above >= low else f" from {show(low)} to {show(high)}"
+def _in_range(value: Value, low: Value | None, above: Value | None, high: Value | None) -> bool:
+    return (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+
+
+def _range_text(low: Value | None, above: Value | None, high: Value | None, show: Callable[[Value], str]) -> str:
+    """The range in words, to go after the kind of value; where `above` is given, `low` says nothing more."""
+    if above is not None:
+        return f" above {show(above)}" + (f" and at most {show(high)}" if high is not None else "")
+    if low is not None:
+        return f" from {show(low)} to {show(high)}" if high is not None else f" of at least {show(low)}"
+    return ""
 
 
 def unknown_name(name: str, written: str, value: object, kind: str, known: Mapping[str, str]) -> SpecError:

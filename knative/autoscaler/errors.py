@@ -23,8 +23,8 @@ class SpecError(AutoscalerError):
     """
 
     def __init__(self, name: str, value: object, problem: str) -> None:
-        found = f'"{value}"' if isinstance(value, str) else repr(value)
-        super().__init__(f"{name} = {found}, {problem}")
+        # A name from a file may hold anything, and the message is to stay one line.
+        super().__init__(f"{name if name.isprintable() else repr(name)} = {value!r}, {problem}")
         self.name = name
         self.value = value
         self.problem = problem

@@ -6,13 +6,14 @@ and a request that finds no pod pokes it at once.
 
 import asyncio
 import itertools
+import math
 import random
 import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from knative.autoscaler import TICK_S, Activity, Autoscaler, Status, reconcile
@@ -67,7 +68,8 @@ class Revision:
         self._make_pod = make_pod
         self._watcher = watcher
         self._autoscaler = Autoscaler(service.scale, ready=0, now=now)
-        self._status = Status.initial(now)
+        # On one machine every request has always come through this activator: there is no ingress to be told first.
+        self._status = replace(Status.initial(now), proxied_since=-math.inf)
         self._waiting: deque[asyncio.Future[Pod]] = deque()
         self._last_left = now
         self._poked = 0.0  # concurrency already recorded by a poke in the present second

@@ -78,7 +78,7 @@ def test_a_sample_that_is_no_number_is_refused(value: float) -> None:
 
 
 def test_another_class_is_not_decided_here() -> None:
-    with pytest.raises(SpecError, match=r'^class = "hpa\.autoscaling\.knative\.dev", must be kpa'):
+    with pytest.raises(SpecError, match=r"^class = 'hpa\.autoscaling\.knative\.dev', must be kpa"):
         Autoscaler(ScaleSpec.parse({"class": "hpa.autoscaling.knative.dev"}), ready=0, now=0)
 
 

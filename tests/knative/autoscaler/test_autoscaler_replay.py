@@ -158,10 +158,10 @@ BAD_SPECS = [
     pytest.param('{"annotation": {}}', "unknown key 'annotation'; known are container_concurrency, annotations", id="unknown key"),
     pytest.param('{"annotations": []}', "annotations must be a JSON object of names and strings, got list", id="annotations a list"),
     pytest.param('{"annotations": {"min-scale": 1}}', "min-scale = 1, must be a string: put it in quotes", id="not a string"),
-    pytest.param('{"annotations": {"window": "1s"}}', 'window = "1s", must be a duration from 6s to 1h, in whole seconds', id="bad value"),
-    pytest.param('{"container_concurrency": "1"}', 'containerConcurrency = "1", must be a whole number from 0 to 1000', id="bad limit"),
+    pytest.param('{"annotations": {"window": "1s"}}', "window = '1s', must be a duration from 6s to 1h, in whole seconds", id="bad value"),
+    pytest.param('{"container_concurrency": "1"}', "containerConcurrency = '1', must be a whole number from 0 to 1000", id="bad limit"),
     pytest.param('{"initial_ready": -1}', "initial_ready = -1, must be a whole number from 0 to 2147483647", id="bad ready count"),
-    pytest.param('{"config_autoscaler": {"x": "1"}}', 'config-autoscaler: x = "1", there is no such setting', id="unknown setting"),
+    pytest.param('{"config_autoscaler": {"x": "1"}}', "config-autoscaler: x = '1', there is no such setting", id="unknown setting"),
 ]
 
 
@@ -176,8 +176,23 @@ def test_a_bad_spec_file_is_refused_with_the_reason(text: str, problem: str, tmp
 
 def test_an_empty_spec_is_knatives_defaults(tmp_path: Path) -> None:
     path = tmp_path / "spec.json"
-    path.write_text("{}")
-    assert read_spec(path) == (ScaleSpec(), 0)
+    for text in ("{}", '{"initial_ready": 0}'):
+        path.write_text(text)
+        assert read_spec(path) == (ScaleSpec(), 0)
+
+
+def test_a_spec_file_has_all_its_parts(tmp_path: Path) -> None:
+    path = tmp_path / "spec.json"
+    path.write_text(
+        '{"annotations": {"min-scale": "2"}, "container_concurrency": 10, "config_autoscaler": {"max-scale": "9"}, "initial_ready": 4}'
+    )
+    assert read_spec(path) == (ScaleSpec(min_scale=2, max_scale=9, target=7, total=10), 4)
+
+
+def test_several_samples_may_have_the_same_time(tmp_path: Path) -> None:
+    path = tmp_path / "input.csv"
+    path.write_text("t,concurrency\n0.5,1\n0.5,2\n")
+    assert read_samples(path) == [Sample(0.5, concurrency=1), Sample(0.5, concurrency=2)]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_taken(tmp_path: Path) -> None:

@@ -169,6 +169,7 @@ BAD_ANNOTATIONS = [
     ("window", "5s", "must be a duration from 6s to 1h, in whole seconds"),
     ("window", "61m", "must be a duration from 6s to 1h, in whole seconds"),
     ("window", "6500ms", "must be a duration from 6s to 1h, in whole seconds"),
+    ("window", "9" * 5000 + "s", "must be a duration from 6s to 1h, in whole seconds"),
     ("window", "60", "must be a duration from 6s to 1h, in whole seconds"),
     ("panic-window-percentage", "0.9", "must be a number from 1 to 100"),
     ("panic-threshold-percentage", "109", "must be a number from 110 to 1000"),
@@ -198,7 +199,7 @@ def test_a_bad_annotation_is_refused_with_its_name_its_value_and_what_is_allowed
     written = f"autoscaling.knative.dev/{name}"
     with pytest.raises(SpecError) as caught:
         ScaleSpec.parse({written: value})
-    assert str(caught.value) == f'{written} = "{value}", {problem}'
+    assert str(caught.value) == f"{written} = '{value}', {problem}"
     assert (caught.value.name, caught.value.value, caught.value.problem) == (written, value, problem)
 
 
@@ -228,7 +229,7 @@ BAD_SETTINGS = [
 def test_a_bad_cluster_setting_is_refused_likewise(name: str, value: str, problem: str) -> None:
     with pytest.raises(SpecError) as caught:
         ScaleSpec.parse({}, config={name: value})
-    assert str(caught.value) == f'config-autoscaler: {name} = "{value}", {problem}'
+    assert str(caught.value) == f"config-autoscaler: {name} = '{value}', {problem}"
 
 
 @pytest.mark.parametrize(
@@ -237,6 +238,7 @@ def test_a_bad_cluster_setting_is_refused_likewise(name: str, value: str, proble
         pytest.param({"min-scale": "3", "max-scale": "2"}, {}, "max-scale", "min-scale (3)", id="max below min"),
         pytest.param({"min-scale": "3", "activation-scale": "2"}, {}, "activation-scale", "min-scale (3)", id="activation below min"),
         pytest.param({"max-scale": "3", "activation-scale": "4"}, {}, "activation-scale", "max-scale (3)", id="activation above max"),
+        pytest.param({"max-scale": "1", "activation-scale": "2"}, {}, "activation-scale", "max-scale (1)", id="activation above one"),
         pytest.param({"max-scale": "6"}, {"max-scale": "5", "max-scale-limit": "5"}, "max-scale", "limit (5)", id="max above the limit"),
         pytest.param({"max-scale": "0"}, {"max-scale": "5", "max-scale-limit": "5"}, "max-scale", "limit (5)", id="unlimited is above it"),
         pytest.param({}, {"max-scale-limit": "5"}, "config-autoscaler: max-scale", "limit (5)", id="the cluster itself unlimited"),
@@ -262,6 +264,12 @@ def test_settings_that_contradict_each_other_are_refused(
 def test_a_name_like_no_other_is_answered_with_all_there_are() -> None:
     with pytest.raises(SpecError, match=r"known are activation-scale, class, .*, window$"):
         ScaleSpec.parse({"xyz": "1"})
+
+
+def test_a_message_is_one_line_whatever_was_written() -> None:
+    with pytest.raises(SpecError) as caught:
+        ScaleSpec.parse({"win\ndow": "5\ns"})
+    assert str(caught.value) == r"'win\ndow' = '5\ns', there is no such annotation; did you mean window?"
 
 
 @pytest.mark.parametrize("value", [3, 3.0, True, None, ["3"]])
@@ -303,7 +311,7 @@ def test_durations_are_read_as_go_reads_them(text: str, ns: int) -> None:
     assert parse_duration_ns(text) == ns
 
 
-@pytest.mark.parametrize("text", ["", "s", "6", ".s", "6 s", " 6s", "6s ", "6d", "--6s", "6sm", "6S", "one", "٦s"])
+@pytest.mark.parametrize("text", ["", "s", "6", ".s", "6 s", " 6s", "6s ", "6d", "--6s", "6sm", "6S", "one", "٦s", "9" * 20 + "s"])
 def test_what_go_would_not_read_is_no_duration(text: str) -> None:
     with pytest.raises(ValueError, match="not a duration"):
         parse_duration_ns(text)

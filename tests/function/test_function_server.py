@@ -1,0 +1,156 @@
+"""The function as it is deployed: `python -m function` under gunicorn, driven over HTTP."""
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import BIN, Server, clean_environment, free_port, request, running, wait_until
+
+AGENTS = """
+import os, threading, time
+
+GATE = os.environ.get("GATE")
+if GATE:  # an import that takes as long as somebody wants it to
+    while not os.path.exists(GATE):
+        time.sleep(0.01)
+
+class Sleeper:
+    def load(self, weights, device): pass
+    def predict(self, inputs):
+        time.sleep(max(inputs))
+        return inputs
+
+class Breaks:
+    def load(self, weights, device): raise OSError("the tokenizer is missing")
+    def predict(self, inputs): return inputs
+
+class Names:
+    def load(self, weights, device): self.names = list(weights)
+    def warm_up(self): self.warm = True
+    def predict(self, inputs): return [[self.names, self.warm, threading.current_thread().name]] * len(inputs)
+"""
+
+
+StartFunction = Callable[..., Server]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[StartFunction]:
+    (tmp_path / "some_agents.py").write_text(AGENTS)
+    with ExitStack() as stack:
+
+        def begin(agent: str = "some_agents:Sleeper", **settings: Any) -> Server:
+            port = free_port()
+            env = clean_environment(
+                PYTHONPATH=str(tmp_path), PORT=str(port), FUNCTION_HOST="127.0.0.1", FUNCTION_AGENT=agent, FUNCTION_MODEL_NAME="m"
+            )
+            env |= {name: str(value) for name, value in settings.items()}
+            return stack.enter_context(running([str(BIN / "python"), "-m", "function"], tmp_path / f"{port}.log", env, port))
+
+        yield begin
+
+
+def test_the_port_answers_probes_while_the_agent_is_still_being_imported(start: StartFunction, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    function = start(GATE=gate)
+    reply = wait_until("the port", lambda: request(function.port, "GET", "/readyz"), 10)
+    assert (reply.status, reply.json()["phase"]) == (503, "importing")
+    assert request(function.port, "GET", "/healthz").status == 200
+    gate.touch()
+    assert request(function.ready().port, "POST", "/", 0).json() == 0
+
+
+def test_a_wrong_setting_stops_the_start_with_one_line(start: StartFunction) -> None:
+    function = start(FUNCTION_TIMEOUT_S="-1")
+    assert function.wait() == 2
+    assert function.said() == "function: FUNCTION_TIMEOUT_S='-1': must be at least 0.001 and at most 3600\n"
+
+
+def test_a_malformed_weights_uri_stops_the_start_with_one_line(start: StartFunction) -> None:
+    function = start(WEIGHTS_URI="models/minilm")
+    assert function.wait() == 2
+    assert "weights URI 'models/minilm': must be s3://bucket/prefix" in function.said()
+    assert function.said().count("\n") == 1
+
+
+def test_an_agent_that_cannot_load_ends_the_server_and_says_why_once(start: StartFunction) -> None:
+    function = start("some_agents:Breaks")
+    assert function.wait() == 3
+    assert function.said().count("OSError: the tokenizer is missing") == 1
+
+
+def test_an_agent_that_does_not_exist_ends_the_server_and_says_so(start: StartFunction) -> None:
+    function = start("some_agents:Missing")
+    assert function.wait() == 3
+    assert "module 'some_agents' has no 'Missing'" in function.said()
+
+
+def test_sigterm_lets_a_running_request_finish_and_exits_with_0(start: StartFunction) -> None:
+    function = start().ready()
+    with ThreadPoolExecutor(1) as pool:
+        in_flight = pool.submit(request, function.port, "POST", "/", 0.8)
+        time.sleep(0.3)
+        function.signal(signal.SIGTERM)
+        assert (in_flight.result().status, in_flight.result().json()) == (200, 0.8)
+    assert function.wait() == 0
+
+
+def chunked(port: int, *pieces: bytes) -> bytes:
+    """The whole reply to a POST whose body is sent as these chunks."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n")
+        return connection.makefile("rb").read()
+
+
+def test_a_chunked_body_over_the_limit_is_refused_not_cut_short(start: StartFunction) -> None:
+    port = start(FUNCTION_MAX_BODY_BYTES=1000).ready().port
+    assert chunked(port, b'["' + b"a" * 800, b"b" * 800 + b'"]').startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_chunked_body_within_the_limit_is_read_whole(start: StartFunction) -> None:
+    assert chunked(start().ready().port, b"0.", b"01").endswith(b"\r\n\r\n0.01")
+
+
+def test_probes_are_answered_while_the_model_is_busy(start: StartFunction) -> None:
+    function = start().ready()
+    busy = threading.Thread(target=request, args=(function.port, "POST", "/", 1.0))
+    busy.start()
+    time.sleep(0.1)
+    began = time.monotonic()
+    assert request(function.port, "GET", "/readyz").status == 200
+    assert time.monotonic() - began < 0.5
+    busy.join()
+
+
+def test_the_agent_is_warmed_up_and_called_in_the_models_thread(start: StartFunction) -> None:
+    assert request(start("some_agents:Names").ready().port, "POST", "/", 1).json() == [[], True, "model"]
+
+
+def test_a_function_waits_for_weights_that_no_sidecar_has_brought_yet(start: StartFunction, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save
+
+    from tests.support import fill_cache
+
+    cache = tmp_path / "cache"
+    function = start("some_agents:Names", WEIGHTS_URI="s3://bucket/prefix", WEIGHTS_CACHE_DIR=cache)
+    waiting = wait_until(
+        "restoring", lambda: (found := request(function.port, "GET", "/readyz").json())["phase"] == "restoring" and found, 20
+    )
+    assert (waiting["restored_bytes"], waiting["total_bytes"]) == (0, 0)
+    file = save({"b": torch.zeros(3), "a": torch.zeros(2)})
+    fill_cache(cache, "s3://bucket/prefix", {"model.safetensors": file})
+    assert sorted(request(function.ready().port, "POST", "/", 1).json()[0]) == ["a", "b"]
+    ready = request(function.port, "GET", "/readyz").json()
+    assert ready["restored_bytes"] == ready["total_bytes"] == len(file)
+    assert ready["weights"]["source"] == "store"
+    assert {"listen", "import", "restore", "load", "warm_up", "ready"} == set(ready["stages"])

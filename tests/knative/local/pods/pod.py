@@ -1,0 +1,115 @@
+"""A user container for tests: answers on $PORT and does what the path says. Files in $NOTES are how a test talks with it."""
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+NOTES = Path(os.environ["NOTES"])
+LIMIT_S = 60.0
+
+
+def wait_for(name: str) -> None:
+    """Until the test has put down a file of this name."""
+    end = time.monotonic() + LIMIT_S
+    while not (NOTES / name).exists() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    lock = threading.Lock()  # guards the two below
+    busy = most_busy = 0
+    healthy = True
+
+    def answer(self) -> None:
+        if self.path == "/healthz":
+            return self.reply(b"", 200 if Handler.healthy else 500)
+        body = self.body()
+        with Handler.lock:
+            Handler.busy += 1
+            Handler.most_busy = max(Handler.most_busy, Handler.busy)
+            with (NOTES / "seen").open("a") as seen:
+                seen.write(f"{os.getpid()} {self.path}\n")
+        action, *rest = self.path.removeprefix("/").split("/")
+        getattr(self, f"act_{action}", self.act_echo)(body, *rest)
+        with Handler.lock:
+            Handler.busy -= 1
+        return None
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer  # noqa: N815
+
+    def act_echo(self, body: bytes, *_: str) -> None:
+        told = {"method": self.command, "path": self.path, "headers": list(self.headers.items()), "pid": os.getpid()}
+        self.reply(json.dumps(told | {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}).encode())
+
+    def act_environment(self, _: bytes) -> None:
+        self.reply(json.dumps({"env": dict(os.environ), "args": sys.argv[1:], "cwd": os.getcwd()}).encode())  # noqa: PTH109
+
+    def act_wait(self, _: bytes, name: str) -> None:
+        wait_for(name)
+        self.reply(json.dumps({"pid": os.getpid(), "most_busy": Handler.most_busy}).encode())
+
+    def act_pieces(self, _: bytes, name: str) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"6\r\nfirst\n\r\n")
+        wait_for(name)
+        self.wfile.write(b"7\r\nsecond\n\r\n0\r\n\r\n")
+
+    def act_status(self, _: bytes, code: str) -> None:
+        self.send_response(int(code))
+        self.send_header("Location", "/elsewhere")
+        self.send_header("Set-Cookie", "colour=blue")
+        self.send_header("Set-Cookie", "size=small")
+        self.end_headers()
+
+    def act_sicken(self, _: bytes) -> None:
+        Handler.healthy = False
+        self.reply(b"")
+
+    def act_die(self, _: bytes) -> None:
+        os._exit(3)
+
+    def act_half(self, _: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "100")
+        self.end_headers()
+        self.wfile.write(b"only this")
+        wait_for("half-read")
+        os._exit(3)
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        pieces = b""
+        while size := int(self.rfile.readline(), 16):
+            pieces += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return pieces
+
+    def reply(self, body: bytes, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128
+
+
+print("a pod of its own", flush=True)
+if gate := os.environ.get("GATE"):
+    wait_for(gate)
+Server(("127.0.0.1", int(os.environ["PORT"])), Handler).serve_forever()

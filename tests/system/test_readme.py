@@ -1,0 +1,73 @@
+"""The README is true: its settings are the code's, and a newcomer who follows it gets what it promises."""
+
+import dataclasses
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from function.settings import FunctionSettings
+from tests.support import BIN, ROOT, clean_environment, free_port, request, running, wait_until
+from weights_cache.settings import WeightsSettings
+
+README = (ROOT / "README.md").read_text()
+
+
+def rows(settings: type[Any]) -> list[str]:
+    """The table's rows for a settings class."""
+    made = []
+    for field in dataclasses.fields(settings):
+        default = "required" if field.default is dataclasses.MISSING else "" if field.default is None else f"`{field.default}`"
+        made.append(f"| `{field.metadata['env']}` | {default} | {field.metadata['text']} |".replace("|  |", "| |"))
+    return made
+
+
+def test_the_settings_table_is_the_codes() -> None:
+    table = [line for line in README.splitlines() if re.match(r"\| `(PORT|FUNCTION_\w+|WEIGHTS_\w+)` \|", line)]
+    assert table == rows(FunctionSettings) + rows(WeightsSettings)
+
+
+def test_every_target_that_the_readme_names_is_in_the_makefile() -> None:
+    named = set(re.findall(r"`make (\w+)", README))
+    assert named
+    assert named <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def block(marker: str) -> str:
+    """The code block that follows `<!-- marker -->`."""
+    found = re.search(rf"<!-- {re.escape(marker)} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+    assert found, f"the README has no block {marker!r}"
+    return found[1]
+
+
+@pytest.fixture
+def newcomer(tmp_path: Path) -> Path:
+    """A folder with the files that the README tells to write."""
+    for name in ("my_model.py", "save.py", "my_model.yaml"):
+        (tmp_path / name).write_text(block(f"file: {name}"))
+    return tmp_path
+
+
+def test_a_model_brought_as_the_readme_says_answers(newcomer: Path) -> None:
+    port, admin = free_port(), free_port()
+    commands = block("run").replace("source .venv/bin/activate\n", "")
+    script = f"set -e\nPATH={BIN}:$PATH\ncd {newcomer}\n{commands.strip()} --port {port} --admin-port {admin}\n"
+    with running(["bash", "-c", script], newcomer / "log", clean_environment(), port) as server:
+        wait_until("the platform", lambda: server.process.poll() is not None or request(admin, "GET", "/api/status").status == 200)
+        assert server.process.poll() is None, server.said()
+        reply = request(port, "POST", "/v1/models/linear:predict", {"instances": [[1, 1], [0, 2]]})
+        assert (reply.status, reply.json()) == (200, {"predictions": [6.0, 7.0]})
+        refused = request(port, "POST", "/", {"instances": [["one", 2]]})
+        assert (refused.status, refused.json()["error"]["type"]) == (400, "bad_input")
+        refused = request(port, "POST", "/", {"instances": [[1, 2, 3]]})
+        assert refused.json()["error"]["message"] == "each instance must have 2 numbers"
+
+
+def test_the_overlays_render() -> None:
+    for overlay in ("default", "local"):
+        rendered = subprocess.run(
+            [BIN / "kubectl", "kustomize", ROOT / "knative/manifests/overlays" / overlay], capture_output=True, text=True, check=True
+        )
+        assert "kind: Service" in rendered.stdout
