@@ -33,7 +33,7 @@ $(VENV)/installed: pyproject.toml $(VENV)/torch
 	@touch $@
 
 $(VENV)/torch: FORCE
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 FORCE:
 

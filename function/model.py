@@ -18,6 +18,7 @@ from typing import Any
 from function.agent import InferenceAgent, load_agent
 from function.errors import AgentFailed, FunctionError, TimedOut, Unavailable
 from function.settings import FunctionSettings
+from weights_cache.errors import WeightsError
 from weights_cache.reader import Weights
 
 log = logging.getLogger("relight.function")
@@ -100,6 +101,10 @@ class Model:
     def _run(self) -> None:
         try:
             agent = self._bring_up()
+        except WeightsError as error:
+            log.error("%s", error)  # says itself what is wrong and where
+            self._on_failure()
+            return
         except BaseException:
             log.exception("the agent %s could not be brought up", self._settings.agent)
             self._on_failure()

@@ -11,6 +11,7 @@ import mmap
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -38,6 +39,20 @@ def unique(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
+@contextmanager
+def _explained(path: Path, size: int) -> Iterator[None]:
+    """Turn what the system says while `path` is made with `size` bytes into a CacheError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = os.statvfs(path.parent)
+            raise CacheError(
+                f"no room for {path.name} in {path.parent}: {size:,} bytes needed, {free.f_bavail * free.f_frsize:,} free"
+            ) from error
+        raise CacheError(f"{path.parent}: {error.strerror or error}; the cache must be a directory this user may write to") from error
+
+
 class Blob:
     """A blob by name: whether and how far it is there. Opens nothing by itself."""
 
@@ -58,25 +73,16 @@ class Blob:
         """
         if self.is_complete() or self.part.exists():
             return
-        draft = unique(self.part)
-        try:
-            with draft.open("wb") as file:
-                if size:
-                    os.posix_fallocate(file.fileno(), 0, size)
-            os.link(draft, self.part)  # unlike a rename it never takes the place of a neighbour's part
-        except FileExistsError:
-            pass
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                free = os.statvfs(self.path.parent)
-                raise CacheError(
-                    f"no room for {self.path.name} in {self.path.parent}: {size:,} bytes needed, {free.f_bavail * free.f_frsize:,} free"
-                ) from error
-            raise CacheError(
-                f"{self.path.parent}: {error.strerror or error}; the cache must be a directory this user may write to"
-            ) from error
-        finally:
-            draft.unlink(missing_ok=True)
+        with _explained(self.path, size):
+            draft = unique(self.part)
+            try:
+                with draft.open("wb") as file:
+                    if size:
+                        os.posix_fallocate(file.fileno(), 0, size)
+                with suppress(FileExistsError):  # unlike a rename, a link never takes the place of a neighbour's part
+                    os.link(draft, self.part)
+            finally:
+                draft.unlink(missing_ok=True)
 
 
 class ChunkMap:
@@ -88,16 +94,20 @@ class ChunkMap:
         self._map = mmap.mmap(fd, _STATE_HEADER_BYTES + self.chunks, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
 
     @classmethod
-    def open(cls, blob: Blob, size: int) -> "ChunkMap | None":
-        """The map of a part that somebody fills, to read; None if nobody has begun since the machine started."""
+    def open(cls, blob: Blob, part: os.stat_result | None = None) -> "ChunkMap | None":
+        """The map of a part that somebody fills, to read; None if nobody has begun since the machine started, or all is done.
+
+        part: the very file the map must be of, if the caller has opened one.
+        """
         try:
+            part = part or blob.part.stat()
             with blob.state.open("rb") as file:
-                if os.fstat(file.fileno()).st_size != _state_bytes(size):
+                if os.fstat(file.fileno()).st_size != _state_bytes(part.st_size):
                     return None
-                chunks = cls(file.fileno(), size)
-            return chunks if chunks._header() == _header_of(blob.part.stat()) else None
+                chunks = cls(file.fileno(), part.st_size)
         except FileNotFoundError:
             return None
+        return chunks if chunks._header() == _header_of(part) else None
 
     @classmethod
     def open_for_writing(cls, blob: Blob, size: int, part_fd: int) -> "ChunkMap":
@@ -106,12 +116,14 @@ class ChunkMap:
         The map is this part's if it names its inode and the machine has not restarted since: after a power cut, data may not have
         reached the disk although the map did.
         """
-        fd = os.open(blob.state, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            os.ftruncate(fd, _state_bytes(size))
-            chunks = cls(fd, size, writable=True)
-        finally:
-            os.close(fd)
+        with _explained(blob.state, _state_bytes(size)):
+            fd = os.open(blob.state, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                os.ftruncate(fd, _state_bytes(size))
+                os.posix_fallocate(fd, 0, _state_bytes(size))
+                chunks = cls(fd, size, writable=True)
+            finally:
+                os.close(fd)
         header = _header_of(os.fstat(part_fd))
         if chunks._header() != header:
             chunks._map[:] = header + bytes(chunks.chunks)
@@ -177,6 +189,9 @@ class BlobWriter:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The name may have moved on while we opened it: the lock counts only if it is on what the name stands for.
             if os.fstat(fd).st_ino != os.stat(blob.part).st_ino:  # noqa: PTH116  the same call for both
+                raise FileNotFoundError
+            if blob.is_complete():  # published between our look and our reserve: what we hold is a second part, which nobody needs
+                blob.part.unlink()
                 raise FileNotFoundError
             if os.fstat(fd).st_size != size:
                 raise CacheError(f"{blob.part} has {os.fstat(fd).st_size} bytes, expected {size}; remove it")

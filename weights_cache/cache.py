@@ -12,6 +12,7 @@ What is published appears by rename, so a reader sees all of it or nothing.
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -60,6 +61,7 @@ class NodeCache:
     def create(self) -> None:
         """Make the directory if it is not there. Raises CacheError if it holds another layout or cannot be written."""
         try:
+            self.check_format()
             for folder in ("refs", "blobs", "snapshots"):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
             if not (self.root / "FORMAT").exists():
@@ -68,12 +70,11 @@ class NodeCache:
             raise CacheError(
                 f"cache directory {self.root}: {error.strerror or error}; it must be a directory this user may write to"
             ) from error
-        self.check_format()
 
     def check_format(self) -> None:
         """Raise CacheError if the directory was laid out by another version of Relight."""
         try:
-            found = (self.root / "FORMAT").read_text().strip()
+            found = (self.root / "FORMAT").read_text(errors="replace").strip()
         except FileNotFoundError:
             return  # nothing there yet
         if found != FORMAT:
@@ -86,15 +87,20 @@ class NodeCache:
         """What `uri` stands for, or None if no sidecar has pinned it yet."""
         try:
             found = json.loads(self._ref_path(uri).read_text())
-            return Ref(uri, found["snapshot"], found["checked"])
+            if re.fullmatch("[0-9a-f]{32}", found["snapshot"]):
+                return Ref(uri, found["snapshot"], found["checked"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
-            return None  # a damaged ref is as good as none: the sidecar writes it anew
+            pass
+        return None  # a damaged ref is as good as none: the sidecar writes it anew
 
     def set_ref(self, uri: str, snapshot: str) -> None:
         """Let `uri` stand for `snapshot` from now on."""
-        _write(self._ref_path(uri), json.dumps({"uri": uri, "snapshot": snapshot, "checked": time.time()}))
+        try:
+            _write(self._ref_path(uri), json.dumps({"uri": uri, "snapshot": snapshot, "checked": time.time()}))
+        except OSError as error:
+            raise CacheError(f"cache directory {self.root}: {error.strerror or error}") from error
 
     def _ref_path(self, uri: str) -> Path:
         return self.root / "refs" / hashlib.sha256(uri.encode()).hexdigest()
@@ -148,8 +154,11 @@ class NodeCache:
 def check_path(path: str) -> None:
     """Raise CacheError unless `path` is a plain relative path that stays below the snapshot's directory."""
     parts = path.split("/")
-    if path.startswith("/") or "\0" in path or any(part in ("", ".", "..") for part in parts):
-        raise CacheError(f"object key {path!r} cannot be a file below the snapshot: empty, '.' and '..' parts are not allowed")
+    is_text = not any("\ud800" <= letter <= "\udfff" for letter in path)  # lone surrogates stand for bytes that are no UTF-8
+    if not is_text or "\0" in path or any(part in ("", ".", "..") for part in parts):
+        raise CacheError(
+            f"object key {path!r} cannot be a file below the snapshot: empty, '.' and '..' parts, NUL and invalid Unicode are not allowed"
+        )
     if any(len(os.fsencode(part)) > 255 for part in parts) or len(os.fsencode(path)) > 1024:
         raise CacheError(f"object key {path[:80]!r}… is too long for a file name (255 bytes a part, 1024 in all)")
 
@@ -164,5 +173,8 @@ def _links(folder: Path) -> Iterator[Path]:
 def _write(path: Path, text: str) -> None:
     """Replace `path` in one step, so that nobody ever reads half of it."""
     draft = unique(path)
-    draft.write_text(text)
-    draft.replace(path)
+    try:
+        draft.write_text(text)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -52,7 +52,9 @@ class Puller:
         """
         pinned = self._store.uri.snapshot
         if pinned and self._cache.is_complete(pinned):
-            return self._fetch_nothing(pinned)
+            self._cache.set_ref(self._uri, pinned)
+            self.use_cached(pinned)
+            return pinned
         for attempt in range(RELISTINGS):
             files = self._store.list()
             found = snapshot_id(self._store.namespace, files)
@@ -73,12 +75,11 @@ class Puller:
         self._stopped = True
         self._abort.set()
 
-    def _fetch_nothing(self, snapshot: str) -> str:
+    def use_cached(self, snapshot: str) -> None:
+        """Let `progress` tell of a snapshot that is complete in the cache, without asking the store."""
         sizes = [blob.path.stat().st_size for blob in self._cache.snapshot_blobs(snapshot).values()]
-        self._cache.set_ref(self._uri, snapshot)
         self.progress.snapshot, self.progress.total_bytes = snapshot, sum(sizes)
         self.progress.bytes_there = lambda: self.progress.total_bytes
-        return snapshot
 
     def _fetch(self, files: Sequence[FileRef]) -> str:
         snapshot = self._cache.pin(self._uri, files, self._store.namespace)
@@ -92,7 +93,7 @@ class Puller:
             for file, blob in wanted:
                 if blob.is_complete():
                     there += file.size
-                elif chunks := maps.get(file.path) or ChunkMap.open(blob, file.size):
+                elif chunks := maps.get(file.path) or ChunkMap.open(blob):
                     there += maps.setdefault(file.path, chunks).bytes_there()
             return there
 

@@ -44,7 +44,8 @@ class _File:
         self._blob = blob
         fd = self._open()
         try:
-            self.size = os.fstat(fd).st_size
+            self._stat = os.fstat(fd)
+            self.size = self._stat.st_size
             # An empty file cannot be mapped.
             self.mapping: mmap.mmap | None = mmap.mmap(fd, self.size, access=mmap.ACCESS_COPY) if self.size else None
         finally:
@@ -58,14 +59,26 @@ class _File:
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 continue
-        raise WeightsError(f"{self.path} has vanished from the cache ({self._blob.path}); the sidecar must fetch it anew")
+        raise self._vanished()
+
+    def _vanished(self) -> WeightsError:
+        return WeightsError(f"{self.path} has vanished from the cache ({self._blob.path}); the sidecar must fetch it anew")
 
     def has(self, start: int, stop: int) -> bool:
-        """Whether those bytes are there."""
+        """Whether those bytes are there. Raises WeightsError if the part was thrown away, and another one published in its place."""
         if not self._complete:
-            self._chunks = self._chunks or ChunkMap.open(self._blob, self.size)
-            self._complete = self._chunks.has_range(0, self.size) if self._chunks else self._blob.is_complete()
+            self._chunks = self._chunks or ChunkMap.open(self._blob, self._stat)
+            self._complete = bool(self._chunks and self._chunks.has_range(0, self.size)) or self._is_published()
         return self._complete or (self._chunks is not None and self._chunks.has_range(start, stop))
+
+    def _is_published(self) -> bool:
+        try:
+            published = self._blob.path.stat()
+        except FileNotFoundError:
+            return False
+        if not os.path.samestat(published, self._stat):
+            raise self._vanished()
+        return True
 
     def bytes_there(self) -> int:
         """How many of its bytes are there."""
@@ -191,10 +204,11 @@ class Weights(Mapping[str, "Tensor"]):
                 return bool(self._snapshot)
             self._cache.check_format()
             ref = self._cache.ref(self._uri)
-            if not ref:
+            blobs = self._cache.snapshot_blobs(ref.snapshot) if ref else {}
+            if not ref or not blobs:
                 self._source = "store"
                 return False
-            files = {path: _File(path, blob) for path, blob in self._cache.snapshot_blobs(ref.snapshot).items()}
+            files = {path: _File(path, blob) for path, blob in blobs.items()}
             if not all(file.has(0, file.size) for file in files.values()):
                 self._source = "store"
             self._files, self._snapshot = files, ref.snapshot

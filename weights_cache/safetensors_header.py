@@ -15,6 +15,8 @@ from weights_cache.errors import HeaderError
 MAX_HEADER_BYTES = 100_000_000  # the format's own cap
 LENGTH_BYTES = 8
 
+_LIMIT = 1 << 63  # JSON's numbers have none, those of a file and of torch do
+
 DTYPE_BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -75,14 +77,18 @@ def _tensor(name: str, entry: Any, base: int, file: str) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise HeaderError(f"{where} has dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
-        raise HeaderError(f"{where} has shape {shape!r}; it must be a list of whole numbers")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-        raise HeaderError(f"{where} has data_offsets {offsets!r}; they must be two whole numbers")
+    if not isinstance(shape, list) or not all(_is_count(n) for n in shape) or math.prod(max(n, 1) for n in shape) >= _LIMIT:
+        raise HeaderError(f"{where} has shape {shape!r}; it must be a list of whole numbers, with a product below 2^63")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
+        raise HeaderError(f"{where} has data_offsets {offsets!r}; they must be two whole numbers below 2^63")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or offsets[1] - offsets[0] != bits // 8:
         raise HeaderError(f"{where}: {dtype} {shape} takes {bits / 8:g} bytes, its offsets {offsets} span {offsets[1] - offsets[0]}")
     return TensorInfo(name, dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _LIMIT
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

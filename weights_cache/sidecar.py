@@ -6,6 +6,7 @@ there for a function that already serves.
 
 import json
 import logging
+import os
 import random
 import signal
 import threading
@@ -46,7 +47,7 @@ class Sidecar:
                 self._pull()
             except WeightsError as error:
                 self._phase, self._error = "failed", str(error)
-                if self._usable_offline(error):
+                if self._use_cached(error):
                     self._phase, self.ready = "complete", True
                     log.warning("%s; the complete snapshot in the cache is used", error)
                 else:
@@ -84,9 +85,13 @@ class Sidecar:
             self._seconds,
         )
 
-    def _usable_offline(self, error: WeightsError) -> bool:
+    def _use_cached(self, error: WeightsError) -> bool:
+        """Whether the store is only out of reach, and the cache complete without it."""
         ref = self.cache.ref(str(self.settings.uri))
-        return isinstance(error, StoreUnavailable) and ref is not None and self.cache.is_complete(ref.snapshot)
+        if not (isinstance(error, StoreUnavailable) and self._puller and ref and self.cache.is_complete(ref.snapshot)):
+            return False
+        self._puller.use_cached(ref.snapshot)
+        return True
 
     def snapshots(self) -> dict[str, Any]:
         """The document of `/v1/snapshots`."""
@@ -185,5 +190,9 @@ def serve(settings: WeightsSettings) -> int:
     server.serve_forever(poll_interval=0.1)
     sidecar.stop()
     server.server_close()
-    pulling.join(2)  # a part that is being filled stays for the next sidecar
+    pulling.join(2)
+    if pulling.is_alive():
+        # It is in the middle of a read from a store that stalls. Nothing interrupts that, and the interpreter would wait for it;
+        # what is in the cache by now stays there for the next sidecar.
+        os._exit(0)
     return 0

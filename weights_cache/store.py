@@ -120,10 +120,10 @@ class Store:
         except known.NoCredentialsError as error:
             remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the pod a role"
             raise StoreError(f"cannot {what} {place} at {endpoint}: no credentials; {remedy}") from error
-        except (known.HTTPClientError, known.IncompleteReadError, OSError) as error:
+        except (known.HTTPClientError, known.ConnectionError, known.IncompleteReadError, OSError) as error:
             raise StoreUnavailable(f"cannot {what} {place} at {endpoint}: {error}") from error
-        except known.BotoCoreError as error:
-            raise StoreError(f"cannot {what} {place} at {endpoint}: {error}") from error
+        except (known.BotoCoreError, ValueError) as error:  # ValueError: the endpoint is no URL
+            raise StoreError(f"cannot {what} {place} at {endpoint}: {' '.join(str(error).split())}") from error
         except Exception as error:
             # upload_file wraps the refusal, and reads of a body leak urllib3's errors; both belong to this call alone.
             if isinstance(cause := error.__context__, known.ClientError):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
+from yarl import URL
 
 from knative.local.errors import BadGateway, PodUnreached, RequestError, TooSlow
 from knative.local.pod import Pod
@@ -58,8 +59,8 @@ class Activator:
         return error_response(error)
 
     def _revision(self, host: str) -> Revision:
-        """`<service>.<namespace>.localhost` names a Service."""
-        labels = host.partition(":")[0].split(".")
+        """`<service>.<namespace>.localhost` names a Service, in letters of any case."""
+        labels = host.lower().partition(":")[0].split(".")
         if len(labels) == 3 and labels[2] == "localhost":
             return self._revisions.get((labels[1], labels[0]), self._default)
         return self._default
@@ -82,14 +83,16 @@ async def _hand_over(request: web.BaseRequest, pod: Pod, response: list[web.Stre
     headers["X-Forwarded-Proto"] = request.scheme
     if headers.popall("Expect", None):
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    sent = asyncio.Event()
     try:
         async with pod.connections.request(
             request.method,
-            pod.address + request.raw_path,
+            _target(request, pod),
             headers=headers,
             data=request.content if request.body_exists else None,
             skip_auto_headers=_AUTOMATIC,
             allow_redirects=False,
+            trace_request_ctx=sent,
         ) as reply:
             answer = web.StreamResponse(status=reply.status, reason=reply.reason, headers=_end_to_end(reply.headers))
             await answer.prepare(request)
@@ -98,10 +101,20 @@ async def _hand_over(request: web.BaseRequest, pod: Pod, response: list[web.Stre
                 await answer.write(piece)
             await answer.write_eof()
             return answer
-    except aiohttp.ClientConnectorError as error:
-        raise PodUnreached(str(error)) from error
     except (aiohttp.ClientError, ConnectionError) as error:
+        # It may have been sent over a connection that then broke, and aiohttp have found no other: that is no case for another pod.
+        if isinstance(error, aiohttp.ClientConnectorError) and not sent.is_set():
+            raise PodUnreached(str(error)) from error
         raise BadGateway(f"{pod.name} ended the connection before it had answered: {error or type(error).__name__}") from error
+
+
+def _target(request: web.BaseRequest, pod: Pod) -> URL:
+    """The request's target at the pod, as it was sent: what it means to decode or shorten a path is for the function to say."""
+    target = request.raw_path
+    if not target.startswith("/"):
+        whole = URL(target, encoded=True)  # from a client that takes us for its proxy; else it is the `*` of OPTIONS
+        target = whole.raw_path_qs if whole.absolute else "/"
+    return URL(pod.address + target, encoded=True)
 
 
 def _end_to_end(headers: Mapping[str, str]) -> CIMultiDict[str]:

@@ -8,11 +8,13 @@ import click
 from knative.local.errors import PlatformError
 from knative.local.manifest import read_files
 
+MAX_PORT = 65535
+
 
 @click.command()
 @click.argument("manifests", nargs=-1, required=True, type=click.Path(allow_dash=True, path_type=Path))
-@click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535), help="Where all Services answer.")
-@click.option("--admin-port", type=click.IntRange(1, 65535), help="Where the platform tells its state. [default: port + 1]")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(1, MAX_PORT), help="Where all Services answer.")
+@click.option("--admin-port", type=click.IntRange(1, MAX_PORT), help="Where the platform tells its state. [default: port + 1]")
 @click.option(
     "--state-dir", default=Path(".relight"), show_default=True, type=click.Path(path_type=Path), help="Volumes, logs, node cache."
 )
@@ -28,6 +30,8 @@ def run(
 
     try:
         found = read_files(manifests)
+        if port == MAX_PORT and not admin_port:
+            raise PlatformError(f"--admin-port: must be named with --port {port}, after which there is none")
         settings = PlatformSettings(port, admin_port or port + 1, state_dir, default_service, [Seed.parse(text) for text in seeds])
 
         async def main() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ class Seed:
     def parse(cls, text: str) -> "Seed":
         """From `DIR=s3://bucket/prefix`. Raises PlatformError."""
         directory, separator, uri = text.rpartition("=")
-        if not separator or not uri.startswith("s3://"):
+        if not separator or not re.match("s3://[^/]", uri):
             raise PlatformError(f"--seed {text!r}: must be DIR=s3://bucket/prefix")
         if not Path(directory).is_dir():
             raise PlatformError(f"--seed {text!r}: there is no directory {directory!r}")

@@ -9,7 +9,9 @@ class ManifestError(PlatformError):
     """A manifest cannot be used; says in which file and where, what was found and what is allowed."""
 
     def __init__(self, file: str, where: str, message: str) -> None:
-        super().__init__(f"{file}: {where}: {message}" if where else f"{file}: {message}")
+        text = f"{file}: {where}: {message}" if where else f"{file}: {message}"
+        # A name from a manifest may hold anything, and the message is to stay one line.
+        super().__init__("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text))
 
 
 class RequestError(PlatformError):

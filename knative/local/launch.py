@@ -75,6 +75,13 @@ class Places:
         return self.pod(pod) / "volumes" / name
 
 
+def check_references(manifests: Manifests) -> None:
+    """Raises ManifestError for a reference to a ConfigMap or Secret that is not there."""
+    for service in manifests.services:
+        for container in service.spec.containers:
+            _declared_env(service, container, manifests)
+
+
 def plan_pod(
     service: Service,
     *,
@@ -110,7 +117,7 @@ def plan_pod(
         env |= {"K_SERVICE": service.name, "K_CONFIGURATION": service.name, "K_REVISION": revision}
         here = _rewriter(mounts, addresses)
         env = {name: here(value) for name, value in env.items()}
-        argv = tuple(here(_expand(word, env)) for word in (*container.command, *container.args))
+        argv = tuple(_expand(here(word), env) for word in (*container.command, *container.args))
         processes.append(
             Process(
                 container=container.name,
@@ -128,11 +135,17 @@ def plan_pod(
 
 
 def _own_ports(container: Container) -> set[int]:
-    """Ports that the container opens beside its declared one: those its probes ask, and those that our own programs are told to open."""
+    """Ports that a variable tells the container to open: those that its probes ask, and those of our own programs.
+
+    A port that is probed and named by no variable is fixed in the program, and cannot be moved.
+    """
     probes = (container.liveness_probe, container.readiness_probe, container.startup_probe)
-    asked = [probe.http_get or probe.tcp_socket for probe in probes if probe]
-    told = {int(variable.value) for variable in container.env if variable.name in _PORT_SETTINGS and variable.value.isdigit()}
-    return told | {target.port for target in asked if target and target.port}
+    targets = [probe.http_get or probe.tcp_socket for probe in probes if probe]
+    asked = {target.port for target in targets if target}
+    told = [
+        (variable.name, int(variable.value)) for variable in container.env if variable.name.endswith("_PORT") and variable.value.isdigit()
+    ]
+    return {port for name, port in told if name in _PORT_SETTINGS or port in asked}
 
 
 def _declared_env(service: Service, container: Container, manifests: Manifests) -> dict[str, str]:
@@ -170,14 +183,8 @@ def _missing(service: Service, container: Container, what: str) -> ManifestError
 
 
 def _expand(text: str, env: Mapping[str, str]) -> str:
-    """Kubernetes' `$(NAME)`; `$$(NAME)` stays as `$(NAME)`, and so does a name that is not set."""
-
-    def value(match: re.Match[str]) -> str:
-        if match[0].startswith("$$"):
-            return match[0][1:]
-        return env.get(match[1], match[0])
-
-    return re.sub(r"\$?\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)", value, text)
+    """Kubernetes' `$(NAME)`; a name that is not set stays as it is, and `$$` is one `$`, also before a bracket."""
+    return re.sub(r"\$\$|\$\(([^)]*)\)", lambda match: "$" if match[0] == "$$" else env.get(match[1], match[0]), text)
 
 
 def _rewriter(mounts: Mapping[str, Path], addresses: Mapping[str, str]) -> Callable[[str], str]:
@@ -213,10 +220,11 @@ def _readiness(container: Container, *, is_main: bool, declared: int, ports: Map
 
 def _probe(spec: ProbeSpec, declared: int, ports: Mapping[int, int], *, every_s: float) -> Probe:
     target = spec.http_get or spec.tcp_socket
+    port = (target and target.port) or declared
     return Probe(
-        port=ports[(target and target.port) or declared],
+        port=ports.get(port, port),
         path=spec.http_get.path if spec.http_get else None,
-        headers={header["name"]: header["value"] for header in spec.http_get.http_headers} if spec.http_get else {},
+        headers={header.name: header.value for header in spec.http_get.http_headers} if spec.http_get else {},
         period_s=spec.period_seconds or every_s,
         timeout_s=spec.timeout_seconds,
         failures=spec.failure_threshold,

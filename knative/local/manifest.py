@@ -6,22 +6,27 @@ no Knative Service has is an error, because in a manifest a misspelt name is a s
 
 import base64
 import binascii
+import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
-from knative.autoscaler import ScaleSpec, SpecError
+from knative.autoscaler import Autoscaler, ScaleSpec, SpecError
 from knative.local.errors import ManifestError
 
 M = TypeVar("M", bound=BaseModel)
+# As Kubernetes has them; here they become parts of host names and of paths too.
+Label = Annotated[str, Field(pattern="^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+Subdomain = Annotated[str, Field(pattern="^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$", max_length=253)]
 
 SERVING = "serving.knative.dev/v1"
+AUTOSCALER_CONFIG = "config-autoscaler"
 # Of use to a cluster only; they may stand in the same file.
 _LEFT_ALONE = {"Namespace", "NetworkPolicy", "PersistentVolumeClaim", "ServiceAccount"}
 
@@ -33,10 +38,16 @@ class _Strict(BaseModel):
 class Metadata(_Strict):
     """`metadata`, of an object or a template."""
 
-    name: str = ""
-    namespace: str = "default"
+    name: Subdomain = ""
+    namespace: Label = "default"
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
+
+
+class ServiceMetadata(Metadata):
+    """`metadata` of a Service, whose name is part of a host name."""
+
+    name: Label
 
 
 class KeyRef(_Strict):
@@ -57,7 +68,7 @@ class EnvSource(_Strict):
 class EnvVar(_Strict):
     """One item of `env`."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(pattern="^[^=]+$")
     value: str = ""
     value_from: EnvSource | None = None
 
@@ -85,6 +96,13 @@ class ContainerPort(_Strict):
     protocol: Literal["TCP"] = "TCP"
 
 
+class HttpHeader(_Strict):
+    """A header that a probe sends."""
+
+    name: str
+    value: str
+
+
 class HttpGet(_Strict):
     """An HTTP probe; without a port it asks the container's own."""
 
@@ -92,7 +110,7 @@ class HttpGet(_Strict):
     port: int | None = Field(None, ge=0, le=65535)
     host: str | None = None
     scheme: Literal["HTTP"] = "HTTP"
-    http_headers: list[dict[str, str]] = []
+    http_headers: list[HttpHeader] = []
 
 
 class TcpSocket(_Strict):
@@ -126,7 +144,7 @@ class VolumeMount(_Strict):
 class Container(_Strict):
     """A container, of which one machine needs the command, its environment, its ports, probes and mounts."""
 
-    name: str = "user-container"
+    name: Label = "user-container"
     image: str = ""
     image_pull_policy: str = ""
     command: list[str] = []
@@ -146,14 +164,14 @@ class Container(_Strict):
 class ClaimSource(_Strict):
     """A persistent volume claim."""
 
-    claim_name: str
+    claim_name: Subdomain
     read_only: bool = False
 
 
 class Volume(_Strict):
     """A volume: lives as long as the pod (emptyDir) or outlives it (persistentVolumeClaim)."""
 
-    name: str
+    name: Label
     empty_dir: dict[str, Any] | None = None
     persistent_volume_claim: ClaimSource | None = None
 
@@ -195,18 +213,21 @@ class ServiceSpec(_Strict):
 class _ServiceObject(_Strict):
     api_version: Literal["serving.knative.dev/v1"]
     kind: Literal["Service"]
-    metadata: Metadata
+    metadata: ServiceMetadata
     spec: ServiceSpec
 
 
-class _DataObject(_Strict):
+class _ConfigMap(_Strict):
     api_version: Literal["v1"]
     kind: str
     metadata: Metadata
     data: dict[str, str] = {}
+    immutable: bool = False
+
+
+class _Secret(_ConfigMap):
     string_data: dict[str, str] = {}
     type: str = ""
-    immutable: bool = False
 
 
 @dataclass(frozen=True)
@@ -261,7 +282,7 @@ def read_manifests(sources: Sequence[tuple[str, str]]) -> Manifests:
             if document is None:
                 continue
             where = f"document {number}"
-            if not isinstance(document, dict) or not {"apiVersion", "kind"} <= document.keys():
+            if not isinstance(document, dict) or not all(isinstance(document.get(field), str) for field in ("apiVersion", "kind")):
                 raise ManifestError(file, where, "found no object with apiVersion and kind")
             kind, metadata = document["kind"], document.get("metadata")
             name = metadata.get("name", "") if isinstance(metadata, dict) else ""
@@ -270,13 +291,14 @@ def read_manifests(sources: Sequence[tuple[str, str]]) -> Manifests:
                 raise ManifestError(file, where, "metadata.name: found none; each object needs a name")
             if kind == "Service" and document["apiVersion"] == SERVING:
                 pending.append((file, where, _parse(_ServiceObject, document, file, where)))
-            elif kind in ("ConfigMap", "Secret"):
-                held = _parse(_DataObject, document, file, where)
-                key = held.metadata.namespace, held.metadata.name
-                if kind == "ConfigMap":
-                    manifests.config_maps[key] = held.data
-                else:
-                    manifests.secrets[key] = _decoded(held, file, where)
+            elif kind == "ConfigMap":
+                config_map = _parse(_ConfigMap, document, file, where)
+                if name == AUTOSCALER_CONFIG:
+                    _scale(file, f"{where}: data", {}, 0, config_map.data)
+                manifests.config_maps[config_map.metadata.namespace, name] = config_map.data
+            elif kind == "Secret":
+                secret = _parse(_Secret, document, file, where)
+                manifests.secrets[secret.metadata.namespace, name] = _decoded(secret, file, where)
             elif kind not in _LEFT_ALONE:
                 raise ManifestError(
                     file,
@@ -284,7 +306,7 @@ def read_manifests(sources: Sequence[tuple[str, str]]) -> Manifests:
                     f"found {document['apiVersion']} {kind}; allowed are {SERVING} Service, v1 ConfigMap and Secret"
                     f" (and, without effect here, {', '.join(sorted(_LEFT_ALONE))})",
                 )
-    autoscaler_config = next((data for (_, name), data in manifests.config_maps.items() if name == "config-autoscaler"), {})
+    autoscaler_config = next((data for (_, name), data in manifests.config_maps.items() if name == AUTOSCALER_CONFIG), {})
     for file, where, item in pending:
         manifests.services.append(_service(file, where, item, autoscaler_config))
     if not manifests.services:
@@ -307,9 +329,14 @@ def read_files(paths: Sequence[Path]) -> Manifests:
 def _documents(file: str, text: str) -> list[Any]:
     try:
         return list(yaml.safe_load_all(text))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise ManifestError(file, f"line {mark.line + 1}" if mark else "", f"not YAML: {getattr(error, 'problem', error)}") from error
+    except yaml.MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ManifestError(file, where, f"not YAML: {error.problem}") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ManifestError(file, f"line {line}", f"not YAML: {error.reason}") from error
+    except ValueError as error:  # e.g. 2026-13-45, which has the form of a date
+        raise ManifestError(file, "", f"not YAML: {error}") from error
 
 
 def _parse(model: type[M], document: dict[str, Any], file: str, where: str) -> M:
@@ -319,9 +346,22 @@ def _parse(model: type[M], document: dict[str, Any], file: str, where: str) -> M
         first = error.errors()[0]
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
         found = first["input"]
-        said = "no such field" if first["type"] == "extra_forbidden" else first["msg"]
-        shown = "" if first["type"] in ("missing",) or isinstance(found, dict | list) else f" (found {found!r})"
-        raise ManifestError(file, f"{where}: {path}", said + shown) from error
+        if first["type"] == "extra_forbidden":
+            raise ManifestError(file, f"{where}: {path}", _no_such_field(model, first["loc"])) from error
+        shown = "" if first["type"] == "missing" or isinstance(found, dict | list) else f" (found {found!r})"
+        raise ManifestError(file, f"{where}: {path}", first["msg"] + shown) from error
+
+
+def _no_such_field(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
+    """What is said of the unknown field at the end of `path` in `model`: which one may be meant, or which there are."""
+    for part in path[:-1]:
+        if isinstance(part, str):  # a number is a place in a list
+            kind = next(field.annotation for field in model.model_fields.values() if field.alias == part)
+            # The model in `X`, `X | None` or `list[X]`.
+            model = next(item for item in (kind, *get_args(kind)) if isinstance(item, type) and issubclass(item, BaseModel))
+    known = sorted(str(field.alias) for field in model.model_fields.values())
+    close = difflib.get_close_matches(str(path[-1]), known, n=1)
+    return "there is no such field; " + (f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}")
 
 
 def _service(file: str, where: str, item: _ServiceObject, autoscaler_config: Mapping[str, str]) -> Service:
@@ -350,18 +390,24 @@ def _service(file: str, where: str, item: _ServiceObject, autoscaler_config: Map
         if volume.empty_dir is None and volume.persistent_volume_claim is None:
             raise ManifestError(file, f"{at}.volumes[{index}]", "allowed are emptyDir and persistentVolumeClaim")
     annotations = item.spec.template.metadata.annotations
-    try:
-        scale = ScaleSpec.parse(annotations, spec.container_concurrency, autoscaler_config)
-    except SpecError as error:
-        raise ManifestError(file, f"{where}: spec.template.metadata.annotations", str(error)) from error
+    scale = _scale(file, f"{where}: spec.template.metadata.annotations", annotations, spec.container_concurrency, autoscaler_config)
     return Service(file, item.metadata, spec, annotations, scale)
 
 
-def _decoded(item: _DataObject, file: str, where: str) -> Mapping[str, str]:
+def _scale(file: str, where: str, annotations: Mapping[str, str], container_concurrency: int, config: Mapping[str, str]) -> ScaleSpec:
+    try:
+        scale = ScaleSpec.parse(annotations, container_concurrency, config)
+        Autoscaler(scale, ready=0, now=0.0)  # takes one class of autoscaler only
+    except SpecError as error:
+        raise ManifestError(file, where, str(error)) from error
+    return scale
+
+
+def _decoded(item: _Secret, file: str, where: str) -> Mapping[str, str]:
     decoded = {}
     for key, value in item.data.items():
         try:
-            decoded[key] = base64.b64decode(value, validate=True).decode()
+            decoded[key] = base64.b64decode("".join(value.split()), validate=True).decode()
         except (binascii.Error, UnicodeDecodeError) as error:
             raise ManifestError(file, f"{where}: data.{key}", "must be base64 of text; plain text goes under stringData") from error
     return decoded | item.string_data

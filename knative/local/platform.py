@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import sys
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from knative.local.activator import Activator
 from knative.local.admin import admin_handler
 from knative.local.embedded import OBJECT_STORE, ObjectStore, Seed
 from knative.local.errors import PlatformError
-from knative.local.launch import Places, plan_pod
+from knative.local.launch import Places, check_references, plan_pod
 from knative.local.manifest import Manifests
 from knative.local.pod import Pod
 from knative.local.revision import Revision
@@ -44,15 +45,16 @@ class Platform:
     """One machine's worth of Knative for some manifests."""
 
     def __init__(self, settings: PlatformSettings, manifests: Manifests, terminal: Terminal) -> None:
-        """Raises PlatformError if the default service is none of the manifests'."""
+        """Raises PlatformError if the default service, or a ConfigMap or Secret that a container refers to, is none of the manifests'."""
         self._settings = settings
         self._manifests = manifests
         self._terminal = terminal
         self._places = Places(settings.state_dir)
         self._addresses: dict[str, str] = {}
-        self._ports: set[int] = set()
+        self._ports: deque[int] = deque(maxlen=1000)  # given lately, and perhaps not open yet
         self._revisions: dict[tuple[str, str], Revision] = {}
         self._default = self._find_default()
+        check_references(manifests)
         self._session: aiohttp.ClientSession | None = None
         self._stop = asyncio.Event()
 
@@ -95,6 +97,7 @@ class Platform:
         urls = [self._url(revision) for revision in self._revisions.values()]
         self._terminal.serving(list(self._revisions.values()), urls, default, self._settings.port, self._settings.admin_port)
         for revision in self._revisions.values():
+            started.callback(revision.close)  # before the ports: who is held is to be answered while that is possible
             revision.start()
 
     def status(self) -> dict[str, Any]:
@@ -136,7 +139,7 @@ class Platform:
                 probe.bind((HOST, 0))
                 port: int = probe.getsockname()[1]
             if port not in self._ports:
-                self._ports.add(port)
+                self._ports.append(port)
                 return port
 
     def _find_default(self) -> tuple[str, str]:

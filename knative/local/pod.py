@@ -1,35 +1,47 @@
 """A pod: the processes of one replica, from asked for to gone."""
 
 import asyncio
-import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import aiohttp
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from knative.local.launch import PodPlan, Probe
 from knative.local.process import ContainerProcess
 
 # While a pod starts it is probed as often as Knative's queue-proxy does; what a probe waits, a caller waits.
 START_PROBE_S = 0.025
-STOP_GRACE_S = 10.0
+# For containers that have no requests any more; so short that nothing on the way of a Ctrl-C takes long, even if all of it hangs.
+STOP_GRACE_S = 5.0
 
 Phase = Literal["pending", "starting", "ready", "draining"]
 
 
-@dataclass
-class Report:
+class Weights(BaseModel):
+    """Where a function's weights came from."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    source: str
+    bytes: int
+    seconds: float | None = None
+
+
+class Report(BaseModel):
     """What the user container's readiness probe says about itself, if it says anything: phases, stages and bytes of a cold start."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     phase: str = ""
     restored_bytes: int = 0
     total_bytes: int = 0
-    stages: dict[str, float] | None = None  # seconds since its process started
-    weights: dict[str, Any] | None = None
+    stages: dict[str, float] = {}  # seconds since its process started
+    weights: Weights | None = None
 
 
 class Pod:
@@ -54,6 +66,7 @@ class Pod:
         self._containers = [ContainerProcess(process, self._exited) for process in plan.processes]
         self._tasks: list[asyncio.Task[None]] = []
         self._idle = asyncio.Event()
+        self._spawning = asyncio.Lock()  # guards the processes: they are all there or none before any is ended
         self._connections: aiohttp.ClientSession | None = None
 
     @property
@@ -63,26 +76,33 @@ class Pod:
 
     @property
     def connections(self) -> aiohttp.ClientSession:
-        """The connections to the user container, kept alive between requests."""
+        """The connections to the user container, kept alive between requests; `trace_request_ctx` is an Event, set once a request is sent."""
         if self._connections is None:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=15)
-            self._connections = aiohttp.ClientSession(connector=connector, auto_decompress=False, timeout=aiohttp.ClientTimeout(total=None))
+            trace = aiohttp.TraceConfig()
+            trace.on_request_headers_sent.append(_note_sent)
+            self._connections = aiohttp.ClientSession(
+                connector=connector, auto_decompress=False, timeout=aiohttp.ClientTimeout(total=None), trace_configs=[trace]
+            )
         return self._connections
 
     async def start(self) -> None:
-        """Start the processes and the probing; returns once they are spawned."""
-        self.phase = "starting"
-        for container in self._containers:
-            for directory in container.process.directories:
-                directory.mkdir(parents=True, exist_ok=True)
-        self._spawned_at = self._age()
-        # All at once: the function imports its libraries while the sidecar sees to the weights.
-        await asyncio.gather(*(container.start() for container in self._containers))
-        self.stages["spawn"] = self._age()
-        self._tasks = [asyncio.create_task(self._watch_readiness())]
-        for container in self._containers:
-            if container.process.liveness:
-                self._tasks.append(asyncio.create_task(self._watch_liveness(container, container.process.liveness)))
+        """Start the processes and the probing; returns once they are spawned. One that is let go before it has started never does."""
+        async with self._spawning:
+            if self.phase == "draining":
+                return
+            self.phase = "starting"
+            for container in self._containers:
+                for directory in container.process.directories:
+                    directory.mkdir(parents=True, exist_ok=True)
+            self._spawned_at = self._age()
+            # All at once: the function imports its libraries while the sidecar sees to the weights.
+            await asyncio.gather(*(container.start() for container in self._containers))
+            self.stages["spawn"] = self._age()
+            self._tasks = [asyncio.create_task(self._watch_readiness())]
+            for container in self._containers:
+                if container.process.liveness:
+                    self._tasks.append(asyncio.create_task(self._watch_liveness(container, container.process.liveness)))
         self._on_change(self)
 
     async def drain(self, patience_s: float) -> None:
@@ -95,11 +115,12 @@ class Pod:
                 await asyncio.wait_for(self._idle.wait(), patience_s)
             except TimeoutError:
                 pass
-        for task in self._tasks:
-            task.cancel()
         if self._connections:
             await self._connections.close()
-        await asyncio.gather(*(container.stop(STOP_GRACE_S) for container in self._containers))
+        async with self._spawning:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*(container.stop(STOP_GRACE_S) for container in self._containers))
         await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
 
     def leave(self) -> None:
@@ -126,7 +147,7 @@ class Pod:
             "stages": self.stages,
         }
         if self.report.weights:
-            document["weights"] = self.report.weights
+            document["weights"] = self.report.weights.model_dump()
         return document
 
     def _age(self) -> float:
@@ -157,7 +178,7 @@ class Pod:
         self.unready_since = None if ready else time.monotonic()
         if ready and "ready" not in self.stages:
             ready_s = self._age()
-            told = {name: min(ready_s, round(self._spawned_at + seconds, 4)) for name, seconds in (self.report.stages or {}).items()}
+            told = {name: min(ready_s, round(self._spawned_at + seconds, 4)) for name, seconds in self.report.stages.items()}
             self.stages |= told | {"ready": ready_s}
         self._on_change(self)
 
@@ -192,16 +213,13 @@ class Pod:
 
     def _listen(self, body: bytes) -> None:
         try:
-            said = json.loads(body)
-            report = Report(
-                str(said["phase"]),
-                int(said.get("restored_bytes", 0)),
-                int(said.get("total_bytes", 0)),
-                said.get("stages"),
-                said.get("weights"),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return  # some other JSON
+            report = Report.model_validate_json(body)
+        except ValidationError:
+            return  # something else
         if report != self.report:
             self.report = report
             self._on_change(self)
+
+
+async def _note_sent(_: aiohttp.ClientSession, context: SimpleNamespace, __: aiohttp.TraceRequestHeadersSentParams) -> None:
+    context.trace_request_ctx.set()

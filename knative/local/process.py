@@ -67,6 +67,7 @@ class ContainerProcess:
             if self._child:
                 await self._child.wait()
                 self._signal(signal.SIGKILL)  # what it left behind would hold its port
+                self._child = None  # from now on its number may be somebody else's
             self._on_exit()
             if time.monotonic() - began > STEADY_S:
                 pause_s = RESTART_S
@@ -90,7 +91,7 @@ class ContainerProcess:
                     preexec_fn=_die_with_parent,
                 )
             except OSError as error:
-                log.write(f"cannot start {' '.join(self.process.argv)}: {error.strerror or error}\n".encode())
+                log.write(f"cannot start {' '.join(self.process.argv)}: {error}\n".encode())
 
     def _signal(self, number: int) -> None:
         """To the whole group: a server's workers must not outlive it."""

@@ -85,10 +85,14 @@ class Revision:
         self._scale_to(max(scale.initial_scale, scale.min_scale))
         self._spawn(self._beat())
 
-    async def stop(self) -> None:
-        """Answer those who wait, and end every pod."""
+    def close(self) -> None:
+        """Take no more requests, and answer those who wait."""
         self._stopping = True
         self._fail_waiting(Stopping("the platform is shutting down"))
+
+    async def stop(self) -> None:
+        """Close, and end every pod."""
+        self.close()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -124,7 +128,7 @@ class Revision:
         if not self._waiting and (pod := self._pick()):
             pod.in_flight += 1
             return pod
-        if failure := self._failure:
+        if (failure := self._failure) and not self._ready:
             if (left_s := failure.until - time.monotonic()) > 0:
                 raise RevisionFailed(failure.reason, retry_after_s=left_s)
             self._failure = None
@@ -181,7 +185,7 @@ class Revision:
 
     def _poke(self) -> None:
         """The first request at zero does not wait for the beat."""
-        if self.pods or self._poked:
+        if self._poked or any(pod.phase != "draining" for pod in self.pods):
             return
         now = time.monotonic()
         self._poked = 1.0
@@ -229,7 +233,7 @@ class Revision:
             return
         if pod.phase == "ready":
             self._ready.add(pod)
-            self._retries = 0
+            self._failure, self._retries = None, 0
             self._watcher.ready(self, pod)
         else:
             self._ready.remove(pod)

@@ -19,7 +19,7 @@ class Terminal:
     """Prints for a person; without a terminal it prints plain lines and no live ones."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, emoji=False)
         self._bars: dict[str, TaskID] = {}
         self._shown_at = 0.0
         self._phases: dict[str, str] = {}
@@ -57,7 +57,7 @@ class Terminal:
 
     def progress(self, revision: Revision, pod: Pod) -> None:
         """See Watcher."""
-        report, phase = pod.report, pod.report.phase or pod.phase
+        report, phase = pod.report, escape(pod.report.phase or pod.phase)
         if pod.phase != "starting":
             self._forget(pod)
             return
@@ -81,10 +81,10 @@ class Terminal:
     def ready(self, revision: Revision, pod: Pod) -> None:
         """See Watcher."""
         stages = " · ".join(
-            f"{name.replace('_', '-')} {seconds:.2f}" for name, seconds in sorted(pod.stages.items(), key=lambda item: item[1])
+            f"{escape(name.replace('_', '-'))} {seconds:.2f}" for name, seconds in sorted(pod.stages.items(), key=lambda item: item[1])
         )
         weights = pod.report.weights
-        source = f"; {weights['bytes'] / 1e6:.1f} MB of weights from the {weights['source']}" if weights else ""
+        source = f"; {weights.bytes / 1e6:.1f} MB of weights from the {escape(weights.source)}" if weights else ""
         self._event(revision, f"[green]ready after {pod.stages['ready']:.2f} s[/] [dim]({stages}{source})[/]")
 
     def failed(self, revision: Revision, reason: str) -> None:

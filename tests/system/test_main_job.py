@@ -83,9 +83,14 @@ def test_a_function_at_zero_answers_with_real_weights_and_returns_to_zero_and_re
     assert stages["spawn"] <= stages["listen"] <= stages["import"] <= stages["load"] <= stages["warm_up"] <= stages["ready"]
     assert 0 < stages["restore"] <= stages["load"]
 
+    sidecar = next(pid for pid in Path("/proc").glob("[0-9]*") if is_child_of(pid, demo, b"serve"))
+    anonymous_kb = next(line for line in (sidecar / "status").read_text().splitlines() if line.startswith("RssAnon")).split()[1]
+    assert int(anonymous_kb) < 60_000
+    assert "libtorch" not in (sidecar / "maps").read_text()
+
     demo.wait_for_zero()
     # Without a store there is nothing that the second start could have fetched from.
-    store = next(pid for pid in Path("/proc").glob("[0-9]*") if is_store_of(pid, demo))
+    store = next(pid for pid in Path("/proc").glob("[0-9]*") if is_child_of(pid, demo, b"knative.local.object_store"))
     signal_process(store, signal.SIGSTOP)
     try:
         assert demo.predict(RELATED[0])[0] == pytest.approx(vectors[0], abs=1e-6)
@@ -134,10 +139,11 @@ def mentions(pid: Path, folder: Path) -> bool:
     return False
 
 
-def is_store_of(pid: Path, demo: Demo) -> bool:
+def is_child_of(pid: Path, demo: Demo, word: bytes) -> bool:
+    """Whether a process was started by the platform, with `word` on its command line."""
     with contextlib.suppress(OSError):
         parent = (pid / "stat").read_text().rpartition(")")[2].split()[1]
-        return b"knative.local.object_store" in (pid / "cmdline").read_bytes() and parent == str(demo.server.process.pid)
+        return word in (pid / "cmdline").read_bytes().split(b"\0") and parent == str(demo.server.process.pid)
     return False
 
 

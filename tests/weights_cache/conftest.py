@@ -1,31 +1,35 @@
 """The object store that these tests talk to: moto over HTTP, behind a proxy that counts and breaks what passes."""
 
-import logging
 import os
 import random
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
+from tests.support import clean_environment, free_port, request, running, wait_until
 from tests.weights_cache.stores import Bucket, Proxy
 from weights_cache.cache import NodeCache
 from weights_cache.fetch import Puller
 from weights_cache.store import Store
 from weights_cache.uri import WeightsUri
 
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+
 
 @pytest.fixture(scope="session")
-def moto() -> Iterator[tuple[str, int]]:
-    """Host and port of an S3 server."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield server.get_host_and_port()
-    server.stop()
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """Host and port of an S3 server; a process of its own, so that it has a core of its own."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
+    with running(command, tmp_path_factory.mktemp("moto") / "log", clean_environment()):
+        wait_until("the S3 server", lambda: request(port, "GET", "/"))
+        yield "127.0.0.1", port
 
 
 @pytest.fixture
@@ -52,19 +56,20 @@ def aws(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def s3_session() -> boto3.session.Session:
-    """Made once: most of a client's cost is in reading its service's description."""
-    return boto3.session.Session("AKIATEST", "secret", region_name="us-east-1")
+def s3(moto: tuple[str, int]) -> "Iterator[S3Client]":
+    """A client of the server itself, past the proxy; made once, for it takes a while."""
+    session = boto3.session.Session("AKIATEST", "secret", region_name="us-east-1")
+    client = session.client("s3", endpoint_url=f"http://{moto[0]}:{moto[1]}")
+    yield client
+    client.close()
 
 
 @pytest.fixture
-def bucket(aws: None, moto: tuple[str, int], s3_session: boto3.session.Session) -> Iterator[Bucket]:
+def bucket(aws: None, s3: "S3Client") -> Bucket:
     """An empty bucket of this test's own."""
-    s3 = s3_session.client("s3", endpoint_url=f"http://{moto[0]}:{moto[1]}")
     name = f"test-{uuid.uuid4().hex}"
     s3.create_bucket(Bucket=name)
-    yield Bucket(name, s3)
-    s3.close()
+    return Bucket(name, s3)
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ class Proxy:
         self.sent = 0  # body bytes of objects
         self.reads: list[str] = []  # the Range headers, in the order they came
         self.refusal: tuple[int, str] | None = None  # status and S3 error code for every request
+        self.page: int | None = None  # the most objects that one reply to a listing names
         self.before_read: Callable[[], object] = lambda: None
         self.faults: deque[Fault] = deque()  # for the next reads, one each
         self.always: Fault | None = None  # for every read that has none of its own
@@ -131,27 +132,28 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             del self.headers["Range"]
         status, headers, data = self._ask(body)
         if fault == "other version":
-            headers["ETag"] = '"other"'
+            headers["etag"] = '"other"'
         if fault == "other range":
-            headers["Content-Range"] = f"bytes 1-{len(data)}/{len(data) + 1}"
+            headers["content-range"] = f"bytes 1-{len(data)}/{len(data) + 1}"
         self._answer(status, headers, data, counted=bool(ranges) and status < 300, stop=len(data) // 2 if fault == "cut" else None)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward  # noqa: N815  the base class's names
 
     def _ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         with contextlib.closing(http.client.HTTPConnection(*self.proxy.upstream, timeout=60)) as up:
             passed = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
-            up.request(self.command, self.path, body or None, passed)
+            page = f"&max-keys={self.proxy.page}" if self.proxy.page and "list-type=2" in self.path else ""
+            up.request(self.command, self.path + page, body or None, passed)
             reply = up.getresponse()
             data = reply.read()
-            headers = {name: value for name, value in reply.getheaders() if name.lower() not in _HOP_BY_HOP}
+            headers = {name.lower(): value for name, value in reply.getheaders() if name.lower() not in _HOP_BY_HOP}
             if self.command == "HEAD":
-                headers["Content-Length"] = reply.getheader("Content-Length", "0")
+                headers["content-length"] = reply.getheader("Content-Length", "0")
             return reply.status, headers, data
 
     def _answer(self, status: int, headers: Mapping[str, str], data: bytes, *, counted: bool = False, stop: int | None = None) -> None:
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(data))} | dict(headers)).items():
+        for name, value in ({"content-length": str(len(data))} | dict(headers)).items():
             self.send_header(name, value)
         with contextlib.suppress(OSError):  # the client may be killed at any moment
             self.end_headers()

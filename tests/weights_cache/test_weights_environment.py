@@ -93,7 +93,7 @@ def test_a_misspelt_name_is_refused_with_the_nearest_one() -> None:
 
 
 def test_a_name_that_resembles_nothing_is_refused_with_all_that_are_known() -> None:
-    told = refusal({"DEMO_XQJZW9": "8"})
+    told = refusal({"DEMO_SOMETHING_ELSE_ALTOGETHER": "8"})
     assert "there is no such setting" in told
     assert all(field.metadata["env"] in told for field in dataclasses.fields(Demo))
 
@@ -131,7 +131,5 @@ def test_the_weights_settings_are_read_from_their_variables() -> None:
 
 
 def test_every_default_of_the_weights_settings_is_within_its_own_bounds() -> None:
-    defaults = {
-        field.metadata["env"]: str(field.default) for field in dataclasses.fields(WeightsSettings) if field.default is not None
-    }
+    defaults = {field.metadata["env"]: str(field.default) for field in dataclasses.fields(WeightsSettings) if field.default is not None}
     assert environment.read(WeightsSettings, defaults, prefix="WEIGHTS_") == WeightsSettings()

@@ -135,6 +135,7 @@ def test_excess_burst_capacity_is_what_the_ready_pods_have_left(burst: float, lo
         pytest.param(ScaleSpec(min_scale=2, max_scale=5), 6, True, 5, id="at most the maximum"),
         pytest.param(ScaleSpec(min_scale=2, reachable=False), 0, True, 0, id="unreachable has no minimum"),
         pytest.param(ScaleSpec(initial_scale=3), 1, False, 3, id="a new revision has its initial scale"),
+        pytest.param(ScaleSpec(initial_scale=2), 1, False, 2, id="from two on"),
         pytest.param(ScaleSpec(initial_scale=3), 1, True, 1, id="only until it was reached"),
         pytest.param(ScaleSpec(initial_scale=1), 0, False, 0, id="an initial scale of one does not keep a pod"),
         pytest.param(ScaleSpec(initial_scale=3, reachable=False), 0, False, 0, id="nor any for an unreachable revision"),
@@ -159,6 +160,13 @@ def test_a_tick_decides_all_of_it(load: Load, state: State, now: float, desired:
     spec = replace(SPEC, scale_down_delay_s=10) if state.delay else SPEC
     decision, _ = decide(spec, load, state, now)
     assert (decision.desired, decision.panic) == (desired, panics)
+
+
+def test_a_decision_is_bounded_by_minimum_and_maximum_alone() -> None:
+    decision, _ = decide(replace(SPEC, initial_scale=5, max_scale=3), Load(8, 8, 2), State(), 0)
+    assert (decision.desired, decision.bounded) == (4, 3)
+    decision, _ = decide(replace(SPEC, initial_scale=5), Load(2, 2, 1), State(), 0)
+    assert (decision.desired, decision.bounded) == (1, 1)
 
 
 @pytest.mark.parametrize(("ready", "panic"), [(0, Panic(None, 0)), (1, Panic(None, 1)), (2, Panic(7, 2))])

@@ -221,6 +221,14 @@ def test_a_file_that_cannot_be_read_is_one_line_on_stderr_and_status_2(
     assert captured.out == ""
 
 
+@pytest.mark.parametrize("arguments", [[], ["replay"], ["replay", "input.csv"], ["replay", "--spec", "spec.json"], ["play", "input.csv"]])
+def test_a_command_line_that_is_not_understood_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
 def test_the_module_runs_as_a_program_and_keeps_quiet_when_its_reader_leaves() -> None:
     case = DATA / "short-window"
     command = [sys.executable, "-m", "knative.autoscaler", "replay", f"{case}.input.csv", "--spec", f"{case}.spec.json"]

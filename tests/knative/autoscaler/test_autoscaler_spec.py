@@ -70,6 +70,7 @@ def test_the_canonical_spelling_wins_over_the_older_one(names: tuple[str, str]) 
         pytest.param({}, 10, {"container-concurrency-target-percentage": "50"}, 5.0, 10.0, id="the cluster's percentage"),
         pytest.param({}, 10, {"container-concurrency-target-percentage": "0.5"}, 5.0, 10.0, id="which may be a fraction"),
         pytest.param({}, 10, {"container-concurrency-target-percentage": "1"}, 10.0, 10.0, id="1 is all, not 1 %"),
+        pytest.param({}, 10, {"container-concurrency-target-percentage": "1.5"}, 0.15, 10.0, id="more is a percentage"),
         pytest.param({}, 0, {"container-concurrency-target-default": "20"}, 14.0, 20.0, id="the cluster's default target"),
     ],
 )
@@ -131,7 +132,7 @@ def test_the_hpa_may_scale_on_any_metric() -> None:
         ({"panic-window-percentage": "100", "panic-threshold-percentage": "1000"}, {}),
         ({"min-scale": "2", "max-scale": "2", "activation-scale": "2"}, {}),
         ({"min-scale": "2147483647", "max-scale": "0"}, {}),
-        ({"initial-scale": "1"}, {}),
+        ({"initial-scale": "1", "activation-scale": "2"}, {}),
         ({"max-scale": "1"}, {"max-scale": "1", "max-scale-limit": "1"}),
         ({"min-scale": "3"}, {"max-scale": "2"}),  # as in Knative, not compared with each other
         ({"scale-down-delay": "0s", "scale-to-zero-pod-retention-period": "0s"}, {}),
@@ -142,6 +143,7 @@ def test_the_hpa_may_scale_on_any_metric() -> None:
         ({}, {"stable-window": "1h", "scale-down-delay": "2h", "panic-window-percentage": "100"}),
         ({}, {"container-concurrency-target-percentage": "1", "container-concurrency-target-default": "0.01"}),
         ({}, {"container-concurrency-target-percentage": "100", "requests-per-second-target-default": "0.01"}),
+        ({}, {"min-scale": "2"}),
         ({}, {"min-scale": "2", "max-scale": "2", "panic-threshold-percentage": "0"}),
         ({"serving.knative.dev/progress-deadline": "0s"}, {}),
     ],
@@ -236,6 +238,7 @@ def test_a_bad_cluster_setting_is_refused_likewise(name: str, value: str, proble
     ("annotations", "config", "name", "problem"),
     [
         pytest.param({"min-scale": "3", "max-scale": "2"}, {}, "max-scale", "min-scale (3)", id="max below min"),
+        pytest.param({"min-scale": "2", "max-scale": "1"}, {}, "max-scale", "min-scale (2)", id="a max of one below min"),
         pytest.param({"min-scale": "3", "activation-scale": "2"}, {}, "activation-scale", "min-scale (3)", id="activation below min"),
         pytest.param({"max-scale": "3", "activation-scale": "4"}, {}, "activation-scale", "max-scale (3)", id="activation above max"),
         pytest.param({"max-scale": "1", "activation-scale": "2"}, {}, "activation-scale", "max-scale (1)", id="activation above one"),
@@ -243,6 +246,7 @@ def test_a_bad_cluster_setting_is_refused_likewise(name: str, value: str, proble
         pytest.param({"max-scale": "0"}, {"max-scale": "5", "max-scale-limit": "5"}, "max-scale", "limit (5)", id="unlimited is above it"),
         pytest.param({}, {"max-scale-limit": "5"}, "config-autoscaler: max-scale", "limit (5)", id="the cluster itself unlimited"),
         pytest.param({}, {"min-scale": "3", "max-scale": "2"}, "config-autoscaler: min-scale", "max-scale (2)", id="the cluster's min"),
+        pytest.param({}, {"min-scale": "2", "max-scale": "1"}, "config-autoscaler: min-scale", "max-scale (1)", id="a max of one there"),
         pytest.param(
             {},
             {"container-concurrency-target-default": "0.01"},
@@ -303,7 +307,8 @@ def test_no_known_setting_is_ignored(name: str) -> None:
         ("1.s", 1_000_000_000),
         ("-2ms", -2_000_000),
         ("+3us", 3_000),
-        ("3µs4ns", 3_004),
+        ("3\u00b5s4ns", 3_004),  # micro sign
+        ("3\u03bcs4ns", 3_004),  # Greek mu
         ("0.0000000009s", 0),
     ],
 )

@@ -45,6 +45,7 @@ def inactive(since: float = 0, proxied_since: float | None = 0) -> Status:
         pytest.param(SPEC, 0, activating(), 630, ZeroStep(None, False, 630), id="a revision that starts is left to start"),
         pytest.param(SPEC, 0, activating(), 630.1, ZeroStep(0, True), id="30 s after the progress deadline it is given up"),
         pytest.param(SPEC, 0, active(), 15, ZeroStep(1, True, 5), id="one pod for the rest of the stable window"),
+        pytest.param(SPEC, 0, active(), 19.5, ZeroStep(1, True, 0.5), id="to its very end"),
         pytest.param(SPEC, 0, active(), 20, ZeroStep(0, False, 3), id="then it turns inactive with its pods untouched"),
         pytest.param(SPEC, 0, inactive(15, 10), 20, ZeroStep(0, False, 20), id="the activator has not been in the path for long"),
         pytest.param(SPEC, 0, inactive(15, 10), 40, ZeroStep(0, True), id="a grace period in the path is long enough"),
@@ -52,9 +53,20 @@ def inactive(since: float = 0, proxied_since: float | None = 0) -> Status:
         pytest.param(
             replace(SPEC, target_burst_capacity=-1), 0, inactive(15, None), 45, ZeroStep(0, True), id="unless it is there by definition"
         ),
+        pytest.param(
+            replace(SPEC, target_burst_capacity=-1),
+            0,
+            inactive(15, None),
+            20,
+            ZeroStep(0, False, 30),
+            id="which still takes the grace period",
+        ),
         pytest.param(KEEPING, 0, inactive(15, 0), 60, ZeroStep(0, False, 5), id="the last pod is retained"),
         pytest.param(KEEPING, 0, inactive(15, 0), 65, ZeroStep(0, True), id="for the retention period"),
         pytest.param(replace(KEEPING, reachable=False), 0, inactive(15, 0), 60, ZeroStep(0, True), id="but not where it is unreachable"),
+        pytest.param(
+            replace(KEEPING, reachable=False), 0, inactive(15, 0), 15, ZeroStep(0, False, 15), id="where only the grace period counts"
+        ),
         pytest.param(
             replace(SPEC, scale_to_zero_pod_retention_period_s=5),
             0,
@@ -86,6 +98,22 @@ def test_requests_go_straight_to_the_pods_once_there_is_room_to_spare() -> None:
     beside = reconcile(SPEC, decision(2, excess_burst_capacity=0), active(0, 0), 2, 10).status
     assert beside.proxied_since is None
     assert reconcile(SPEC, decision(2, excess_burst_capacity=-1), beside, 2, 12).status.proxied_since == 12
+
+
+@pytest.mark.parametrize(
+    ("burst", "in_path"),
+    [
+        pytest.param(-1, True, id="an unlimited burst"),
+        pytest.param(0, False, id="no burst"),
+        pytest.param(299, False, id="what the initial scale can take"),
+        pytest.param(301, True, id="more than the initial scale can take"),
+    ],
+)
+def test_before_any_decision_the_initial_scale_tells_whether_the_activator_is_needed(burst: float, in_path: bool) -> None:
+    spec = ScaleSpec(initial_scale=3, total=100, target_burst_capacity=burst)
+    step = reconcile(spec, None, Status.initial(0), 0, 2)
+    assert step.pods == 3
+    assert (step.status.proxied_since is not None) is in_path
 
 
 def test_the_activator_comes_back_into_the_path_when_none_is_wanted() -> None:

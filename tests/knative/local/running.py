@@ -2,7 +2,6 @@
 
 import contextlib
 import http.client
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,17 +25,17 @@ def service(
     env: Mapping[str, str] | None = None,
     progress_deadline: str = "60s",
 ) -> dict[str, Any]:
-    """A Service whose user container is pods/pod.py; its volume `notes` is the claim `notes-<name>`."""
+    """A Service whose user container is pods/pod.py; its volume `notes` is the claim `notes-<name>`, `scratch` is the pod's own."""
     annotations = {"initial-scale": "0", "window": "6s", **(scale or {})}
     main = {
         "name": "function",
         "command": ["python", POD],
         "ports": [{"containerPort": 8080}],
         "env": [{"name": key, "value": value} for key, value in {"NOTES": "/notes", **(env or {})}.items()],
-        "volumeMounts": [{"name": "notes", "mountPath": "/notes"}],
+        "volumeMounts": [{"name": "notes", "mountPath": "/notes"}, {"name": "scratch", "mountPath": "/scratch"}],
         **(container or {}),
     }
-    volumes = [{"name": "notes", "persistentVolumeClaim": {"claimName": f"notes-{name}"}}]
+    volumes = [{"name": "notes", "persistentVolumeClaim": {"claimName": f"notes-{name}"}}, {"name": "scratch", "emptyDir": {}}]
     return {
         "apiVersion": "serving.knative.dev/v1",
         "kind": "Service",
@@ -83,7 +82,13 @@ class Platform:
         return self.service(name)["pods"]
 
     def call(
-        self, name: str, path: str = "/", method: str = "GET", body: Any = None, headers: Mapping[str, str] | None = None, timeout: float = 60
+        self,
+        name: str,
+        path: str = "/",
+        method: str = "GET",
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 60,
     ) -> Reply:
         """A request to a Service by its name."""
         return request(self.port, method, path, body, {"Host": f"{name}.default.localhost:{self.port}", **(headers or {})}, timeout)
@@ -122,7 +127,7 @@ class Platform:
     def seen(self, name: str) -> list[str]:
         """The paths of the requests that have reached any pod of the Service."""
         path = self.volume(name) / "seen"
-        return [line.split()[1] for line in path.read_text().splitlines()] if path.exists() else []
+        return path.read_text().splitlines() if path.exists() else []
 
     def volume(self, name: str) -> Path:
         return self.state / "volumes" / "default" / f"notes-{name}"

@@ -22,23 +22,18 @@ def wait_for(name: str) -> None:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    lock = threading.Lock()  # guards the two below
-    busy = most_busy = 0
+    lock = threading.Lock()  # guards the two below, and the file of what was seen
+    busy = most_busy = 0  # requests that wait
     healthy = True
 
     def answer(self) -> None:
         if self.path == "/healthz":
             return self.reply(b"", 200 if Handler.healthy else 500)
         body = self.body()
-        with Handler.lock:
-            Handler.busy += 1
-            Handler.most_busy = max(Handler.most_busy, Handler.busy)
-            with (NOTES / "seen").open("a") as seen:
-                seen.write(f"{os.getpid()} {self.path}\n")
+        with Handler.lock, (NOTES / "seen").open("a") as seen:
+            seen.write(f"{self.path}\n")
         action, *rest = self.path.removeprefix("/").split("/")
         getattr(self, f"act_{action}", self.act_echo)(body, *rest)
-        with Handler.lock:
-            Handler.busy -= 1
         return None
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer  # noqa: N815
@@ -51,7 +46,12 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(json.dumps({"env": dict(os.environ), "args": sys.argv[1:], "cwd": os.getcwd()}).encode())  # noqa: PTH109
 
     def act_wait(self, _: bytes, name: str) -> None:
+        with Handler.lock:
+            Handler.busy += 1
+            Handler.most_busy = max(Handler.most_busy, Handler.busy)
         wait_for(name)
+        with Handler.lock:
+            Handler.busy -= 1  # before the answer, after which the next request may come
         self.reply(json.dumps({"pid": os.getpid(), "most_busy": Handler.most_busy}).encode())
 
     def act_pieces(self, _: bytes, name: str) -> None:
@@ -64,6 +64,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def act_status(self, _: bytes, code: str) -> None:
         self.send_response(int(code))
+        if code not in ("204", "304"):
+            self.send_header("Content-Length", "0")
         self.send_header("Location", "/elsewhere")
         self.send_header("Set-Cookie", "colour=blue")
         self.send_header("Set-Cookie", "size=small")
@@ -101,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, *_: object) -> None:
         pass
 
 

@@ -1,0 +1,125 @@
+"""What callers, the terminal and the other pods notice when a container misbehaves."""
+
+import http.client
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.knative.local.running import POD, Platform, platform_running, service
+from tests.support import wait_until
+
+LIVENESS = {"httpGet": {"path": "/healthz"}, "periodSeconds": 1, "failureThreshold": 1}
+FRAGILE_SIDECAR = {
+    "name": "helper",
+    "command": ["sh", "-c", 'until [ -e "$NOTES/break" ]; do sleep 0.05; done; exit 1'],
+    "env": [{"name": "NOTES", "value": "/notes"}],
+    "volumeMounts": [{"name": "notes", "mountPath": "/notes"}],
+}
+TALKS_AND_NEVER_OPENS_ITS_PORT = "for n in $(seq 30); do echo line $n of [bold]my[/bold] app.py:100: log; done; exec sleep 600"
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    state = tmp_path_factory.mktemp("failures")
+    services = [
+        service("frail"),
+        service("half"),
+        service("sick", container={"livenessProbe": LIVENESS}),
+        service("assisted", FRAGILE_SIDECAR),
+        service("absent", container={"command": [str(state / "program"), "--fast"]}, progress_deadline="2s"),
+        service("mute", container={"command": ["sh", "-c", TALKS_AND_NEVER_OPENS_ITS_PORT]}, progress_deadline="1s"),
+    ]
+    with platform_running(state, services) as running:
+        yield running
+
+
+def test_a_command_that_is_not_there_is_a_503_that_says_so_and_when_to_come_again(platform: Platform) -> None:
+    with platform.calls("absent", 3) as calls:
+        replies = [call.result() for call in calls]
+    for reply in replies:
+        assert reply.status == 503
+        error = reply.json()["error"]
+        assert error["type"] == "revision_failed"
+        assert "was not ready within 2 s (progress-deadline)" in error["message"]
+        assert f"cannot start {platform.state}/program --fast: " in error["message"]
+        assert "No such file or directory" in error["message"]
+        assert 1 <= int(reply.headers["retry-after"]) <= 10
+    assert f"cannot start {platform.state}/program --fast: " in platform.server.said()
+
+
+def test_a_container_that_never_becomes_ready_is_a_503_with_the_last_lines_of_its_log(platform: Platform) -> None:
+    message = platform.call("mute").json()["error"]["message"]
+    assert "line 30 of [bold]my[/bold] app.py:100: log" in message
+    assert "line 19 of" in message
+    assert "line 18 of" not in message
+    assert platform.service("mute")["failure"] == message
+    # The terminal has the same, sign for sign.
+    assert message in platform.server.said()
+
+
+def test_the_next_caller_within_the_pause_is_told_at_once(platform: Platform) -> None:
+    first = platform.call("mute")
+    began = time.monotonic()
+    second = platform.call("mute")
+    assert time.monotonic() - began < 0.5
+    assert (first.status, second.status) == (503, 503)
+    assert second.body == first.body
+    assert int(second.headers["retry-after"]) <= int(first.headers["retry-after"])
+
+
+def test_nothing_is_left_of_a_pod_that_failed_but_its_log(platform: Platform) -> None:
+    platform.call("mute")
+    platform.wait_for("mute", "no pods", lambda found: not found["pods"])
+    wait_until("their folders gone", lambda: not list((platform.state / "pods").glob("mute-*")))
+    logs = list((platform.state / "logs" / "default").glob("mute-*/function.log"))
+    assert {len(log.read_text().splitlines()) for log in logs} == {30}
+
+
+def test_a_pod_that_dies_with_a_request_is_a_502_and_the_next_request_finds_it_started_again(platform: Platform) -> None:
+    first = platform.call("frail", "/echo").json()["pid"]
+    reply = platform.call("frail", "/die")
+    assert reply.status == 502
+    assert reply.json()["error"]["type"] == "bad_gateway"
+    assert "ended the connection before it had answered" in reply.json()["error"]["message"]
+    second = platform.call("frail", "/echo").json()["pid"]
+    assert second != first
+    (pod,) = platform.pods("frail")
+    assert pod["restarts"] == {"function": 1}
+    assert platform.seen("frail") == ["/echo", "/die", "/echo"]
+
+
+def test_an_answer_that_was_begun_by_a_pod_that_died_is_cut_off(platform: Platform) -> None:
+    with platform.connection("half", "/half") as connection:
+        reply = connection.getresponse()
+        assert reply.read(9) == b"only this"
+        platform.note("half", "half-read")
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            reply.read()
+
+
+def test_a_sidecar_that_crashes_again_and_again_does_not_take_its_function_out_of_the_traffic(platform: Platform) -> None:
+    first = platform.call("assisted", "/echo").json()["pid"]
+    platform.note("assisted", "break")
+    while platform.pods("assisted")[0]["restarts"]["helper"] < 1:
+        assert platform.call("assisted", "/echo").json()["pid"] == first
+    (pod,) = platform.pods("assisted")
+    assert (pod["phase"], pod["restarts"]["function"]) == ("ready", 0)
+
+
+def test_a_container_that_says_it_is_not_well_is_started_again(platform: Platform) -> None:
+    first = platform.call("sick", "/echo").json()["pid"]
+    platform.call("sick", "/sicken")
+    platform.wait_for("sick", "its restart", lambda found: found["pods"][0]["restarts"] == {"function": 1})
+    assert platform.call("sick", "/echo").json()["pid"] != first
+
+
+def test_a_command_that_was_not_there_is_tried_again_after_the_pause(platform: Platform) -> None:
+    assert platform.call("absent").status == 503
+    program = platform.state / "new"
+    program.write_text(f"#!/bin/sh\nexec python {POD}\n")
+    program.chmod(0o755)
+    program.rename(platform.state / "program")
+    wait_until("an answer", lambda: platform.call("absent").status == 200, 20)
+    found = platform.service("absent")
+    assert (found["failure"], [pod["phase"] for pod in found["pods"]]) == (None, ["ready"])

@@ -1,0 +1,327 @@
+"""What one pod of a Service is on this machine: commands, environments, directories, ports, probes."""
+
+import itertools
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from knative.local.embedded import OBJECT_STORE
+from knative.local.errors import ManifestError
+from knative.local.launch import Places, PodPlan, Probe, Process, plan_pod
+from knative.local.manifest import read_manifests
+
+STATE = Path("/state")
+STORE = "http://127.0.0.1:9999"
+CLAIM = {"name": "models", "persistentVolumeClaim": {"claimName": "models"}}
+SCRATCH = {"name": "scratch", "emptyDir": {}}
+FIRST_PORT = 50000  # the pods of these tests get this one and those after it
+
+FLAGS = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "flags"}, "data": {"COLOUR": "blue", "SIZE": "small"}}
+KEYS = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "keys"}, "stringData": {"TOKEN": "geheim"}}
+
+
+def plan(
+    container: Mapping[str, Any] | None = None,
+    *sidecars: Mapping[str, Any],
+    volumes: Sequence[Mapping[str, Any]] = (),
+    objects: Sequence[Mapping[str, Any]] = (),
+    pod: str = "hello-1",
+    state: Path = STATE,
+) -> PodPlan:
+    """One pod of a Service that has these containers; `container` is the one that is called."""
+    main = {"name": "function", "command": ["serve"], "ports": [{"containerPort": 8080}], **(container or {})}
+    others = [{"name": f"sidecar-{number}", "command": ["help"], **sidecar} for number, sidecar in enumerate(sidecars)]
+    service = {
+        "apiVersion": "serving.knative.dev/v1",
+        "kind": "Service",
+        "metadata": {"name": "hello"},
+        "spec": {"template": {"spec": {"containers": [main, *others], "volumes": list(volumes)}}},
+    }
+    manifests = read_manifests([("hello.yaml", yaml.safe_dump_all([service, *objects]))])
+    return plan_pod(
+        manifests.services[0],
+        revision="hello-00001",
+        pod=pod,
+        places=Places(state),
+        manifests=manifests,
+        free_port=itertools.count(FIRST_PORT).__next__,
+        addresses={OBJECT_STORE: STORE},
+    )
+
+
+def process(container: Mapping[str, Any] | None = None, **options: Any) -> Process:
+    """The process of the container that is called."""
+    return plan(container, **options).processes[0]
+
+
+def env(**variables: str) -> list[dict[str, str]]:
+    return [{"name": name, "value": value} for name, value in variables.items()]
+
+
+def mounts(**paths: str) -> list[dict[str, str]]:
+    return [{"name": name, "mountPath": path} for name, path in paths.items()]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param("/models", "/state/volumes/default/models", id="the mount itself"),
+        pytest.param("/models/a/b.bin", "/state/volumes/default/models/a/b.bin", id="a file below it"),
+        pytest.param("/models/", "/state/volumes/default/models/", id="with a slash at its end"),
+        pytest.param("/models/scratch/x", "/state/pods/hello-1/volumes/scratch/x", id="the deepest mount counts"),
+        pytest.param("/models-old/a", "/models-old/a", id="a mere common beginning is another path"),
+        pytest.param("--dir=/models", "--dir=/models", id="only at the beginning"),
+        pytest.param("file:///models", "file:///models", id="not inside an address"),
+        pytest.param("/other", "/other", id="another path"),
+        pytest.param("", "", id="nothing"),
+    ],
+)
+def test_a_mount_path_at_the_beginning_of_a_value_or_argument_becomes_the_local_directory(text: str, expected: str) -> None:
+    planned = process(
+        {"env": env(PLACE=text), "args": [text], "volumeMounts": mounts(models="/models", scratch="/models/scratch")},
+        volumes=[CLAIM, SCRATCH],
+    )
+    assert planned.env["PLACE"] == expected
+    assert planned.argv == ("serve", expected)
+
+
+def test_a_value_is_rewritten_once_even_where_the_state_lies_below_the_mount_path() -> None:
+    planned = process(
+        {"env": env(PLACE="/tmp/cache"), "args": ["$(PLACE)", "--at=$(PLACE)"], "volumeMounts": mounts(scratch="/tmp")},
+        volumes=[SCRATCH],
+        state=Path("/tmp/state"),
+    )
+    place = "/tmp/state/pods/hello-1/volumes/scratch/cache"
+    assert planned.env["PLACE"] == place
+    assert planned.argv == ("serve", place, f"--at={place}")
+
+
+def test_the_working_directory_is_rewritten_too() -> None:
+    planned = process({"workingDir": "/models/here", "volumeMounts": mounts(models="/models")}, volumes=[CLAIM])
+    assert planned.cwd == STATE / "volumes/default/models/here"
+
+
+def test_paths_are_absolute_wherever_the_state_directory_was_named_from() -> None:
+    planned = process({"env": env(PLACE="/models"), "volumeMounts": mounts(models="/models")}, volumes=[CLAIM], state=Path(".relight"))
+    assert planned.env["PLACE"] == str(Path.cwd() / ".relight/volumes/default/models")
+
+
+def test_an_empty_dir_is_the_pods_own_and_a_claim_is_shared_by_all_pods() -> None:
+    container = {"volumeMounts": mounts(models="/models", scratch="/scratch")}
+    first = process(container, volumes=[CLAIM, SCRATCH], pod="hello-1")
+    second = process(container, volumes=[CLAIM, SCRATCH], pod="hello-2")
+    assert first.directories == (STATE / "volumes/default/models", STATE / "pods/hello-1/volumes/scratch")
+    assert second.directories == (STATE / "volumes/default/models", STATE / "pods/hello-2/volumes/scratch")
+
+
+def test_containers_of_one_pod_share_its_empty_dir() -> None:
+    here, there = plan({"volumeMounts": mounts(scratch="/a")}, {"volumeMounts": mounts(scratch="/b")}, volumes=[SCRATCH]).processes
+    assert here.directories == there.directories
+
+
+def test_a_sub_path_is_a_folder_of_the_volume() -> None:
+    planned = process(
+        {"env": env(PLACE="/models/x"), "volumeMounts": [{"name": "models", "mountPath": "/models", "subPath": "small"}]}, volumes=[CLAIM]
+    )
+    assert planned.env["PLACE"] == "/state/volumes/default/models/small/x"
+
+
+def test_a_log_outlives_its_pod() -> None:
+    assert process().log == STATE / "logs/default/hello-1/function.log"
+
+
+def test_the_user_container_alone_is_told_the_port_to_open() -> None:
+    planned = plan({}, {})
+    function, sidecar = planned.processes
+    assert (function.is_main, sidecar.is_main) == (True, False)
+    assert function.env["PORT"] == str(planned.port) == str(FIRST_PORT)
+    assert "PORT" not in sidecar.env
+
+
+def test_a_sidecars_port_is_the_pods_own_and_its_probe_moves_along() -> None:
+    probe = {"livenessProbe": {"httpGet": {"path": "/healthz", "port": 8090}}}
+    function, sidecar = plan({"env": env(WEIGHTS_PORT="8090")}, {"env": env(WEIGHTS_PORT="8090"), **probe}).processes
+    assert sidecar.env["WEIGHTS_PORT"] == function.env["WEIGHTS_PORT"] == str(FIRST_PORT + 1)
+    assert sidecar.liveness
+    assert sidecar.liveness.port == FIRST_PORT + 1
+
+
+def test_a_sidecars_port_is_the_pods_own_without_a_probe_too() -> None:
+    assert plan({}, {"env": env(WEIGHTS_PORT="8090")}).processes[1].env["WEIGHTS_PORT"] == str(FIRST_PORT + 1)
+
+
+def test_the_port_of_somebody_else_is_left_alone() -> None:
+    assert process({"env": env(DB_PORT="5432", DB_PORTS="8080", RETRIES="8080")}).env.items() >= {
+        ("DB_PORT", "5432"),
+        ("DB_PORTS", "8080"),
+        ("RETRIES", "8080"),
+    }
+
+
+def test_a_probe_of_the_declared_port_goes_where_the_user_container_listens() -> None:
+    planned = plan({"livenessProbe": {"tcpSocket": {"port": 8080}}, "readinessProbe": {"httpGet": {"path": "/readyz"}}})
+    function = planned.processes[0]
+    assert function.liveness
+    assert function.readiness
+    assert function.liveness.port == function.readiness.port == planned.port
+
+
+def test_a_probe_of_a_port_that_no_variable_names_stays_where_it_is() -> None:
+    # The program has that port fixed: nothing could tell it another.
+    _, sidecar = plan({}, {"livenessProbe": {"tcpSocket": {"port": 6379}}}).processes
+    assert sidecar.liveness
+    assert sidecar.liveness.port == 6379
+
+
+def test_a_variable_of_any_name_can_tell_a_probed_port() -> None:
+    _, sidecar = plan({}, {"env": env(REDIS_PORT="6379"), "livenessProbe": {"tcpSocket": {"port": 6379}}}).processes
+    assert sidecar.liveness
+    assert sidecar.env["REDIS_PORT"] == str(sidecar.liveness.port) == str(FIRST_PORT + 1)
+
+
+def test_without_a_readiness_probe_the_user_container_is_ready_when_its_port_is_open() -> None:
+    function, sidecar = plan({}, {}).processes
+    assert function.readiness == Probe(FIRST_PORT, path=None, headers={}, period_s=1, timeout_s=1, failures=3, delay_s=0)
+    assert sidecar.readiness is None
+    assert function.liveness is None
+
+
+def test_a_probe_is_taken_as_it_is_written() -> None:
+    written = {
+        "httpGet": {"path": "/readyz", "httpHeaders": [{"name": "X-Probe", "value": "yes"}]},
+        "periodSeconds": 7,
+        "timeoutSeconds": 2,
+        "failureThreshold": 5,
+        "initialDelaySeconds": 3,
+    }
+    probe = process({"readinessProbe": written}).readiness
+    assert probe == Probe(FIRST_PORT, "/readyz", {"X-Probe": "yes"}, period_s=7, timeout_s=2, failures=5, delay_s=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param("$(NAME)", "world", id="a name alone"),
+        pytest.param("hello $(NAME)!", "hello world!", id="inside a text"),
+        pytest.param("$(NAME)$(NAME)", "worldworld", id="twice"),
+        pytest.param("$(NOBODY)", "$(NOBODY)", id="a name that is not set"),
+        pytest.param("$(LATER)", "$(LATER)", id="a name that is set further down"),
+        pytest.param("$$(NAME)", "$(NAME)", id="escaped"),
+        pytest.param("$$$(NAME)", "$world", id="escaped and a name"),
+        pytest.param("5$$", "5$", id="a doubled sign alone"),
+        pytest.param("$NAME ${NAME}", "$NAME ${NAME}", id="what a shell would expand"),
+        pytest.param("$(NAME", "$(NAME", id="left open"),
+    ],
+)
+def test_a_variable_is_expanded_as_in_kubernetes(text: str, expected: str) -> None:
+    assert process({"env": env(NAME="world", TEXT=text, LATER="x")}).env["TEXT"] == expected
+
+
+def test_arguments_may_name_any_variable_of_their_container() -> None:
+    planned = plan({"command": ["sh", "-c"], "args": ["serve --port $(PORT) --as $(K_SERVICE) $(NAME)"], "env": env(NAME="x")})
+    assert planned.processes[0].argv == ("sh", "-c", f"serve --port {planned.port} --as hello x")
+
+
+@pytest.mark.parametrize(
+    ("container", "expected"),
+    [
+        pytest.param({"envFrom": [{"configMapRef": {"name": "flags"}}]}, {"COLOUR": "blue", "SIZE": "small"}, id="a whole ConfigMap"),
+        pytest.param({"envFrom": [{"prefix": "MY_", "secretRef": {"name": "keys"}}]}, {"MY_TOKEN": "geheim"}, id="a Secret with a prefix"),
+        pytest.param(
+            {"env": [{"name": "PAINT", "valueFrom": {"configMapKeyRef": {"name": "flags", "key": "COLOUR"}}}]}, {"PAINT": "blue"}, id="one key"
+        ),
+        pytest.param(
+            {"env": [{"name": "KEY", "valueFrom": {"secretKeyRef": {"name": "keys", "key": "TOKEN"}}}]}, {"KEY": "geheim"}, id="one key of a Secret"
+        ),
+        pytest.param(
+            {"envFrom": [{"configMapRef": {"name": "flags"}}], "env": env(COLOUR="red")}, {"COLOUR": "red", "SIZE": "small"}, id="env wins over envFrom"
+        ),
+        pytest.param({"envFrom": [{"configMapRef": {"name": "flags"}}], "env": env(SAID="$(COLOUR)")}, {"SAID": "blue"}, id="env may name what came with envFrom"),
+    ],
+)  # fmt: skip
+def test_variables_come_from_config_maps_and_secrets(container: dict[str, Any], expected: dict[str, str]) -> None:
+    assert process(container, objects=[FLAGS, KEYS]).env.items() >= expected.items()
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        pytest.param({"envFrom": [{"secretRef": {"name": "lost", "optional": True}}]}, id="a whole Secret"),
+        pytest.param({"env": [{"name": "LOST", "valueFrom": {"configMapKeyRef": {"name": "flags", "key": "LOST", "optional": True}}}]}, id="one key"),
+    ],
+)  # fmt: skip
+def test_what_is_optional_may_be_missing(container: dict[str, Any]) -> None:
+    assert "LOST" not in process(container, objects=[FLAGS]).env
+
+
+@pytest.mark.parametrize(
+    ("container", "what"),
+    [
+        pytest.param({"envFrom": [{"secretRef": {"name": "lost"}}]}, "Secret lost", id="a whole Secret"),
+        pytest.param({"envFrom": [{"configMapRef": {"name": "lost"}}]}, "ConfigMap lost", id="a whole ConfigMap"),
+        pytest.param(
+            {"env": [{"name": "X", "valueFrom": {"secretKeyRef": {"name": "lost", "key": "x"}}}]}, "key x of Secret lost", id="a key of no Secret"
+        ),
+        pytest.param(
+            {"env": [{"name": "X", "valueFrom": {"configMapKeyRef": {"name": "flags", "key": "x"}}}]}, "key x of ConfigMap flags", id="no such key"
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_missing_and_not_optional_is_named(container: dict[str, Any], what: str) -> None:
+    with pytest.raises(ManifestError) as caught:
+        plan(container, objects=[FLAGS])
+    assert str(caught.value) == f"hello.yaml: Service hello: container function: refers to {what}, which is in no manifest here"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (OBJECT_STORE, STORE),
+        (f"{OBJECT_STORE}/bucket", f"{STORE}/bucket"),
+        (f"{OBJECT_STORE}.example", f"{OBJECT_STORE}.example"),
+    ],
+    ids=["the store itself", "something in it", "somebody else's"],
+)
+def test_the_embedded_stores_name_becomes_its_address(text: str, expected: str) -> None:
+    planned = process({"env": env(AWS_ENDPOINT_URL=text), "args": [text]})
+    assert planned.env["AWS_ENDPOINT_URL"] == expected
+    assert planned.argv[1] == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["FUNCTION_AGENT", "WEIGHTS_URI", "QUEUE_SOURCE_URL", "AWS_SECRET_ACCESS_KEY", "K_SINK", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PORT"],
+)
+def test_what_configures_somebody_else_is_not_inherited(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "the caller's")
+    assert "the caller's" not in plan({}, {}).processes[0].env.values()
+    assert name not in plan({}, {}).processes[1].env
+
+
+def test_the_rest_of_our_environment_is_inherited_and_the_manifest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY_OF_OURS", "here")
+    monkeypatch.setenv("LANG", "C")
+    assert process({"env": env(LANG="de_DE")}).env.items() >= {("HTTP_PROXY_OF_OURS", "here"), ("LANG", "de_DE")}
+
+
+def test_knatives_own_names_are_told() -> None:
+    for planned in plan({}, {}).processes:
+        assert planned.env.items() >= {("K_SERVICE", "hello"), ("K_CONFIGURATION", "hello"), ("K_REVISION", "hello-00001")}
+
+
+@pytest.mark.parametrize("path", ["/usr/bin:/bin", None])
+def test_python_is_the_one_that_the_packages_are_installed_for(path: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path is None:
+        monkeypatch.delenv("PATH")
+    else:
+        monkeypatch.setenv("PATH", path)
+    found = shutil.which("python", path=process().env["PATH"])
+    assert found
+    assert Path(found).parent == Path(sys.executable).parent
+    assert process().env["PATH"].endswith(path or os.defpath)

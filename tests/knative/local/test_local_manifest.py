@@ -1,0 +1,346 @@
+"""Manifests as they are written by people: what is understood, and what is said about a mistake."""
+
+import base64
+import copy
+import io
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from knative.local.errors import ManifestError
+from knative.local.manifest import Manifests, Service, read_files, read_manifests
+from tests.support import BIN, ROOT
+
+FILE = "hello.yaml"
+TEMPLATE = ("spec", "template")
+SPEC = (*TEMPLATE, "spec")
+FUNCTION = (*SPEC, "containers", 0)
+ANNOTATIONS = (*TEMPLATE, "metadata", "annotations")
+
+HELLO: dict[str, Any] = {
+    "apiVersion": "serving.knative.dev/v1",
+    "kind": "Service",
+    "metadata": {"name": "hello"},
+    "spec": {
+        "template": {
+            "metadata": {"annotations": {}},
+            "spec": {
+                "containers": [{"name": "function", "command": ["serve"], "volumeMounts": [{"name": "data", "mountPath": "/data"}]}],
+                "volumes": [{"name": "data", "emptyDir": {}}],
+            },
+        }
+    },
+}
+SIDECAR = {"name": "sidecar", "command": ["help"]}
+PORT = {"containerPort": 8080}
+
+
+def put(place: Sequence[str | int], value: Any, document: dict[str, Any] = HELLO) -> dict[str, Any]:
+    """The document with `value` at `place`."""
+    changed = copy.deepcopy(document)
+    at: Any = changed
+    for part in place[:-1]:
+        at = at[part]
+    at[place[-1]] = value
+    return changed
+
+
+def read(*documents: Any) -> Manifests:
+    return read_manifests([(FILE, yaml.safe_dump_all(documents))])
+
+
+def read_service(document: dict[str, Any]) -> Service:
+    (service,) = read(document).services
+    return service
+
+
+def config_map(name: str, **data: Any) -> dict[str, Any]:
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": data}
+
+
+def secret(**fields: Any) -> dict[str, Any]:
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "store"}, **fields}
+
+
+def mistake(*documents: Any) -> str:
+    """What is said about the first mistake; always one line."""
+    with pytest.raises(ManifestError) as caught:
+        read(*documents)
+    said = str(caught.value)
+    assert len(said.splitlines()) == 1
+    return said
+
+
+def rendered(overlay: str) -> Manifests:
+    folder = ROOT / "knative" / "manifests" / "overlays" / overlay
+    text = subprocess.run([BIN / "kubectl", "kustomize", folder], capture_output=True, text=True, check=True).stdout
+    return read_manifests([(overlay, text)])
+
+
+def test_our_local_overlay_is_a_function_at_zero_with_its_store_and_cache() -> None:
+    manifests = rendered("local")
+    (minilm,) = manifests.services
+    assert (minilm.name, minilm.namespace) == ("minilm", "default")
+    assert minilm.user_container.name == "function"
+    assert [container.name for container in minilm.spec.containers] == ["function", "weights-cache"]
+    assert (minilm.scale.initial_scale, minilm.scale.stable_window_s, minilm.scale.progress_deadline_s) == (0, 10, 120)
+    assert manifests.secrets["default", "weights-store"]["AWS_ENDPOINT_URL"] == "http://object-store.relight.localhost"
+    assert manifests.mentions("object-store.relight.localhost")
+
+
+def test_our_default_overlay_is_read_too() -> None:
+    (minilm,) = rendered("default").services
+    assert (minilm.scale.initial_scale, minilm.scale.stable_window_s) == (1, 60)
+
+
+def test_what_is_not_set_is_as_in_knative() -> None:
+    hello = read_service(HELLO)
+    assert (hello.namespace, hello.spec.container_concurrency, hello.spec.timeout_seconds) == ("default", 0, 300)
+
+
+def test_the_only_container_is_the_one_that_is_called() -> None:
+    assert read_service(HELLO).user_container.name == "function"
+
+
+def test_of_several_containers_the_one_with_a_port_is_called() -> None:
+    document = put((*SPEC, "containers"), [SIDECAR, {"name": "function", "command": ["serve"], "ports": [PORT]}])
+    assert read_service(document).user_container.name == "function"
+
+
+def test_what_only_a_cluster_needs_is_left_alone() -> None:
+    document = put((*FUNCTION, "securityContext"), {"runAsNonRoot": True})
+    document = put((*FUNCTION, "resources"), {"limits": {"nvidia.com/gpu": "1"}}, document)
+    document = put((*FUNCTION, "image"), "registry.example/hello@sha256:0", document)
+    document = put((*SPEC, "nodeSelector"), {"disk": "ssd"}, document)
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "hello"}}
+    assert [service.name for service in read(account, document).services] == ["hello"]
+
+
+def test_the_autoscalers_cluster_settings_come_from_their_config_map() -> None:
+    assert read(HELLO, config_map("config-autoscaler", **{"stable-window": "20s"})).services[0].scale.stable_window_s == 20
+
+
+def test_the_data_of_a_secret_is_base64_and_its_string_data_is_not() -> None:
+    encoded = base64.b64encode("schlüssel".encode()).decode()
+    held = read(HELLO, secret(data={"KEY": encoded, "BOTH": encoded}, stringData={"PLAIN": "cGxhaW4=", "BOTH": "string wins"})).secrets
+    assert held["default", "store"] == {"KEY": "schlüssel", "PLAIN": "cGxhaW4=", "BOTH": "string wins"}
+
+
+def test_the_base64_of_a_secret_may_be_wrapped() -> None:
+    encoded = base64.encodebytes(b"long " * 40).decode()
+    assert len(encoded.splitlines()) > 1
+    assert read(HELLO, secret(data={"KEY": encoded})).secrets["default", "store"] == {"KEY": "long " * 40}
+
+
+def test_services_of_one_name_may_live_in_two_namespaces() -> None:
+    manifests = read(HELLO, put(("metadata", "namespace"), "other"))
+    assert [(service.namespace, service.name) for service in manifests.services] == [("default", "hello"), ("other", "hello")]
+
+
+def test_services_keep_the_order_of_the_files() -> None:
+    sources = [("a.yaml", yaml.safe_dump(put(("metadata", "name"), "zebra"))), ("b.yaml", yaml.safe_dump(HELLO))]
+    assert [service.name for service in read_manifests(sources).services] == ["zebra", "hello"]
+
+
+def test_empty_documents_are_passed_over() -> None:
+    text = f"---\n---\n{yaml.safe_dump(HELLO)}---\n# nothing\n"
+    assert [service.name for service in read_manifests([(FILE, text)]).services] == ["hello"]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        pytest.param((*SPEC, "containerConcurency"), 1, "did you mean containerConcurrency?", id="misspelt field"),
+        pytest.param((*FUNCTION, "comand"), [], "did you mean command?", id="misspelt field in a list"),
+        pytest.param((*FUNCTION, "tty"), True, "known are args, command, env, envFrom, image, ", id="unknown field"),
+        pytest.param(
+            (*SPEC, "volumes", 0, "hostPath"),
+            {"path": "/"},
+            "known are emptyDir, name, persistentVolumeClaim",
+            id="volume that one machine has not",
+        ),
+        pytest.param(
+            (*FUNCTION, "livenessProbe"), {"httpGet": {"prot": 1}}, "did you mean port?", id="misspelt field below an optional one"
+        ),
+        pytest.param((*SPEC, "containerConcurrency"), 1001, "less than or equal to 1000 (found 1001)", id="number too large"),
+        pytest.param((*SPEC, "timeoutSeconds"), 0, "greater than or equal to 1 (found 0)", id="number too small"),
+        pytest.param(
+            (*SPEC, "timeoutSeconds"), "long", "a valid integer, unable to parse string as an integer (found 'long')", id="no number"
+        ),
+        pytest.param((*FUNCTION, "command"), "serve --fast", "a valid list (found 'serve --fast')", id="command as one word"),
+        pytest.param((*FUNCTION, "args"), ["--port", 80], "a valid string (found 80)", id="number among the arguments"),
+        pytest.param((*FUNCTION, "env"), [{"name": "WORKERS", "value": 4}], "a valid string (found 4)", id="number in the environment"),
+        pytest.param((*FUNCTION, "env"), {"WORKERS": "4"}, "a valid list", id="environment as a mapping"),
+        pytest.param((*FUNCTION, "env"), [{"value": "4"}], "Field required", id="variable without a name"),
+        pytest.param((*FUNCTION, "env"), [{"name": "A=B"}], "match pattern '^[^=]+$' (found 'A=B')", id="variable with an impossible name"),
+        pytest.param((*FUNCTION, "ports"), [PORT, PORT], "at most 1 item", id="two ports"),
+        pytest.param((*FUNCTION, "ports"), [{"containerPort": 70000}], "less than or equal to 65535 (found 70000)", id="port out of range"),
+        pytest.param((*FUNCTION, "ports"), [{"containerPort": 80, "name": "web"}], "'', 'http1' or 'h2c' (found 'web')", id="port name"),
+        pytest.param(
+            (*FUNCTION, "readinessProbe"), {"exec": {"command": ["true"]}}, "known are failureThreshold, httpGet, ", id="exec probe"
+        ),
+        pytest.param((*FUNCTION, "readinessProbe"), {"httpGet": {"port": "web"}}, "a valid integer, ", id="probe of a named port"),
+        pytest.param(
+            (*FUNCTION, "readinessProbe"),
+            {"httpGet": {"httpHeaders": [{"name": "X"}]}},
+            "Field required",
+            id="probe header without a value",
+        ),
+        pytest.param(
+            (*FUNCTION, "volumeMounts", 0, "mountPath"), "data", "match pattern '^/' (found 'data')", id="mount path not absolute"
+        ),
+        pytest.param((*FUNCTION, "volumeMounts", 0, "name"), "dada", "found 'dada'; volumes are ['data']", id="mount of no volume"),
+        pytest.param((*SPEC, "volumes", 0), {"name": "data"}, "allowed are emptyDir and persistentVolumeClaim", id="volume of no kind"),
+        pytest.param((*SPEC, "containers"), [], "at least 1 item", id="no containers"),
+        pytest.param((*FUNCTION, "command"), [], "found none; here images are not run", id="no command"),
+        pytest.param((*FUNCTION, "name"), "../escape", "found '../escape'", id="container name that leads elsewhere"),
+        pytest.param(
+            (*SPEC, "containers"),
+            [HELLO["spec"]["template"]["spec"]["containers"][0] | {"ports": [PORT]}, SIDECAR | {"ports": [PORT]}],
+            "found ports in ['function', 'sidecar']; exactly one container must have them",
+            id="two containers with ports",
+        ),
+        pytest.param(
+            (*SPEC, "containers"), [SIDECAR, SIDECAR | {"name": "other"}], "found ports in none; exactly one", id="no ports at all"
+        ),
+        pytest.param(
+            (*ANNOTATIONS, "autoscaling.knative.dev/windw"),
+            "6s",
+            "windw = '6s', there is no such annotation; did you mean window?",
+            id="misspelt annotation",
+        ),
+        pytest.param(
+            (*ANNOTATIONS, "autoscaling.knative.dev/window"), "5s", "window = '5s', must be a duration from 6s to 1h", id="window too short"
+        ),
+        pytest.param((*ANNOTATIONS, "autoscaling.knative.dev/min-scale"), 1, "a valid string (found 1)", id="annotation not in quotes"),
+        pytest.param(
+            (*ANNOTATIONS, "autoscaling.knative.dev/initial-scale"),
+            "0",
+            "allow-zero-initial-scale is false",
+            id="initial scale 0 not allowed",
+        ),
+        pytest.param(
+            (*ANNOTATIONS, "autoscaling.knative.dev/class"),
+            "hpa.autoscaling.knative.dev",
+            "must be kpa.autoscaling.knative.dev",
+            id="autoscaler that is not here",
+        ),
+        pytest.param(("metadata", "name"), "Hello", "found 'Hello'", id="name with a capital letter"),
+        pytest.param(("metadata", "name"), "hello.world", "found 'hello.world'", id="name that is no host label"),
+        pytest.param(("metadata", "namespace"), "../up", "found '../up'", id="namespace that leads elsewhere"),
+        pytest.param(("spec", "template"), None, "valid dictionary", id="template left empty"),
+    ],
+)
+def test_a_mistake_in_a_service_is_told_with_file_and_path_and_what_is_allowed(place: tuple[str | int, ...], value: Any, said: str) -> None:
+    message = mistake(put(place, value))
+    assert message.startswith(f"{FILE}: document 1 (Service ")
+    # An annotation's message names the annotation itself.
+    path = place[: len(ANNOTATIONS)] if place[: len(ANNOTATIONS)] == ANNOTATIONS else place
+    assert "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") in message
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        pytest.param(["a", "list"], "document 2: found no object with apiVersion and kind", id="no object"),
+        pytest.param({"kind": "Service"}, "document 2: found no object with apiVersion and kind", id="no apiVersion"),
+        pytest.param(
+            {"apiVersion": "v1", "kind": ["Service"]}, "document 2: found no object with apiVersion and kind", id="kind is a list"
+        ),
+        pytest.param(put(("metadata",), {}), "document 2 (Service): metadata.name: found none", id="no name"),
+        pytest.param(put(("metadata",), None), "document 2 (Service): metadata.name: found none", id="no metadata"),
+        pytest.param(
+            {**HELLO, "apiVersion": "v1"}, "found v1 Service; allowed are serving.knative.dev/v1 Service, v1 ConfigMap", id="core Service"
+        ),
+        pytest.param(
+            {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "hello"}},
+            "document 2 (Deployment hello): found apps/v1 Deployment; allowed are serving.knative.dev/v1 Service",
+            id="another kind of object",
+        ),
+        pytest.param({"apiVersion": "v1\nv2", "kind": "A\nB", "metadata": {"name": "c\nd"}}, "A\\nB c\\nd", id="line breaks in a name"),
+        pytest.param(
+            config_map("flags", DEBUG=True),
+            "document 2 (ConfigMap flags): data.DEBUG: Input should be a valid string",
+            id="flag not in quotes",
+        ),
+        pytest.param(
+            config_map("flags") | {"stringData": {}},
+            "(ConfigMap flags): stringData: there is no such field",
+            id="ConfigMap with a Secret's field",
+        ),
+        pytest.param(
+            secret(data={"KEY": "plain text"}), "document 2 (Secret store): data.KEY: must be base64 of text", id="Secret not in base64"
+        ),
+        pytest.param(secret(data={"KEY": "//79"}), "data.KEY: must be base64 of text", id="Secret that is not text"),
+        pytest.param(
+            config_map("config-autoscaler", **{"stable-window": "1s"}),
+            "document 2 (ConfigMap config-autoscaler): data: config-autoscaler: stable-window = '1s', must be a duration from 6s to 1h",
+            id="cluster setting out of bounds",
+        ),
+        pytest.param(
+            config_map("config-autoscaler", **{"stable-widow": "60s"}),
+            "there is no such setting; did you mean stable-window?",
+            id="misspelt cluster setting",
+        ),
+        pytest.param(HELLO, "Service hello: stands twice in namespace default (first in hello.yaml)", id="the same Service again"),
+    ],
+)
+def test_a_mistake_in_another_object_is_told_with_file_and_path_and_what_is_allowed(document: Any, said: str) -> None:
+    message = mistake(HELLO, document)
+    assert message.startswith(f"{FILE}: ")
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param("a: 1\nb: [1, 2\nc: 3\n", r"^hello\.yaml: line 3: not YAML: ", id="bracket left open"),
+        pytest.param("a: 1\n\tb: 2\n", r"^hello\.yaml: line 2: not YAML: .*'\\t'", id="tab"),
+        pytest.param("kind: !!python/object:os.system {}\n", r"^hello\.yaml: line 1: not YAML: ", id="something to run"),
+        pytest.param("a: 1\nb: \x00\n", r"^hello\.yaml: line 2: not YAML: .*special characters", id="control character"),
+        pytest.param("released: 2026-13-45\n", r"^hello\.yaml: not YAML: month", id="impossible date"),
+    ],
+)
+def test_what_is_not_yaml_is_told_with_its_line(text: str, said: str) -> None:
+    with pytest.raises(ManifestError) as caught:
+        read_manifests([(FILE, text)])
+    assert re.search(said, str(caught.value))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["", "---\n", "# a comment\n", yaml.safe_dump(config_map("flags"))])
+def test_files_without_a_service_are_a_mistake(text: str) -> None:
+    with pytest.raises(ManifestError, match=r"^a\.yaml, b\.yaml: found no serving\.knative\.dev/v1 Service$"):
+        read_manifests([("a.yaml", text), ("b.yaml", "")])
+
+
+def test_the_file_of_a_mistake_is_named_where_there_are_several() -> None:
+    with pytest.raises(ManifestError, match=r"^second\.yaml: Service hello: stands twice in namespace default \(first in first\.yaml\)$"):
+        read_manifests([("first.yaml", yaml.safe_dump(HELLO)), ("second.yaml", yaml.safe_dump(HELLO))])
+
+
+def test_files_and_standard_input_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / FILE).write_text(yaml.safe_dump(HELLO))
+    monkeypatch.setattr("sys.stdin", io.StringIO(yaml.safe_dump(put(("metadata", "name"), "piped"))))
+    manifests = read_files([tmp_path / FILE, Path("-")])
+    assert [(service.file, service.name) for service in manifests.services] == [
+        (str(tmp_path / FILE), "hello"),
+        ("standard input", "piped"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "make", [Path.mkdir, lambda path: path.write_bytes(b"name: \xff"), lambda path: None], ids=["folder", "not UTF-8", "absent"]
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / FILE)
+    with pytest.raises(ManifestError, match="cannot be read") as caught:
+        read_files([tmp_path / FILE])
+    assert str(caught.value).startswith(f"{tmp_path / FILE}: ")
+    assert len(str(caught.value).splitlines()) == 1

@@ -1,0 +1,371 @@
+"""A pod from asked for to gone: its probes, what it tells about itself, and its end."""
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from knative.local.launch import PodPlan, Probe, Process
+from knative.local.pod import Pod, Report
+
+SLEEP = ("sh", "-c", "echo $$; exec sleep 60")
+EVERY_S = 0.02
+
+
+class UserContainer:
+    """What answers at the pod's port: a test says how."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.status = 200
+        self.body = b""
+        self.headers: dict[str, str] = {}
+        self.asked = 0
+        self.asked_with: dict[str, str] = {}
+
+    async def answer(self, request: web.BaseRequest) -> web.Response:
+        self.asked += 1
+        self.asked_with = dict(request.headers)
+        return web.Response(status=self.status, body=self.body, headers=self.headers)
+
+    def says(self, document: Any, status: int = 200) -> None:
+        self.status, self.body, self.headers = status, json.dumps(document).encode(), {"Content-Type": "application/json"}
+
+
+class Stage:
+    """A user container and the means to make pods of it."""
+
+    def __init__(self, folder: Path, session: aiohttp.ClientSession) -> None:
+        self.folder = folder
+        self.function = UserContainer()
+        self.changes: list[str] = []
+        self._session = session
+
+    def probe(self, path: str | None = "/readyz", failures: int = 2) -> Probe:
+        return Probe(self.function.port, path, {"X-Probe": "yes"}, period_s=EVERY_S, timeout_s=1, failures=failures, delay_s=0)
+
+    def process(self, name: str = "function", *argv: str, readiness: Probe | None = None, liveness: Probe | None = None) -> Process:
+        return Process(
+            container=name,
+            is_main=name == "function",
+            argv=argv or SLEEP,
+            env=dict(os.environ),
+            cwd=None,
+            directories=(self.folder / "pod" / "volumes" / "scratch",),
+            log=self.folder / f"{name}.log",
+            readiness=readiness,
+            liveness=liveness,
+        )
+
+    def pod(self, *processes: Process) -> Pod:
+        plan = PodPlan(self.function.port, processes or (self.process(readiness=self.probe()),))
+        return Pod("hello-1", plan, self.folder / "pod", self._session, lambda pod: self.changes.append(pod.phase))
+
+
+@contextlib.asynccontextmanager
+async def setting(folder: Path) -> AsyncIterator[Stage]:
+    async with aiohttp.ClientSession() as session:
+        stage = Stage(folder, session)
+        runner = web.ServerRunner(web.Server(stage.function.answer))
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        stage.function.port = runner.addresses[0][1]
+        try:
+            yield stage
+        finally:
+            await runner.cleanup()
+
+
+def play(folder: Path, scene: Callable[[Stage], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with setting(folder) as stage:
+            await scene(stage)
+
+    asyncio.run(main())
+
+
+async def until(what: str, probe: Callable[[], object], seconds: float = 10) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            while not probe():
+                await asyncio.sleep(0.005)
+    except TimeoutError:
+        raise AssertionError(f"{what}: not within {seconds:g} s") from None
+
+
+async def becomes(pod: Pod, phase: str) -> None:
+    await until(f"the pod {phase}", lambda: pod.phase == phase)
+
+
+async def some_probes(stage: Stage, count: int = 5) -> None:
+    asked = stage.function.asked
+    await until("some probes more", lambda: stage.function.asked >= asked + count)
+
+
+def test_a_pod_is_ready_once_its_readiness_probe_is_answered_well(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.function.status = 503
+        pod = stage.pod()
+        assert pod.phase == "pending"
+        await pod.start()
+        await some_probes(stage)
+        assert (pod.phase, pod.unready_since) == ("starting", pod.asked_at)
+        stage.function.status = 200
+        await becomes(pod, "ready")
+        assert pod.unready_since is None
+        assert 0 < pod.stages["spawn"] < pod.stages["ready"]
+        assert stage.function.asked_with["X-Probe"] == "yes"
+        await pod.drain(0)
+        assert stage.changes == ["starting", "ready", "draining"]
+
+    play(tmp_path, scene)
+
+
+def test_a_pod_without_an_http_probe_is_ready_once_its_port_is_open(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        pod = stage.pod(stage.process(readiness=stage.probe(path=None)))
+        await pod.start()
+        await becomes(pod, "ready")
+        assert stage.function.asked == 0
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_ready_pod_is_taken_out_after_so_many_failures_and_comes_back(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        pod = stage.pod(stage.process(readiness=stage.probe(failures=3)))
+        await pod.start()
+        await becomes(pod, "ready")
+        first_ready_s = pod.stages["ready"]
+        asked = stage.function.asked
+        stage.function.status = 500
+        await becomes(pod, "starting")
+        assert stage.function.asked - asked in (3, 4)  # one may have been on its way
+        stage.function.status = 200
+        await becomes(pod, "ready")
+        assert pod.stages["ready"] == first_ready_s
+        assert pod.status()["restarts"] == {"function": 0}
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_the_progress_deadline_counts_again_from_when_a_pod_stopped_being_ready(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        pod = stage.pod()
+        await pod.start()
+        await becomes(pod, "ready")
+        stage.function.status = 500
+        await becomes(pod, "starting")
+        assert pod.unready_since
+        assert pod.unready_since > pod.asked_at + pod.stages["ready"]
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_sidecar_with_a_readiness_probe_has_a_say(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        closed = Probe(1, None, {}, period_s=EVERY_S, timeout_s=1, failures=2, delay_s=0)
+        pod = stage.pod(stage.process(readiness=stage.probe()), stage.process("sidecar", readiness=closed))
+        await pod.start()
+        await some_probes(stage)
+        assert pod.phase == "starting"
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_crash_of_the_user_container_is_noticed_before_any_probe(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        readiness = Probe(stage.function.port, "/", {}, period_s=60, timeout_s=1, failures=3, delay_s=0)
+        pod = stage.pod(stage.process("function", "sh", "-c", f"until [ -e {tmp_path}/crash ]; do sleep 0.01; done", readiness=readiness))
+        await pod.start()
+        await becomes(pod, "ready")
+        (tmp_path / "crash").touch()
+        await becomes(pod, "starting")
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_crash_of_a_sidecar_leaves_the_pod_ready(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        sidecar = stage.process("sidecar", "sh", "-c", f"until [ -e {tmp_path}/crash ]; do sleep 0.01; done; echo crashed")
+        pod = stage.pod(stage.process(readiness=stage.probe()), sidecar)
+        await pod.start()
+        await becomes(pod, "ready")
+        (tmp_path / "crash").touch()
+        await until("the crash", lambda: "crashed" in (tmp_path / "sidecar.log").read_text())
+        await until("its restart", lambda: pod.status()["restarts"] == {"function": 0, "sidecar": 1})
+        assert stage.changes == ["starting", "ready"]
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_container_that_fails_its_liveness_probe_is_killed_and_started_again(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        pod = stage.pod(stage.process(readiness=stage.probe(path=None), liveness=stage.probe("/healthz", failures=2)))
+        await pod.start()
+        await becomes(pod, "ready")
+        await some_probes(stage)
+        assert pod.status()["restarts"] == {"function": 0}
+        stage.function.status = 500
+        await until("its restart", lambda: pod.status()["restarts"] == {"function": 1})
+        stage.function.status = 200
+        await becomes(pod, "ready")
+        first, second = (tmp_path / "function.log").read_text().split()
+        assert first != second
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_report_in_the_readiness_answer_is_taken_over(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.function.says({"phase": "restoring", "restored_bytes": 3, "total_bytes": 9, "stages": {"import": 0.01}}, status=503)
+        pod = stage.pod()
+        await pod.start()
+        await until("the report", lambda: pod.report.phase)
+        assert (pod.report.phase, pod.report.restored_bytes, pod.report.total_bytes) == ("restoring", 3, 9)
+        weights = {"source": "cache", "bytes": 9, "seconds": 0.5, "parts": 2}
+        stage.function.says({"phase": "ready", "stages": {"import": 0.0, "load": 60.0}, "weights": weights})
+        await becomes(pod, "ready")
+        status = pod.status()
+        assert status["weights"] == weights
+        assert status["stages"]["import"] >= 0  # since the pod was asked for, as all of them
+        assert status["stages"]["load"] == status["stages"]["ready"]  # nothing it went through can have been later
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_the_same_report_again_is_no_news(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.function.says({"phase": "importing"}, status=503)
+        pod = stage.pod()
+        await pod.start()
+        await some_probes(stage)
+        assert stage.changes == ["starting", "starting"]
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"{", id="not JSON"),
+        pytest.param(b"\xff\xff", id="not text"),
+        pytest.param(b"null", id="null"),
+        pytest.param(b'"fine"', id="a string"),
+        pytest.param(b"[1, 2]", id="a list"),
+        pytest.param(b'{"status": "fine"}', id="an object without a phase"),
+        pytest.param(b'{"phase": 3}', id="a phase that is a number"),
+        pytest.param(b'{"phase": "warm", "restored_bytes": "some"}', id="bytes that are no number"),
+        pytest.param(b'{"phase": "warm", "restored_bytes": 1e999}', id="bytes without end"),
+        pytest.param(b'{"phase": "warm", "stages": ["import"]}', id="stages as a list"),
+        pytest.param(b'{"phase": "warm", "stages": {"import": "soon"}}', id="a stage that is no number"),
+        pytest.param(b'{"phase": "warm", "stages": {"import": NaN}}', id="a stage that is not a number"),
+        pytest.param(b'{"phase": "warm", "weights": "light"}', id="weights that are a text"),
+        pytest.param(b'{"phase": "warm", "weights": {"kg": 3}}', id="weights of another kind"),
+    ],
+)
+def test_other_json_in_the_readiness_answer_is_not_taken_for_a_report(tmp_path: Path, body: bytes) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.function.body, stage.function.headers = body, {"Content-Type": "application/json"}
+        pod = stage.pod()
+        await pod.start()
+        await becomes(pod, "ready")
+        assert pod.report == Report()
+        assert sorted(pod.stages) == ["ready", "spawn"]
+        json.dumps(pod.status(), allow_nan=False)
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_pod_that_goes_lets_its_requests_finish_first(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        pod = stage.pod()
+        await pod.start()
+        await becomes(pod, "ready")
+        pod.in_flight = 2
+        draining = asyncio.create_task(pod.drain(60))
+        await becomes(pod, "draining")
+        pod.leave()
+        await asyncio.sleep(0)
+        assert (tmp_path / "pod").exists()
+        assert not draining.done()
+        pod.leave()
+        await draining
+        assert not (tmp_path / "pod").exists()
+
+    play(tmp_path, scene)
+
+
+def test_a_pod_that_goes_does_not_wait_for_its_requests_for_ever(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        pod = stage.pod()
+        await pod.start()
+        pod.in_flight = 1
+        await asyncio.wait_for(pod.drain(0.05), 10)
+        assert not (tmp_path / "pod").exists()
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize("turns", range(12))
+def test_a_pod_that_is_let_go_while_it_starts_leaves_nothing_behind(tmp_path: Path, turns: int) -> None:
+    async def scene(stage: Stage) -> None:
+        pod = stage.pod(stage.process(readiness=stage.probe()), stage.process("sidecar"))
+        starting = asyncio.create_task(pod.start())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await pod.drain(0)
+        await asyncio.gather(starting)
+        assert pod.phase == "draining"
+        left = [line for name in ("function", "sidecar") for line in log_lines(tmp_path / f"{name}.log")]
+        assert [pid for pid in left if Path(f"/proc/{pid}").exists()] == []
+        assert processes_in(tmp_path) == []
+        assert not (tmp_path / "pod").exists()
+
+    play(tmp_path, scene)
+
+
+def log_lines(log: Path) -> list[str]:
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def processes_in(folder: Path) -> list[str]:
+    """Processes that write to a file in this folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "fd" / "1").readlink().is_relative_to(folder):
+                found.append(process.name)
+    return found
+
+
+def test_the_last_words_are_those_of_every_container(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        talkative = stage.process("function", "sh", "-c", "for n in 1 2 3; do echo line $n; done; exec sleep 60", readiness=stage.probe())
+        silent = stage.process("sidecar", "sleep", "60")
+        pod = stage.pod(talkative, silent)
+        assert pod.last_words() == "its containers wrote nothing"
+        await pod.start()
+        await until("three lines", lambda: "line 3" in pod.last_words())
+        assert pod.last_words(2) == "function:\n  line 2\n  line 3"
+        await pod.drain(0)
+
+    play(tmp_path, scene)

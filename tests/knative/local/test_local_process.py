@@ -1,0 +1,313 @@
+"""A container as a process group: started again when it ends, and ended with everything that it started."""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from knative.local import process as process_module
+from knative.local.launch import Process
+from knative.local.process import ContainerProcess, tail
+
+T = TypeVar("T")
+
+
+def container(log: Path, *argv: str, on_exit: Callable[[], object] = lambda: None, cwd: Path | None = None) -> ContainerProcess:
+    """One container with this command; its output goes to a folder that is not there yet."""
+    process = Process("function", True, argv, dict(os.environ), cwd, (), log, None, None)
+    return ContainerProcess(process, on_exit)
+
+
+def shell(log: Path, script: str, on_exit: Callable[[], object] = lambda: None) -> ContainerProcess:
+    return container(log, "sh", "-c", script, on_exit=on_exit)
+
+
+GOODBYE = """
+import signal, sys, time
+
+def end(*_):
+    time.sleep(0.2)
+    print("goodbye", flush=True)
+    sys.exit()
+
+signal.signal(signal.SIGTERM, end)
+print("here", flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "logs" / "hello-1" / "function.log"
+
+
+async def until(what: str, probe: Callable[[], T], seconds: float = 10) -> T:
+    """The first true value of `probe`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := probe():
+            return found
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"{what}: not within {seconds:g} s")
+
+
+def lines(log: Path) -> list[str]:
+    return tail(log, 100)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def running(pids: Sequence[str]) -> list[str]:
+    return [pid for pid in pids if alive(int(pid))]
+
+
+def test_both_outputs_go_to_the_log_and_there_is_no_input(log: Path) -> None:
+    async def main() -> None:
+        function = shell(log, "echo out; echo err >&2; cat; echo end of input; exec sleep 60")
+        await function.start()
+        await until("three lines", lambda: lines(log) == ["out", "err", "end of input"])
+        assert function.running
+        await function.stop(5)
+
+    asyncio.run(main())
+
+
+def test_it_has_the_environment_and_the_directory_that_it_was_planned_with(log: Path, tmp_path: Path) -> None:
+    async def main() -> None:
+        planned = Process(
+            "function", True, ("/bin/sh", "-c", "/usr/bin/env; pwd; exec sleep 60"), {"ONLY": "this"}, tmp_path, (), log, None, None
+        )
+        function = ContainerProcess(planned, lambda: None)
+        await function.start()
+        said = await until("all of it", lambda: lines(log) if str(tmp_path) in lines(log) else [])
+        assert "ONLY=this" in said
+        assert not any(line.startswith("HOME=") for line in said)
+        await function.stop(5)
+
+    asyncio.run(main())
+
+
+def test_one_that_ends_is_told_of_and_started_again_after_pauses_that_double(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "RESTART_S", 0.1)
+    exits = []
+
+    async def main() -> None:
+        function = shell(log, "date +%s.%N; exit 3", on_exit=lambda: exits.append(time.time()))
+        await function.start()
+        await until("four starts", lambda: len(lines(log)) == 4)
+        assert function.restarts == 3
+        await function.stop(5)
+
+    asyncio.run(main())
+    starts = [float(line) for line in lines(log)]
+    pauses = [start - exit for exit, start in zip(exits, starts[1:], strict=False)]
+    assert pauses[0] > 0.09
+    assert pauses[1] > 0.19
+    assert pauses[2] > 0.39
+
+
+def test_after_a_long_life_a_crash_counts_as_the_first_one_again(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "RESTART_S", 0.01)
+    monkeypatch.setattr(process_module, "STEADY_S", -1.0)
+
+    async def main() -> None:
+        function = shell(log, "echo here; exit 3")
+        await function.start()
+        await until("twelve starts, for which the pauses could not have doubled", lambda: len(lines(log)) == 12, 8)
+        await function.stop(5)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("command", ["no-such-command", "/etc/hostname"], ids=["not found", "not a program"])
+def test_a_command_that_cannot_be_started_says_so_in_the_log_and_is_tried_again(
+    log: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_module, "RESTART_S", 0.01)
+
+    async def main() -> None:
+        function = container(log, command, "--fast")
+        await function.start()
+        assert not function.running
+        await until("another try", lambda: len(lines(log)) >= 2)
+        await function.stop(5)
+
+    asyncio.run(main())
+    assert lines(log)[0].startswith(f"cannot start {command} --fast: ")
+
+
+def test_a_working_directory_that_is_not_there_is_named(log: Path) -> None:
+    async def main() -> None:
+        function = container(log, "true", cwd=Path("/no/such/place"))
+        await function.start()
+        await function.stop(5)
+
+    asyncio.run(main())
+    assert "/no/such/place" in lines(log)[0]
+
+
+def test_a_command_that_was_not_there_runs_once_it_is(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "RESTART_S", 0.01)
+
+    async def main() -> None:
+        function = container(log, str(tmp_path / "late"))
+        await function.start()
+        (tmp_path / "new").write_text("#!/bin/sh\necho here at last\nexec sleep 60\n")
+        (tmp_path / "new").chmod(0o755)
+        (tmp_path / "new").rename(tmp_path / "late")
+        await until("the command", lambda: lines(log)[-1] == "here at last")
+        await function.stop(5)
+
+    asyncio.run(main())
+
+
+def test_what_it_started_ends_with_it(log: Path) -> None:
+    async def main() -> None:
+        function = shell(log, "sleep 60 & echo $!; (trap '' TERM; sleep 60) & echo $!; echo $$; wait")
+        await function.start()
+        pids = await until("three of them", lambda: lines(log) if len(lines(log)) == 3 else [])
+        assert running(pids) == pids
+        await function.stop(5)
+        await until("all gone", lambda: not running(pids))
+
+    asyncio.run(main())
+
+
+def test_what_it_left_behind_when_it_crashed_ends_too(log: Path) -> None:
+    async def main() -> None:
+        function = shell(log, "sleep 60 & echo $!; exit 3")
+        await function.start()
+        (pid,) = await until("its child", lambda: lines(log))
+        await until("gone", lambda: not alive(int(pid)))
+        await function.stop(5)
+
+    asyncio.run(main())
+
+
+def test_one_that_listens_to_sigterm_ends_in_its_own_time(log: Path) -> None:
+    async def main() -> None:
+        function = container(log, sys.executable, "-c", GOODBYE)
+        await function.start()
+        await until("its start", lambda: lines(log))
+        await function.stop(10)
+        assert lines(log) == ["here", "goodbye"]
+        assert not function.running
+
+    asyncio.run(main())
+
+
+def test_one_that_does_not_listen_to_sigterm_is_killed_after_its_grace(log: Path) -> None:
+    async def main() -> None:
+        function = shell(log, "trap '' TERM; echo $$; while :; do sleep 0.01; done")
+        await function.start()
+        (pid,) = await until("its start", lambda: lines(log))
+        began = time.monotonic()
+        await function.stop(0.3)
+        assert time.monotonic() - began >= 0.3
+        assert not alive(int(pid))
+
+    asyncio.run(main())
+
+
+def test_one_that_is_stopped_does_not_come_back(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "RESTART_S", 0.01)
+    exits = []
+
+    async def main() -> None:
+        function = shell(log, "echo here; exec sleep 60", on_exit=lambda: exits.append(True))
+        await function.start()
+        await until("its start", lambda: lines(log))
+        await function.stop(5)
+        await asyncio.sleep(0.1)
+
+    asyncio.run(main())
+    assert lines(log) == ["here"]
+    assert exits == []
+
+
+def test_stopping_one_that_is_between_two_starts_signals_nobody(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The number of the process that has ended may be somebody else's by now.
+    exits: list[bool] = []
+    signalled: list[tuple[int, int]] = []
+
+    async def main() -> None:
+        function = shell(log, "exit 3", on_exit=lambda: exits.append(True))
+        await function.start()
+        await until("its end", lambda: exits)
+        monkeypatch.setattr(os, "killpg", lambda *call: signalled.append(call))
+        await function.stop(5)
+
+    asyncio.run(main())
+    assert signalled == []
+
+
+def test_a_restart_kills_it_and_starts_it_again(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "RESTART_S", 0.01)
+
+    async def main() -> None:
+        function = shell(log, "trap '' TERM; echo $$; while :; do sleep 0.01; done")
+        await function.start()
+        (first,) = await until("its start", lambda: lines(log))
+        await function.restart()
+        _, second = await until("its second start", lambda: lines(log) if len(lines(log)) == 2 else [])
+        assert running([first, second]) == [second]
+        await function.stop(0)
+
+    asyncio.run(main())
+
+
+def test_an_interrupt_at_the_terminal_is_not_for_it(log: Path) -> None:
+    async def main() -> None:
+        function = container(
+            log, sys.executable, "-c", "import os, signal; print(os.getpid(), os.getpgid(0), os.getsid(0), flush=True); signal.pause()"
+        )
+        await function.start()
+        (numbers,) = await until("its numbers", lambda: lines(log)[:1])
+        pid, group, session = map(int, numbers.split())
+        assert pid == group == session
+        assert session != os.getsid(0)
+        await function.stop(5)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        pytest.param(None, [], id="no log"),
+        pytest.param(b"", [], id="empty"),
+        pytest.param(b"a\nb\nc\nd\n", ["c", "d"], id="the last two of four"),
+        pytest.param(b"a", ["a"], id="no line break yet"),
+        pytest.param(b"\xff\xfe bytes\n", ["\ufffd\ufffd bytes"], id="not text"),
+        pytest.param(b"x" * 100_000 + b"\nlast\n", ["x" * (16_384 - 6), "last"], id="a line of 100 kB is cut"),
+    ],
+)
+def test_the_last_lines_of_a_log_are_shown(log: Path, content: bytes | None, expected: list[str]) -> None:
+    log.parent.mkdir(parents=True)
+    if content is not None:
+        log.write_bytes(content)
+    assert tail(log, 2) == expected
+
+
+def test_the_signal_that_a_dying_platform_leaves_behind_is_sigterm(log: Path) -> None:
+    ask = "import ctypes, signal; n = ctypes.c_int(); ctypes.CDLL(None).prctl(2, ctypes.byref(n)); print(n.value, flush=True); signal.pause()"  # PR_GET_PDEATHSIG
+
+    async def main() -> None:
+        function = container(log, sys.executable, "-c", ask)
+        await function.start()
+        assert await until("its answer", lambda: lines(log)[:1]) == [str(signal.SIGTERM.value)]
+        await function.stop(5)
+
+    asyncio.run(main())

@@ -1,0 +1,355 @@
+"""Who gets which pod, who waits, and who is refused: a revision with pods that have no processes."""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+import pytest
+
+from knative.local.errors import Overloaded, RevisionFailed, Stopping
+from knative.local.pod import Phase, Pod
+from knative.local.revision import QUEUE_LIMIT, RETRY_S, Revision, pick, victims
+from tests.knative.local.fakes import FakePod, fake_revision
+
+
+def pods_of(*loads: int, phase: Phase = "ready") -> list[Pod]:
+    """Pods with so many requests in flight, the oldest first."""
+    revision, _ = fake_revision()
+    pods: list[Pod] = []
+    for age, load in enumerate(loads):
+        pod = FakePod(revision, f"pod-{age}")
+        pod.phase, pod.in_flight, pod.asked_at = phase, load, float(age)
+        pods.append(pod)
+    return pods
+
+
+def names(pods: Sequence[Pod]) -> list[str]:
+    return [pod.name for pod in pods]
+
+
+@pytest.mark.parametrize(
+    ("loads", "container_concurrency", "turn", "expected"),
+    [
+        pytest.param((), 0, 0, None, id="no pods"),
+        pytest.param((), 5, 0, None, id="no pods with a limit"),
+        pytest.param((1000,), 0, 0, 0, id="one without a limit always has room"),
+        pytest.param((5, 1), 0, 0, 1, id="of two without a limit the less busy"),
+        pytest.param((0, 0), 1, 1, 0, id="up to three the first with room, whosever turn it is"),
+        pytest.param((1, 0), 1, 0, 1, id="one at a time: the next one"),
+        pytest.param((1, 2, 0), 3, 7, 0, id="three at a time: the first with room though not the idlest"),
+        pytest.param((1, 1), 1, 0, None, id="all full"),
+        pytest.param((0, 0, 0), 4, 0, 0, id="above three each in its turn: first"),
+        pytest.param((0, 0, 0), 4, 1, 1, id="above three each in its turn: second"),
+        pytest.param((0, 0, 0), 4, 5, 2, id="above three each in its turn: round and round"),
+        pytest.param((0, 4, 3), 4, 1, 2, id="above three one that is full is passed over"),
+        pytest.param((4, 4, 4), 4, 1, None, id="above three all full"),
+    ],
+)
+def test_a_request_goes_to_the_pod_that_knatives_activator_would_pick(
+    loads: tuple[int, ...], container_concurrency: int, turn: int, expected: int | None
+) -> None:
+    pods = pods_of(*loads)
+    assert pick(pods, container_concurrency, turn) is (None if expected is None else pods[expected])
+
+
+def test_without_a_limit_the_busiest_of_many_is_never_picked() -> None:
+    pods = pods_of(1, 9, 1, 2)
+    assert pods[1] not in {pick(pods, 0, turn) for turn in range(200)}
+
+
+@pytest.mark.parametrize(
+    ("ready", "starting", "count", "expected"),
+    [
+        pytest.param((0, 0), (), 0, [], id="none is to go"),
+        pytest.param((0, 0), (), -1, [], id="more are wanted"),
+        pytest.param((0, 0), (0,), 1, ["starting-0"], id="one that is not ready yet first"),
+        pytest.param((2, 0, 1), (), 1, ["ready-1"], id="then the least busy"),
+        pytest.param((1, 0, 0), (), 2, ["ready-2", "ready-1"], id="and of those the youngest"),
+        pytest.param((3, 1), (0, 0), 3, ["starting-1", "starting-0", "ready-1"], id="in that order"),
+        pytest.param((1,), (0,), 9, ["starting-0", "ready-0"], id="never more than there are"),
+    ],
+)
+def test_the_pods_to_go_are_those_that_are_missed_least(
+    ready: tuple[int, ...], starting: tuple[int, ...], count: int, expected: list[str]
+) -> None:
+    here, coming = pods_of(*ready), pods_of(*starting, phase="starting")
+    for pods, prefix in ((here, "ready"), (coming, "starting")):
+        for number, pod in enumerate(pods):
+            pod.name = f"{prefix}-{number}"
+    assert names(victims([*here, *coming], count)) == expected
+
+
+class Caller:
+    """A request that keeps its pod until it is told to leave."""
+
+    def __init__(self, revision: Revision) -> None:
+        self.pod: Pod | None = None
+        self._leave = asyncio.Event()
+        self.task = asyncio.create_task(self._call(revision))
+
+    async def _call(self, revision: Revision) -> None:
+        async with revision.request(), revision.slot() as pod:
+            self.pod = pod
+            await self._leave.wait()
+
+    async def leave(self) -> None:
+        self._leave.set()
+        await self.task
+
+    async def go_away(self) -> None:
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+
+
+async def settle() -> None:
+    """Let everything that can go on go on."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def queued(revision: Revision) -> int:
+    waiting: int = revision.status("", "")["queued"]
+    return waiting
+
+
+def fake(pod: Pod) -> FakePod:
+    assert isinstance(pod, FakePod)
+    return pod
+
+
+def test_the_first_request_at_zero_starts_a_pod_at_once_and_gets_it() -> None:
+    async def main() -> None:
+        revision, events = fake_revision()
+        caller = Caller(revision)
+        await settle()
+        assert (queued(revision), events.told) == (1, ["starting, 1 waiting"])
+        (pod,) = revision.pods
+        fake(pod).become("ready")
+        await settle()
+        assert caller.pod is pod
+        assert (queued(revision), pod.in_flight) == (0, 1)
+        await caller.leave()
+        assert pod.in_flight == 0
+
+    asyncio.run(main())
+
+
+def test_those_who_wait_are_served_in_the_order_in_which_they_came() -> None:
+    async def main() -> None:
+        revision, _ = fake_revision(1)
+        callers = [Caller(revision) for _ in range(3)]
+        await settle()
+        fake(revision.pods[0]).become("ready")
+        for number, caller in enumerate(callers):
+            await settle()
+            assert [other.pod is not None for other in callers] == [True] * (number + 1) + [False] * (2 - number)
+            await caller.leave()
+
+    asyncio.run(main())
+
+
+def test_one_that_comes_later_does_not_overtake_those_who_wait() -> None:
+    async def main() -> None:
+        revision, _ = fake_revision(1)
+        first, second = Caller(revision), Caller(revision)
+        await settle()
+        fake(revision.pods[0]).become("ready")
+        await settle()
+        await first.leave()
+        late = Caller(revision)
+        await settle()
+        assert second.pod is not None
+        assert late.pod is None
+        await second.leave()
+        await late.leave()
+
+    asyncio.run(main())
+
+
+def test_a_caller_that_goes_away_while_it_waits_is_forgotten() -> None:
+    async def main() -> None:
+        revision, _ = fake_revision(1)
+        gone, patient = Caller(revision), Caller(revision)
+        await settle()
+        await gone.go_away()
+        assert (queued(revision), revision.meter.current) == (1, 1)
+        fake(revision.pods[0]).become("ready")
+        await settle()
+        assert patient.pod is not None
+        await patient.leave()
+
+    asyncio.run(main())
+
+
+def test_a_caller_that_goes_away_just_as_it_gets_a_place_passes_it_on() -> None:
+    async def main() -> None:
+        revision, _ = fake_revision(1)
+        gone, patient = Caller(revision), Caller(revision)
+        await settle()
+        fake(revision.pods[0]).become("ready")
+        await gone.go_away()  # it has not run since
+        assert gone.pod is None
+        await settle()
+        assert patient.pod is not None
+        assert patient.pod.in_flight == 1
+        await patient.leave()
+
+    asyncio.run(main())
+
+
+def test_a_pod_never_has_more_requests_than_its_container_concurrency() -> None:
+    async def main() -> None:
+        revision, _ = fake_revision(2)
+        callers = [Caller(revision) for _ in range(5)]
+        await settle()
+        (pod,) = revision.pods
+        fake(pod).become("ready")
+        await settle()
+        assert (pod.in_flight, queued(revision)) == (2, 3)
+        for caller in callers:
+            await caller.leave()
+            await settle()
+            assert pod.in_flight <= 2
+        assert (pod.in_flight, queued(revision)) == (0, 0)
+
+    asyncio.run(main())
+
+
+def test_the_queue_is_bounded_and_who_comes_after_is_told_when_to_come_again() -> None:
+    async def main() -> None:
+        revision, _ = fake_revision()
+        callers = [Caller(revision) for _ in range(QUEUE_LIMIT)]
+        await settle()
+        with pytest.raises(Overloaded, match="10000 requests are waiting for hello already") as refused:
+            await Caller(revision).task
+        assert refused.value.retry_after_s == 1
+        await revision.stop()
+        await asyncio.gather(*(caller.task for caller in callers), return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_a_platform_that_stops_tells_those_who_wait_and_those_who_come() -> None:
+    async def main() -> None:
+        revision, _ = fake_revision()
+        waiting = Caller(revision)
+        await settle()
+        await revision.stop()
+        for caller in (waiting, Caller(revision)):
+            with pytest.raises(Stopping):
+                await caller.task
+        assert revision.pods == []
+
+    asyncio.run(main())
+
+
+def test_a_pod_that_is_on_its_way_out_gets_no_more_requests() -> None:
+    async def main() -> None:
+        revision, _ = fake_revision(scale={"initial-scale": "2"})
+        revision.start()
+        await settle()
+        leaving, staying = (fake(pod) for pod in revision.pods)
+        leaving.become("ready")
+        staying.become("ready")
+        leaving.become("draining")
+        callers = [Caller(revision) for _ in range(8)]
+        await settle()
+        assert {caller.pod for caller in callers} == {staying}
+        await asyncio.gather(*(caller.leave() for caller in callers))
+        await revision.stop()
+
+    asyncio.run(main())
+
+
+def test_a_request_that_finds_only_a_pod_on_its_way_out_starts_another_at_once() -> None:
+    async def main() -> None:
+        revision, _ = fake_revision(scale={"initial-scale": "1"})
+        revision.start()
+        await settle()
+        last = fake(revision.pods[0])
+        last.become("ready")
+        last.become("draining")
+        caller = Caller(revision)
+        await settle()
+        assert [pod.phase for pod in revision.pods] == ["draining", "starting"]
+        fake(revision.pods[1]).become("ready")
+        await settle()
+        assert caller.pod is revision.pods[1]
+        await caller.leave()
+        await revision.stop()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [({}, 0), ({"initial-scale": "2"}, 2), ({"min-scale": "3"}, 3), ({"initial-scale": "1", "min-scale": "2"}, 2)],
+    ids=["at zero", "initial-scale", "min-scale", "the larger of both"],
+)
+def test_a_revision_begins_with_as_many_pods_as_it_is_to_have(scale: dict[str, str], expected: int) -> None:
+    async def main() -> None:
+        revision, _ = fake_revision(scale=scale)
+        revision.start()
+        await settle()
+        assert len(revision.pods) == expected
+        await revision.stop()
+
+    asyncio.run(main())
+
+
+def test_when_no_pod_is_ready_by_the_deadline_those_who_wait_and_those_who_come_soon_after_are_told() -> None:
+    async def main() -> None:
+        revision, events = fake_revision(progress_deadline="0s")
+        revision.start()
+        waiting = Caller(revision)
+        with pytest.raises(RevisionFailed, match=r"not ready within 0 s \(progress-deadline\)") as told:
+            await waiting.task
+        assert told.value.retry_after_s == pytest.approx(RETRY_S, abs=1)
+        with pytest.raises(RevisionFailed) as told_at_once:
+            await Caller(revision).task
+        assert str(told_at_once.value) == str(told.value) == revision.status("", "")["failure"]
+        assert events.told == ["starting, 1 waiting", "failed"]
+        fake(revision.pods[0]).gone.set()
+        await settle()
+        assert revision.pods == []
+        await revision.stop()
+
+    asyncio.run(main())
+
+
+def test_a_pod_that_cannot_start_beside_a_ready_one_costs_nobody_an_answer() -> None:
+    async def main() -> None:
+        revision, events = fake_revision(1, scale={"initial-scale": "2"}, progress_deadline="0s")
+        revision.start()
+        await settle()
+        fake(revision.pods[0]).become("ready")
+        busy, waiting = Caller(revision), Caller(revision)
+        while "failed" not in events.told:
+            await asyncio.sleep(0.01)
+        late = Caller(revision)
+        for caller in (busy, waiting, late):
+            await settle()
+            assert caller.pod is revision.pods[0]
+            await caller.leave()
+        await revision.stop()
+
+    asyncio.run(main())
+
+
+def test_a_failure_is_over_once_a_pod_is_ready() -> None:
+    async def main() -> None:
+        revision, events = fake_revision(scale={"initial-scale": "2"}, progress_deadline="0s")
+        revision.start()
+        await settle()
+        first = fake(revision.pods[0])
+        first.become("ready")
+        while "failed" not in events.told:  # the other one
+            await asyncio.sleep(0.01)
+        assert revision.status("", "")["failure"]
+        first.become("starting")
+        first.become("ready")
+        assert revision.status("", "")["failure"] is None
+        await revision.stop()
+
+    asyncio.run(main())

@@ -1,0 +1,313 @@
+"""Requests through a running platform: held, routed, handed over, streamed back."""
+
+import hashlib
+import http.client
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.knative.local.running import Platform, platform_running, service
+from tests.support import request, wait_until
+
+GATED = {"GATE": "open"}  # such a pod opens its port only when the test lets it
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    services = [
+        service("echo"),
+        service("other"),
+        service("crowd", env=GATED),
+        service("left", env=GATED),
+        service("narrow", spec={"containerConcurrency": 1}, scale={"max-scale": "3"}),
+        service("brief", spec={"timeoutSeconds": 1}),
+        service("idle", container={"args": ["--scratch", "/scratch"]}),
+        service("warm", scale={"min-scale": "1"}),
+    ]
+    with platform_running(tmp_path_factory.mktemp("serving"), services, FUNCTION_AGENT="callers.own:Agent") as running:
+        yield running
+
+
+def exchange(platform: Platform, sent: bytes) -> bytes:
+    """What comes back for these very bytes, until the connection is closed."""
+    with socket.create_connection(("127.0.0.1", platform.port), timeout=30) as connection:
+        connection.sendall(sent)
+        received = b""
+        while piece := connection.recv(65536):
+            received += piece
+        return received
+
+
+def echoed(received: bytes) -> Any:
+    """The pod's own account of a request."""
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 "), received
+    return json.loads(body)
+
+
+def test_a_service_stands_at_zero_until_somebody_calls_and_the_first_request_is_answered(platform: Platform) -> None:
+    assert platform.service("other")["pods"] == []
+    assert platform.call("other", "/first").json()["path"] == "/first"
+    (pod,) = platform.pods("other")
+    assert pod["phase"] == "ready"
+    assert 0 < pod["stages"]["spawn"] < pod["stages"]["ready"]
+
+
+def test_twenty_requests_during_a_cold_start_are_all_held_and_answered_by_one_pod(platform: Platform) -> None:
+    with platform.calls("crowd", 20, "/echo") as replies:
+        platform.wait_for("crowd", "all held", lambda found: found["queued"] == 20)
+        assert [pod["phase"] for pod in platform.pods("crowd")] == ["starting"]
+        assert not any(reply.done() for reply in replies)
+        platform.note("crowd", "open")
+        answers = [reply.result().json() for reply in replies]
+    assert len({answer["pid"] for answer in answers}) == 1
+    assert platform.service("crowd")["requests_total"] == 20
+    assert len(list((platform.state / "logs" / "default").glob("crowd-*"))) == 1
+
+
+def test_a_client_that_goes_away_while_it_is_held_is_forgotten(platform: Platform) -> None:
+    with platform.connection("left", "/gone"), platform.connection("left", "/gone", "POST"):
+        platform.wait_for("left", "both held", lambda found: found["queued"] == 2)
+    platform.wait_for("left", "both forgotten", lambda found: found["queued"] == 0, 5)
+    platform.note("left", "open")
+    assert platform.call("left", "/patient").status == 200
+    assert platform.seen("left") == ["/patient"]
+
+
+def test_a_client_that_goes_away_while_it_is_answered_leaves_its_place(platform: Platform) -> None:
+    with platform.connection("other", "/wait/never-mind"):
+        platform.wait_for("other", "in its pod", lambda found: [pod["concurrency"] for pod in found["pods"]] == [1])
+    platform.wait_for("other", "out of it", lambda found: [pod["concurrency"] for pod in found["pods"]] == [0], 5)
+    platform.note("other", "never-mind")
+
+
+def test_a_container_concurrency_of_1_is_never_exceeded_while_more_pods_come_up(platform: Platform) -> None:
+    with platform.calls("narrow", 7, "/wait/seven") as replies:
+        full = platform.wait_for("narrow", "at max-scale", lambda found: [pod["concurrency"] for pod in found["pods"]] == [1, 1, 1])
+        assert full["queued"] == 4
+        platform.note("narrow", "seven")
+        answers = [reply.result().json() for reply in replies]
+    assert {answer["most_busy"] for answer in answers} == {1}
+    assert len({answer["pid"] for answer in answers}) == 3
+    assert len(platform.pods("narrow")) == 3
+
+
+def test_an_answer_is_passed_on_as_it_is_made(platform: Platform) -> None:
+    with platform.connection("echo", "/pieces/go-on") as connection:
+        reply = connection.getresponse()
+        assert reply.read(6) == b"first\n"
+        platform.note("echo", "go-on")  # the rest exists only from now on
+        assert reply.read() == b"second\n"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/plain",
+        "/query?a=1&b=two&b=&flag",
+        "/plus+and%20space?q=a+b%20c",
+        "/percent%2Fslash/%7Etilde/caf%C3%A9",
+        "/dots/./and/../more",
+        "/two//slashes//",
+        "/signs;a=1,2:3@4!$'()*",
+        "/{braces}|and|pipes",
+        "/bad%zz%escape",
+    ],
+)
+def test_a_path_reaches_the_pod_as_it_was_sent(platform: Platform, target: str) -> None:
+    sent = f"GET {target} HTTP/1.1\r\nHost: echo.default.localhost\r\nConnection: close\r\n\r\n"
+    assert echoed(exchange(platform, sent.encode()))["path"] == target
+
+
+def test_a_target_with_a_host_in_it_is_for_that_path(platform: Platform) -> None:
+    sent = f"GET http://echo.default.localhost:{platform.port}/through?a=proxy HTTP/1.1\r\nHost: echo.default.localhost\r\nConnection: close\r\n\r\n"
+    assert echoed(exchange(platform, sent.encode()))["path"] == "/through?a=proxy"
+
+
+def test_a_question_about_the_server_itself_is_for_its_root(platform: Platform) -> None:
+    assert echoed(exchange(platform, b"OPTIONS * HTTP/1.1\r\nHost: echo.default.localhost\r\nConnection: close\r\n\r\n"))["path"] == "/"
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
+def test_a_method_reaches_the_pod_as_it_was_sent(platform: Platform, method: str) -> None:
+    assert platform.call("echo", method=method).json()["method"] == method
+
+
+@pytest.mark.parametrize("size", [0, 1, 70_000, 20_000_000])
+def test_a_body_reaches_the_pod_whole(platform: Platform, size: int) -> None:
+    body = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    told = platform.call("echo", method="POST", body=body).json()
+    assert (told["bytes"], told["sha256"]) == (size, hashlib.sha256(body).hexdigest())
+    assert ["Content-Length", str(size)] in told["headers"]
+
+
+def test_a_body_of_unknown_length_reaches_the_pod_whole(platform: Platform) -> None:
+    pieces = [b"one ", b"two ", b"x" * 100_000, b" end"]
+    connection = http.client.HTTPConnection("127.0.0.1", platform.port, timeout=30)
+    connection.request("POST", "/", iter(pieces), {"Host": "echo.default.localhost", "Transfer-Encoding": "chunked"}, encode_chunked=True)
+    told = json.loads(connection.getresponse().read())
+    connection.close()
+    assert (told["bytes"], told["sha256"]) == (100_012, hashlib.sha256(b"".join(pieces)).hexdigest())
+
+
+def test_a_client_that_waits_for_100_continue_gets_it(platform: Platform) -> None:
+    with socket.create_connection(("127.0.0.1", platform.port), timeout=30) as connection:
+        connection.sendall(
+            b"POST / HTTP/1.1\r\nHost: echo.default.localhost\r\nContent-Length: 2\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
+        )
+        assert connection.recv(1024) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(b"hi")
+        received = b""
+        while piece := connection.recv(65536):
+            received += piece
+    assert echoed(received)["bytes"] == 2
+
+
+def test_headers_for_the_pod_reach_it_and_those_for_the_connection_do_not(platform: Platform) -> None:
+    sent = {
+        "X-Mine": "kept",
+        "Cookie": "a=1; b=2",
+        "Accept-Encoding": "br",
+        "Connection": "close, X-Hop",
+        "X-Hop": "here only",
+        "TE": "trailers",
+    }
+    told = dict(platform.call("echo", headers=sent).json()["headers"])
+    assert told.items() >= {"X-Mine": "kept", "Cookie": "a=1; b=2", "Accept-Encoding": "br"}.items()
+    assert not told.keys() & {"X-Hop", "TE"}
+    assert told["Host"] == told["X-Forwarded-Host"] == f"echo.default.localhost:{platform.port}"
+    assert (told["X-Forwarded-For"], told["X-Forwarded-Proto"]) == ("127.0.0.1", "http")
+
+
+def test_nothing_is_added_that_the_client_did_not_send(platform: Platform) -> None:
+    received = exchange(platform, b"POST / HTTP/1.1\r\nHost: echo.default.localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+    names = {name for name, _ in echoed(received)["headers"]}
+    assert names <= {"Host", "Content-Length", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Connection"}
+
+
+@pytest.mark.parametrize("status", [204, 304, 302, 404, 418, 500, 503])
+def test_a_status_is_passed_on_with_its_headers(platform: Platform, status: int) -> None:
+    received = exchange(platform, f"GET /status/{status} HTTP/1.1\r\nHost: echo.default.localhost\r\nConnection: close\r\n\r\n".encode())
+    head = received.decode().splitlines()
+    assert head[0].startswith(f"HTTP/1.1 {status} ")
+    assert "Location: /elsewhere" in head
+    assert [line for line in head if line.startswith("Set-Cookie")] == ["Set-Cookie: colour=blue", "Set-Cookie: size=small"]
+
+
+def test_a_cookie_that_one_caller_was_given_is_not_sent_for_another(platform: Platform) -> None:
+    platform.call("echo", "/status/200")
+    assert "Cookie" not in dict(platform.call("echo").json()["headers"])
+
+
+def test_the_answer_to_head_has_the_length_and_no_body(platform: Platform) -> None:
+    received = exchange(platform, b"HEAD / HTTP/1.1\r\nHost: echo.default.localhost\r\nConnection: close\r\n\r\n")
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert b"Content-Length: " in head
+    assert b"Transfer-Encoding" not in head
+    assert body == b""
+
+
+@pytest.mark.parametrize(
+    ("host", "answers"),
+    [
+        ("other.default.localhost", "other"),
+        ("other.default.localhost:8080", "other"),
+        ("Other.Default.LOCALHOST", "other"),
+        ("echo.default.localhost", "echo"),
+        ("127.0.0.1:8080", "echo"),
+        ("localhost", "echo"),
+        ("example.org", "echo"),
+        ("other.elsewhere.localhost", "echo"),
+        ("other.default.example", "echo"),
+    ],
+)
+def test_the_host_names_the_service_and_any_other_host_is_for_the_first(platform: Platform, host: str, answers: str) -> None:
+    path = f"/host/{host}"
+    assert request(platform.port, "GET", path, headers={"Host": host}).status == 200
+    assert (path in platform.seen("other"), path in platform.seen("echo")) == (answers == "other", answers == "echo")
+
+
+def test_an_answer_that_takes_too_long_is_a_504_that_says_so(platform: Platform) -> None:
+    platform.call("brief")
+    reply = platform.call("brief", "/wait/for-ever")
+    assert reply.status == 504
+    assert reply.json()["error"]["type"] == "timed_out"
+    assert "brief did not answer within 1 s (timeoutSeconds, cold start included)" in reply.json()["error"]["message"]
+    platform.note("brief", "for-ever")
+    assert platform.call("brief").status == 200
+
+
+def test_an_answer_that_was_begun_and_takes_too_long_is_cut_off(platform: Platform) -> None:
+    with platform.connection("brief", "/pieces/never") as connection:
+        reply = connection.getresponse()
+        assert (reply.status, reply.read(6)) == (200, b"first\n")
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            reply.read()
+    platform.note("brief", "never")
+
+
+def test_a_pod_has_what_its_manifest_says_and_not_what_configures_its_caller(platform: Platform) -> None:
+    told = platform.call("idle", "/environment").json()
+    (pod,) = platform.pods("idle")
+    assert told["env"]["NOTES"] == str(platform.volume("idle"))
+    assert told["env"]["PORT"] == pod["address"].rpartition(":")[2]
+    assert told["env"]["K_SERVICE"] == "idle"
+    assert "FUNCTION_AGENT" not in told["env"]
+    assert told["args"] == ["--scratch", str(platform.state / "pods" / pod["name"] / "volumes" / "scratch")]
+
+
+def test_a_service_without_calls_returns_to_zero_and_relights(platform: Platform) -> None:
+    platform.call("idle", "/before")
+    (pod,) = platform.pods("idle")
+    assert (platform.state / "pods" / pod["name"]).is_dir()
+    platform.wait_for("idle", "zero pods", lambda found: not found["pods"], 30)
+
+    # What was the pod's is gone; its log and what is on a claim are kept.
+    wait_until("its folder gone", lambda: not (platform.state / "pods" / pod["name"]).exists())
+    assert "a pod of its own" in (platform.state / "logs" / "default" / pod["name"] / "function.log").read_text()
+    assert "/before" in platform.seen("idle")
+    assert "idle scaled to zero" in platform.server.said()
+
+    assert platform.call("idle", "/after").status == 200
+    (again,) = platform.pods("idle")
+    assert again["name"] != pod["name"]
+
+
+def test_a_min_scale_of_1_keeps_one_pod_without_any_calls(platform: Platform) -> None:
+    # By now the others, which nobody has called for a while either, are at zero.
+    platform.wait_for("left", "zero pods", lambda found: not found["pods"], 30)
+    found = platform.service("warm")
+    assert (len(found["pods"]), found["pods"][0]["phase"], found["requests_total"]) == (1, "ready", 0)
+
+
+def test_the_status_document_has_what_was_promised(platform: Platform) -> None:
+    platform.call("echo")
+    found = platform.service("echo")
+    assert found.keys() >= {
+        "name", "namespace", "url", "address", "mode", "desired", "stable_concurrency", "panic_concurrency", "requests_total", "queued", "pods",
+    }  # fmt: skip
+    assert (found["name"], found["namespace"]) == ("echo", "default")
+    assert found["url"] == f"http://echo.default.localhost:{platform.port}/"
+    assert found["address"] == f"http://127.0.0.1:{platform.port}/"
+    assert found["mode"] in ("stable", "panic")
+    (pod,) = found["pods"]
+    assert pod.keys() >= {"name", "phase", "concurrency", "started_at", "stages"}
+    assert pod["phase"] == "ready"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "said"),
+    [
+        ("GET", "/api/nothing", 404, "no route /api/nothing; there is /api/status"),
+        ("GET", "/", 404, "there is /api/status"),
+        ("POST", "/api/status", 405, "GET it"),
+    ],
+)
+def test_the_admin_port_says_what_there_is(platform: Platform, method: str, path: str, status: int, said: str) -> None:
+    reply = request(platform.admin_port, method, path)
+    assert reply.status == status
+    assert reply.headers["content-type"].startswith("application/json")
+    assert said in reply.json()["error"]["message"]

@@ -1,0 +1,83 @@
+"""Pulls that are killed at any moment, over and over."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+from tests.weights_cache.conftest import noise
+from tests.weights_cache.stores import Bucket, Proxy
+from weights_cache.blob import CHUNK_BYTES, ChunkMap
+from weights_cache.cache import NodeCache
+from weights_cache.fetch import Puller
+from weights_cache.store import Store
+from weights_cache.uri import WeightsUri
+
+MIB = 1 << 20
+MODEL = {f"model-{n}.safetensors": noise(n * MIB + 77 * n, seed=n) for n in range(5)} | {"config.json": b"{}"}
+TOTAL = sum(map(len, MODEL.values()))
+KILLS = 30
+
+
+def check_what_is_claimed(cache: NodeCache, uri: str) -> int:
+    """Every byte that the cache says it has is the store's; returns how many there are."""
+    ref = cache.ref(uri)
+    there = 0
+    for path, blob in cache.snapshot_blobs(ref.snapshot).items() if ref else ():
+        data = MODEL[path]
+        if blob.is_complete():
+            assert blob.path.read_bytes() == data, path
+            there += len(data)
+        elif chunks := ChunkMap.open(blob):
+            part = blob.part.read_bytes()
+            assert len(part) == len(data)
+            for at in range(0, len(data), CHUNK_BYTES):
+                if chunks.has(at // CHUNK_BYTES):
+                    assert part[at : at + CHUNK_BYTES] == data[at : at + CHUNK_BYTES], f"{path} at byte {at}"
+            there += chunks.bytes_there()
+    return there
+
+
+def pull_and_kill(cache: NodeCache, uri: str, proxy: Proxy, after: float, pause_s: float) -> None:
+    """Start a pull, and kill it `pause_s` seconds after so many bytes have come, unless it was done by then."""
+    goal = proxy.sent + after
+    command = [sys.executable, "-m", "weights_cache", "pull", uri, "--cache-dir", str(cache.root)]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "WEIGHTS_PART_BYTES": str(MIB)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while proxy.sent < goal and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(pause_s)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.soak
+def test_a_pull_killed_at_any_moment_leaves_nothing_wrong_and_the_next_one_needs_only_the_rest(
+    bucket: Bucket, proxy: Proxy, tmp_path: Path
+) -> None:
+    bucket.put(MODEL)
+    chance = random.Random(20_240_601)
+    for number in range(KILLS):
+        cache = NodeCache(tmp_path / f"cache-{number}")
+        kept = 0
+        for _ in range(chance.choice((1, 1, 2, 3))):
+            pull_and_kill(cache, bucket.uri, proxy, chance.uniform(0, 1) * (TOTAL - kept), chance.uniform(0, 0.02))
+            kept = check_what_is_claimed(cache, bucket.uri)
+        cache.create()
+        last = Puller(Store(WeightsUri.parse(bucket.uri)), cache, uri=bucket.uri, connections=4, part_bytes=MIB)
+        snapshot = last.run()
+        assert last.progress.downloaded_bytes == TOTAL - kept
+        assert check_what_is_claimed(cache, bucket.uri) == TOTAL
+        assert {path: cache.snapshot_path(snapshot).joinpath(path).read_bytes() for path in MODEL} == MODEL
