@@ -65,6 +65,21 @@ class Blob:
         """Whether the blob was published."""
         return self.path.exists()
 
+    def is_being_filled(self) -> bool:
+        """Whether a process holds the part's lock right now."""
+        try:
+            fd = os.open(self.part, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        else:
+            return False
+        finally:
+            os.close(fd)
+
     def reserve(self, size: int) -> None:
         """Make the part at its full size, unless it or the complete blob is there already.
 

@@ -205,11 +205,11 @@ class Weights(Mapping[str, "Tensor"]):
             self._cache.check_format()
             ref = self._cache.ref(self._uri)
             blobs = self._cache.snapshot_blobs(ref.snapshot) if ref else {}
-            if not ref or not blobs:
+            if not ref or not all(blob.is_complete() for blob in blobs.values()) or not blobs:
                 self._source = "store"
-                return False
-            files = {path: _File(path, blob) for path, blob in blobs.items()}
-            if not all(file.has(0, file.size) for file in files.values()):
-                self._source = "store"
-            self._files, self._snapshot = files, ref.snapshot
+                # Half a snapshot that nobody fills is what an earlier pod left behind; our sidecar may be about to choose another.
+                if not ref or not any(blob.is_being_filled() for blob in blobs.values()):
+                    return False
+            self._files = {path: _File(path, blob) for path, blob in blobs.items()}
+            self._snapshot = ref.snapshot
             return True

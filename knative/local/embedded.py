@@ -52,7 +52,7 @@ class ObjectStore:
                 readiness=None,
                 liveness=None,
             ),
-            on_exit=lambda: None,
+            on_exit=lambda _: None,
         )
 
     async def start(self) -> None:

@@ -130,7 +130,7 @@ class Platform:
             addresses=self._addresses,
         )
         assert self._session is not None
-        return Pod(name, plan, self._places.pod(name), self._session, revision.pod_changed)
+        return Pod(name, plan, self._places.pod(name), self._session, revision.pod_changed, revision.process_ended)
 
     def _free_port(self) -> int:
         """A loopback port that nobody has, and that no other pod was just given."""

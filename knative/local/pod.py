@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -11,8 +12,8 @@ from typing import Any, Literal
 import aiohttp
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from knative.local.launch import PodPlan, Probe
-from knative.local.process import ContainerProcess
+from knative.local.launch import PodPlan, Probe, Process
+from knative.local.process import ContainerProcess, tail
 
 # While a pod starts it is probed as often as Knative's queue-proxy does; what a probe waits, a caller waits.
 START_PROBE_S = 0.025
@@ -45,11 +46,18 @@ class Report(BaseModel):
 
 
 class Pod:
-    """One replica of a revision. `on_change` is called whenever its phase or its report changes."""
+    """One replica of a revision."""
 
     def __init__(
-        self, name: str, plan: PodPlan, directory: Path, session: aiohttp.ClientSession, on_change: Callable[["Pod"], object]
+        self,
+        name: str,
+        plan: PodPlan,
+        directory: Path,
+        session: aiohttp.ClientSession,
+        on_change: Callable[["Pod"], object],
+        on_exit: Callable[["Pod", str], object] = lambda pod, ended: None,
     ) -> None:
+        """on_change: called whenever its phase or its report changes. on_exit: told what happened when one of its processes ended by itself."""
         self.name = name
         self.plan = plan
         self.phase: Phase = "pending"
@@ -63,7 +71,8 @@ class Pod:
         self._directory = directory
         self._session = session
         self._on_change = on_change
-        self._containers = [ContainerProcess(process, self._exited) for process in plan.processes]
+        self._on_exit = on_exit
+        self._containers = [ContainerProcess(process, partial(self._exited, process)) for process in plan.processes]
         self._tasks: list[asyncio.Task[None]] = []
         self._idle = asyncio.Event()
         self._spawning = asyncio.Lock()  # guards the processes: they are all there or none before any is ended
@@ -76,7 +85,10 @@ class Pod:
 
     @property
     def connections(self) -> aiohttp.ClientSession:
-        """The connections to the user container, kept alive between requests; `trace_request_ctx` is an Event, set once a request is sent."""
+        """The connections to the user container, kept alive between requests.
+
+        An asyncio.Event as `trace_request_ctx` of a request is set once its headers are sent.
+        """
         if self._connections is None:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=15)
             trace = aiohttp.TraceConfig()
@@ -153,8 +165,10 @@ class Pod:
     def _age(self) -> float:
         return round(time.monotonic() - self.asked_at, 4)
 
-    def _exited(self) -> None:
+    def _exited(self, process: Process, ended: str) -> None:
         """A process ended by itself; it will be started again."""
+        last = tail(process.log, 1)
+        self._on_exit(self, f"{process.container} {ended}" + (f": {last[0].strip()}" if last else ""))
         if self.phase == "ready" and not all(container.running for container in self._containers if container.process.is_main):
             self._set_ready(ready=False)
 

@@ -20,8 +20,8 @@ _PR_SET_PDEATHSIG = 1
 class ContainerProcess:
     """Keeps one process of a pod running from `start` to `stop`."""
 
-    def __init__(self, process: Process, on_exit: Callable[[], object]) -> None:
-        """on_exit: called each time the process ends by itself."""
+    def __init__(self, process: Process, on_exit: Callable[[str], object]) -> None:
+        """on_exit: called with what happened each time the process ends by itself, or cannot be started."""
         self.process = process
         self.restarts = 0
         self._on_exit = on_exit
@@ -64,11 +64,12 @@ class ContainerProcess:
         pause_s = RESTART_S
         while True:
             began = time.monotonic()
+            ended = "could not be started"
             if self._child:
-                await self._child.wait()
+                ended = _ending(await self._child.wait())
                 self._signal(signal.SIGKILL)  # what it left behind would hold its port
                 self._child = None  # from now on its number may be somebody else's
-            self._on_exit()
+            self._on_exit(ended)
             if time.monotonic() - began > STEADY_S:
                 pause_s = RESTART_S
             await asyncio.sleep(pause_s)
@@ -100,6 +101,10 @@ class ContainerProcess:
                 os.killpg(self._child.pid, number)
             except ProcessLookupError:
                 pass  # all of it is gone
+
+
+def _ending(status: int) -> str:
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
 
 def _die_with_parent() -> None:

@@ -39,6 +39,9 @@ class Watcher(Protocol):
     def ready(self, revision: "Revision", pod: Pod) -> None:
         """A pod takes requests."""
 
+    def crashed(self, revision: "Revision", pod: Pod, ended: str) -> None:
+        """One of a pod's processes ended by itself and will be started again."""
+
     def failed(self, revision: "Revision", reason: str) -> None:
         """The revision could not be brought up."""
 
@@ -240,6 +243,10 @@ class Revision:
         if not self._stopping:
             self._reconcile(time.monotonic())
             self._dispatch()
+
+    def process_ended(self, pod: Pod, ended: str) -> None:
+        """Called by a pod one of whose processes ended by itself."""
+        self._watcher.crashed(self, pod, ended)
 
     def _check_deadline(self, now: float) -> None:
         """A pod that is not ready by its progress deadline has failed, and with it the start of the revision."""

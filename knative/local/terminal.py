@@ -52,7 +52,7 @@ class Terminal:
 
     def starting(self, revision: Revision, pod: Pod, waiting: int) -> None:
         """See Watcher."""
-        why = f"{waiting} request{'s' * (waiting != 1)} waiting" if waiting else "to keep it warm"
+        why = f"{waiting} request{'s' * (waiting != 1)} waiting" if waiting else "wanted before anybody calls"
         self._event(revision, f"starting [bold]{pod.name}[/]: {why}")
 
     def progress(self, revision: Revision, pod: Pod) -> None:
@@ -86,6 +86,10 @@ class Terminal:
         weights = pod.report.weights
         source = f"; {weights.bytes / 1e6:.1f} MB of weights from the {escape(weights.source)}" if weights else ""
         self._event(revision, f"[green]ready after {pod.stages['ready']:.2f} s[/] [dim]({stages}{source})[/]")
+
+    def crashed(self, revision: Revision, pod: Pod, ended: str) -> None:
+        """See Watcher."""
+        self._event(revision, f"[yellow]{pod.name}[/]: {escape(ended)}")
 
     def failed(self, revision: Revision, reason: str) -> None:
         """See Watcher."""

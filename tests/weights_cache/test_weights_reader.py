@@ -391,12 +391,26 @@ def test_a_part_that_was_thrown_away_and_fetched_anew_is_an_error_and_never_zero
         asked.result(10)
 
 
-def test_a_snapshot_with_a_blob_missing_is_an_error_that_names_it(node: Node, weights: Weights) -> None:
+def test_a_snapshot_with_a_blob_missing_is_used_once_a_sidecar_has_brought_it_anew(node: Node, weights: Weights) -> None:
     node.pin(FILES)
     node.finish()
     node.cache.snapshot_blobs(node.snapshot)["model.safetensors"].path.unlink()
-    with pytest.raises(WeightsError, match=r"model\.safetensors has vanished from the cache"):
-        weights["t0"]
+    asked = later(lambda: weights["t0"])
+    assert still_waits(asked)
+    node.pin(FILES)
+    node.finish()
+    assert torch.equal(asked.result(10), MODEL["t0"])
+    assert weights.restored().source == "store"
+
+
+def test_half_a_snapshot_that_nobody_fills_any_more_does_not_stand_in_the_way_of_the_next(node: Node, weights: Weights) -> None:
+    node.pin(FILES, version="old")
+    node.leave()
+    asked = later(lambda: weights["t0"])
+    assert still_waits(asked)
+    node.pin(FILES, version="new")
+    node.finish()
+    assert torch.equal(asked.result(10), MODEL["t0"])
 
 
 def test_a_sidecar_that_dies_and_comes_back_is_not_noticed(node: Node, weights: Weights) -> None:

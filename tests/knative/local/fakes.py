@@ -52,6 +52,9 @@ class Events:
     def ready(self, revision: Revision, pod: Pod) -> None:
         self.told.append("ready")
 
+    def crashed(self, revision: Revision, pod: Pod, ended: str) -> None:
+        self.told.append(ended)
+
     def failed(self, revision: Revision, reason: str) -> None:
         self.told.append("failed")
 

@@ -1,6 +1,7 @@
 """What callers, the terminal and the other pods notice when a container misbehaves."""
 
 import http.client
+import socket
 import time
 from collections.abc import Iterator
 
@@ -25,6 +26,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     services = [
         service("frail"),
         service("half"),
+        service("deaf"),
         service("sick", container={"livenessProbe": LIVENESS}),
         service("assisted", FRAGILE_SIDECAR),
         service("absent", container={"command": [str(state / "program"), "--fast"]}, progress_deadline="2s"),
@@ -96,6 +98,20 @@ def test_an_answer_that_was_begun_by_a_pod_that_died_is_cut_off(platform: Platfo
         platform.note("half", "half-read")
         with pytest.raises((http.client.IncompleteRead, ConnectionError)):
             reply.read()
+
+
+def test_a_pod_that_cannot_be_reached_is_a_502_and_its_requests_are_nowhere(platform: Platform) -> None:
+    platform.call("deaf", "/deafen")
+    wait_until("its port closed", lambda: not is_open(int(platform.pods("deaf")[0]["address"].rpartition(":")[2])))
+    reply = platform.call("deaf", "/lost", "POST")
+    assert (reply.status, reply.json()["error"]["type"]) == (502, "bad_gateway")
+    assert "no pod of deaf could be reached" in reply.json()["error"]["message"]
+    assert platform.seen("deaf") == ["/deafen"]
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_sidecar_that_crashes_again_and_again_does_not_take_its_function_out_of_the_traffic(platform: Platform) -> None:

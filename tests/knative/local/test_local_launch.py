@@ -93,11 +93,11 @@ def test_a_mount_path_at_the_beginning_of_a_value_or_argument_becomes_the_local_
 
 def test_a_value_is_rewritten_once_even_where_the_state_lies_below_the_mount_path() -> None:
     planned = process(
-        {"env": env(PLACE="/tmp/cache"), "args": ["$(PLACE)", "--at=$(PLACE)"], "volumeMounts": mounts(scratch="/tmp")},
+        {"env": env(PLACE="/work/cache"), "args": ["$(PLACE)", "--at=$(PLACE)"], "volumeMounts": mounts(scratch="/work")},
         volumes=[SCRATCH],
-        state=Path("/tmp/state"),
+        state=Path("/work/state"),
     )
-    place = "/tmp/state/pods/hello-1/volumes/scratch/cache"
+    place = "/work/state/pods/hello-1/volumes/scratch/cache"
     assert planned.env["PLACE"] == place
     assert planned.argv == ("serve", place, f"--at={place}")
 
@@ -234,17 +234,27 @@ def test_arguments_may_name_any_variable_of_their_container() -> None:
         pytest.param({"envFrom": [{"configMapRef": {"name": "flags"}}]}, {"COLOUR": "blue", "SIZE": "small"}, id="a whole ConfigMap"),
         pytest.param({"envFrom": [{"prefix": "MY_", "secretRef": {"name": "keys"}}]}, {"MY_TOKEN": "geheim"}, id="a Secret with a prefix"),
         pytest.param(
-            {"env": [{"name": "PAINT", "valueFrom": {"configMapKeyRef": {"name": "flags", "key": "COLOUR"}}}]}, {"PAINT": "blue"}, id="one key"
+            {"env": [{"name": "PAINT", "valueFrom": {"configMapKeyRef": {"name": "flags", "key": "COLOUR"}}}]},
+            {"PAINT": "blue"},
+            id="one key",
         ),
         pytest.param(
-            {"env": [{"name": "KEY", "valueFrom": {"secretKeyRef": {"name": "keys", "key": "TOKEN"}}}]}, {"KEY": "geheim"}, id="one key of a Secret"
+            {"env": [{"name": "KEY", "valueFrom": {"secretKeyRef": {"name": "keys", "key": "TOKEN"}}}]},
+            {"KEY": "geheim"},
+            id="one key of a Secret",
         ),
         pytest.param(
-            {"envFrom": [{"configMapRef": {"name": "flags"}}], "env": env(COLOUR="red")}, {"COLOUR": "red", "SIZE": "small"}, id="env wins over envFrom"
+            {"envFrom": [{"configMapRef": {"name": "flags"}}], "env": env(COLOUR="red")},
+            {"COLOUR": "red", "SIZE": "small"},
+            id="env wins over envFrom",
         ),
-        pytest.param({"envFrom": [{"configMapRef": {"name": "flags"}}], "env": env(SAID="$(COLOUR)")}, {"SAID": "blue"}, id="env may name what came with envFrom"),
+        pytest.param(
+            {"envFrom": [{"configMapRef": {"name": "flags"}}], "env": env(SAID="$(COLOUR)")},
+            {"SAID": "blue"},
+            id="env may name what came with envFrom",
+        ),
     ],
-)  # fmt: skip
+)
 def test_variables_come_from_config_maps_and_secrets(container: dict[str, Any], expected: dict[str, str]) -> None:
     assert process(container, objects=[FLAGS, KEYS]).env.items() >= expected.items()
 
@@ -253,9 +263,11 @@ def test_variables_come_from_config_maps_and_secrets(container: dict[str, Any], 
     "container",
     [
         pytest.param({"envFrom": [{"secretRef": {"name": "lost", "optional": True}}]}, id="a whole Secret"),
-        pytest.param({"env": [{"name": "LOST", "valueFrom": {"configMapKeyRef": {"name": "flags", "key": "LOST", "optional": True}}}]}, id="one key"),
+        pytest.param(
+            {"env": [{"name": "LOST", "valueFrom": {"configMapKeyRef": {"name": "flags", "key": "LOST", "optional": True}}}]}, id="one key"
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_optional_may_be_missing(container: dict[str, Any]) -> None:
     assert "LOST" not in process(container, objects=[FLAGS]).env
 
@@ -266,13 +278,17 @@ def test_what_is_optional_may_be_missing(container: dict[str, Any]) -> None:
         pytest.param({"envFrom": [{"secretRef": {"name": "lost"}}]}, "Secret lost", id="a whole Secret"),
         pytest.param({"envFrom": [{"configMapRef": {"name": "lost"}}]}, "ConfigMap lost", id="a whole ConfigMap"),
         pytest.param(
-            {"env": [{"name": "X", "valueFrom": {"secretKeyRef": {"name": "lost", "key": "x"}}}]}, "key x of Secret lost", id="a key of no Secret"
+            {"env": [{"name": "X", "valueFrom": {"secretKeyRef": {"name": "lost", "key": "x"}}}]},
+            "key x of Secret lost",
+            id="a key of no Secret",
         ),
         pytest.param(
-            {"env": [{"name": "X", "valueFrom": {"configMapKeyRef": {"name": "flags", "key": "x"}}}]}, "key x of ConfigMap flags", id="no such key"
+            {"env": [{"name": "X", "valueFrom": {"configMapKeyRef": {"name": "flags", "key": "x"}}}]},
+            "key x of ConfigMap flags",
+            id="no such key",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_is_missing_and_not_optional_is_named(container: dict[str, Any], what: str) -> None:
     with pytest.raises(ManifestError) as caught:
         plan(container, objects=[FLAGS])

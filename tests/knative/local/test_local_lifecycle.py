@@ -148,9 +148,9 @@ def test_the_highest_port_leaves_none_for_the_admin_port_by_default(state: Path)
     ("seed", "said"),
     [
         ("/no/such/weights=s3://models/hello", "--seed '/no/such/weights=s3://models/hello': there is no directory '/no/such/weights'"),
-        ("/tmp", "--seed '/tmp': must be DIR=s3://bucket/prefix"),
-        ("/tmp=/models", "--seed '/tmp=/models': must be DIR=s3://bucket/prefix"),
-        ("/tmp=s3://", "--seed '/tmp=s3://': must be DIR=s3://bucket/prefix"),
+        ("/usr", "--seed '/usr': must be DIR=s3://bucket/prefix"),
+        ("/usr=/models", "--seed '/usr=/models': must be DIR=s3://bucket/prefix"),
+        ("/usr=s3://", "--seed '/usr=s3://': must be DIR=s3://bucket/prefix"),
     ],
     ids=["no such directory", "no address", "not in a store", "no bucket"],
 )

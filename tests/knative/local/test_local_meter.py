@@ -26,7 +26,7 @@ def test_requests_are_averaged_over_two_seconds(events: list[tuple[float, int]],
     meter = ConcurrencyMeter(now=0)
     for now, change in events:
         (meter.arrive if change > 0 else meter.leave)(now)
-    assert meter.report(2) == (pytest.approx(concurrency), rps)
+    assert meter.report(2) == pytest.approx((concurrency, rps))
 
 
 def test_each_report_is_about_the_time_since_the_one_before() -> None:

@@ -18,13 +18,13 @@ from knative.local.process import ContainerProcess, tail
 T = TypeVar("T")
 
 
-def container(log: Path, *argv: str, on_exit: Callable[[], object] = lambda: None, cwd: Path | None = None) -> ContainerProcess:
+def container(log: Path, *argv: str, on_exit: Callable[[str], object] = lambda _: None, cwd: Path | None = None) -> ContainerProcess:
     """One container with this command; its output goes to a folder that is not there yet."""
     process = Process("function", True, argv, dict(os.environ), cwd, (), log, None, None)
     return ContainerProcess(process, on_exit)
 
 
-def shell(log: Path, script: str, on_exit: Callable[[], object] = lambda: None) -> ContainerProcess:
+def shell(log: Path, script: str, on_exit: Callable[[str], object] = lambda _: None) -> ContainerProcess:
     return container(log, "sh", "-c", script, on_exit=on_exit)
 
 
@@ -38,6 +38,17 @@ def end(*_):
 
 signal.signal(signal.SIGTERM, end)
 print("here", flush=True)
+signal.pause()
+"""
+
+
+WHICH_SIGNAL = """
+import ctypes, signal
+
+PR_GET_PDEATHSIG = 2
+number = ctypes.c_int()
+ctypes.CDLL(None).prctl(PR_GET_PDEATHSIG, ctypes.byref(number))
+print(number.value, flush=True)
 signal.pause()
 """
 
@@ -89,7 +100,7 @@ def test_it_has_the_environment_and_the_directory_that_it_was_planned_with(log: 
         planned = Process(
             "function", True, ("/bin/sh", "-c", "/usr/bin/env; pwd; exec sleep 60"), {"ONLY": "this"}, tmp_path, (), log, None, None
         )
-        function = ContainerProcess(planned, lambda: None)
+        function = ContainerProcess(planned, lambda _: None)
         await function.start()
         said = await until("all of it", lambda: lines(log) if str(tmp_path) in lines(log) else [])
         assert "ONLY=this" in said
@@ -104,7 +115,7 @@ def test_one_that_ends_is_told_of_and_started_again_after_pauses_that_double(log
     exits = []
 
     async def main() -> None:
-        function = shell(log, "date +%s.%N; exit 3", on_exit=lambda: exits.append(time.time()))
+        function = shell(log, "date +%s.%N; exit 3", on_exit=lambda _: exits.append(time.time()))
         await function.start()
         await until("four starts", lambda: len(lines(log)) == 4)
         assert function.restarts == 3
@@ -112,7 +123,7 @@ def test_one_that_ends_is_told_of_and_started_again_after_pauses_that_double(log
 
     asyncio.run(main())
     starts = [float(line) for line in lines(log)]
-    pauses = [start - exit for exit, start in zip(exits, starts[1:], strict=False)]
+    pauses = [start - ended for ended, start in zip(exits, starts[1:], strict=False)]
     assert pauses[0] > 0.09
     assert pauses[1] > 0.19
     assert pauses[2] > 0.39
@@ -226,7 +237,7 @@ def test_one_that_is_stopped_does_not_come_back(log: Path, monkeypatch: pytest.M
     exits = []
 
     async def main() -> None:
-        function = shell(log, "echo here; exec sleep 60", on_exit=lambda: exits.append(True))
+        function = shell(log, "echo here; exec sleep 60", on_exit=lambda _: exits.append(True))
         await function.start()
         await until("its start", lambda: lines(log))
         await function.stop(5)
@@ -243,7 +254,7 @@ def test_stopping_one_that_is_between_two_starts_signals_nobody(log: Path, monke
     signalled: list[tuple[int, int]] = []
 
     async def main() -> None:
-        function = shell(log, "exit 3", on_exit=lambda: exits.append(True))
+        function = shell(log, "exit 3", on_exit=lambda _: exits.append(True))
         await function.start()
         await until("its end", lambda: exits)
         monkeypatch.setattr(os, "killpg", lambda *call: signalled.append(call))
@@ -302,12 +313,31 @@ def test_the_last_lines_of_a_log_are_shown(log: Path, content: bytes | None, exp
 
 
 def test_the_signal_that_a_dying_platform_leaves_behind_is_sigterm(log: Path) -> None:
-    ask = "import ctypes, signal; n = ctypes.c_int(); ctypes.CDLL(None).prctl(2, ctypes.byref(n)); print(n.value, flush=True); signal.pause()"  # PR_GET_PDEATHSIG
-
     async def main() -> None:
-        function = container(log, sys.executable, "-c", ask)
+        function = container(log, sys.executable, "-c", WHICH_SIGNAL)
         await function.start()
         assert await until("its answer", lambda: lines(log)[:1]) == [str(signal.SIGTERM.value)]
         await function.stop(5)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        pytest.param(("sh", "-c", "exit 3"), "ended with status 3", id="ended"),
+        pytest.param(("sh", "-c", "kill -KILL $$"), "was ended by SIGKILL", id="killed"),
+        pytest.param(("/no/such/command",), "could not be started", id="never there"),
+    ],
+)
+def test_how_a_process_ended_is_told(log: Path, command: tuple[str, ...], told: str) -> None:
+    endings: list[str] = []
+
+    async def main() -> None:
+        function = container(log, *command, on_exit=endings.append)
+        await function.start()
+        await until("the end", lambda: endings)
+        await function.stop(5)
+
+    asyncio.run(main())
+    assert endings[0] == told

@@ -5,6 +5,7 @@ import http.client
 import json
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
         service("other"),
         service("crowd", env=GATED),
         service("left", env=GATED),
+        service("upload", env=GATED),
         service("narrow", spec={"containerConcurrency": 1}, scale={"max-scale": "3"}),
         service("brief", spec={"timeoutSeconds": 1}),
         service("idle", container={"args": ["--scratch", "/scratch"]}),
@@ -31,14 +33,25 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
         yield running
 
 
+def bare(method: str, target: str, *headers: str) -> bytes:
+    """A request to `echo` with nothing in it that is not named here."""
+    lines = [f"{method} {target} HTTP/1.1", "Host: echo.default.localhost", *headers, "Connection: close", "", ""]
+    return "\r\n".join(lines).encode()
+
+
+def rest(connection: socket.socket) -> bytes:
+    """What comes until the connection is closed."""
+    received = b""
+    while piece := connection.recv(65536):
+        received += piece
+    return received
+
+
 def exchange(platform: Platform, sent: bytes) -> bytes:
-    """What comes back for these very bytes, until the connection is closed."""
+    """What comes back for these very bytes."""
     with socket.create_connection(("127.0.0.1", platform.port), timeout=30) as connection:
         connection.sendall(sent)
-        received = b""
-        while piece := connection.recv(65536):
-            received += piece
-        return received
+        return rest(connection)
 
 
 def echoed(received: bytes) -> Any:
@@ -66,6 +79,16 @@ def test_twenty_requests_during_a_cold_start_are_all_held_and_answered_by_one_po
     assert len({answer["pid"] for answer in answers}) == 1
     assert platform.service("crowd")["requests_total"] == 20
     assert len(list((platform.state / "logs" / "default").glob("crowd-*"))) == 1
+
+
+def test_a_body_that_was_sent_to_nobody_yet_reaches_the_pod_whole(platform: Platform) -> None:
+    body = b"weights " * 500_000
+    with ThreadPoolExecutor(1) as thread:
+        reply = thread.submit(platform.call, "upload", "/echo", "POST", body)
+        platform.wait_for("upload", "held", lambda found: found["queued"] == 1)
+        platform.note("upload", "open")
+        told = reply.result().json()
+    assert (told["bytes"], told["sha256"]) == (len(body), hashlib.sha256(body).hexdigest())
 
 
 def test_a_client_that_goes_away_while_it_is_held_is_forgotten(platform: Platform) -> None:
@@ -118,17 +141,16 @@ def test_an_answer_is_passed_on_as_it_is_made(platform: Platform) -> None:
     ],
 )
 def test_a_path_reaches_the_pod_as_it_was_sent(platform: Platform, target: str) -> None:
-    sent = f"GET {target} HTTP/1.1\r\nHost: echo.default.localhost\r\nConnection: close\r\n\r\n"
-    assert echoed(exchange(platform, sent.encode()))["path"] == target
+    assert echoed(exchange(platform, bare("GET", target)))["path"] == target
 
 
 def test_a_target_with_a_host_in_it_is_for_that_path(platform: Platform) -> None:
-    sent = f"GET http://echo.default.localhost:{platform.port}/through?a=proxy HTTP/1.1\r\nHost: echo.default.localhost\r\nConnection: close\r\n\r\n"
-    assert echoed(exchange(platform, sent.encode()))["path"] == "/through?a=proxy"
+    target = f"http://echo.default.localhost:{platform.port}/through?a=proxy"
+    assert echoed(exchange(platform, bare("GET", target)))["path"] == "/through?a=proxy"
 
 
 def test_a_question_about_the_server_itself_is_for_its_root(platform: Platform) -> None:
-    assert echoed(exchange(platform, b"OPTIONS * HTTP/1.1\r\nHost: echo.default.localhost\r\nConnection: close\r\n\r\n"))["path"] == "/"
+    assert echoed(exchange(platform, bare("OPTIONS", "*")))["path"] == "/"
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
@@ -155,15 +177,10 @@ def test_a_body_of_unknown_length_reaches_the_pod_whole(platform: Platform) -> N
 
 def test_a_client_that_waits_for_100_continue_gets_it(platform: Platform) -> None:
     with socket.create_connection(("127.0.0.1", platform.port), timeout=30) as connection:
-        connection.sendall(
-            b"POST / HTTP/1.1\r\nHost: echo.default.localhost\r\nContent-Length: 2\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
-        )
+        connection.sendall(bare("POST", "/", "Content-Length: 2", "Expect: 100-continue"))
         assert connection.recv(1024) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(b"hi")
-        received = b""
-        while piece := connection.recv(65536):
-            received += piece
-    assert echoed(received)["bytes"] == 2
+        assert echoed(rest(connection))["bytes"] == 2
 
 
 def test_headers_for_the_pod_reach_it_and_those_for_the_connection_do_not(platform: Platform) -> None:
@@ -183,15 +200,14 @@ def test_headers_for_the_pod_reach_it_and_those_for_the_connection_do_not(platfo
 
 
 def test_nothing_is_added_that_the_client_did_not_send(platform: Platform) -> None:
-    received = exchange(platform, b"POST / HTTP/1.1\r\nHost: echo.default.localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-    names = {name for name, _ in echoed(received)["headers"]}
+    told = echoed(exchange(platform, bare("POST", "/", "Content-Length: 0")))
+    names = {name for name, _ in told["headers"]}
     assert names <= {"Host", "Content-Length", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Connection"}
 
 
 @pytest.mark.parametrize("status", [204, 304, 302, 404, 418, 500, 503])
 def test_a_status_is_passed_on_with_its_headers(platform: Platform, status: int) -> None:
-    received = exchange(platform, f"GET /status/{status} HTTP/1.1\r\nHost: echo.default.localhost\r\nConnection: close\r\n\r\n".encode())
-    head = received.decode().splitlines()
+    head = exchange(platform, bare("GET", f"/status/{status}")).decode().splitlines()
     assert head[0].startswith(f"HTTP/1.1 {status} ")
     assert "Location: /elsewhere" in head
     assert [line for line in head if line.startswith("Set-Cookie")] == ["Set-Cookie: colour=blue", "Set-Cookie: size=small"]
@@ -203,8 +219,7 @@ def test_a_cookie_that_one_caller_was_given_is_not_sent_for_another(platform: Pl
 
 
 def test_the_answer_to_head_has_the_length_and_no_body(platform: Platform) -> None:
-    received = exchange(platform, b"HEAD / HTTP/1.1\r\nHost: echo.default.localhost\r\nConnection: close\r\n\r\n")
-    head, _, body = received.partition(b"\r\n\r\n")
+    head, _, body = exchange(platform, bare("HEAD", "/")).partition(b"\r\n\r\n")
     assert b"Content-Length: " in head
     assert b"Transfer-Encoding" not in head
     assert body == b""
@@ -286,9 +301,8 @@ def test_a_min_scale_of_1_keeps_one_pod_without_any_calls(platform: Platform) ->
 def test_the_status_document_has_what_was_promised(platform: Platform) -> None:
     platform.call("echo")
     found = platform.service("echo")
-    assert found.keys() >= {
-        "name", "namespace", "url", "address", "mode", "desired", "stable_concurrency", "panic_concurrency", "requests_total", "queued", "pods",
-    }  # fmt: skip
+    promised = "name namespace url address mode desired stable_concurrency panic_concurrency requests_total queued pods"
+    assert found.keys() >= set(promised.split())
     assert (found["name"], found["namespace"]) == ("echo", "default")
     assert found["url"] == f"http://echo.default.localhost:{platform.port}/"
     assert found["address"] == f"http://127.0.0.1:{platform.port}/"

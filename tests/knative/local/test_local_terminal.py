@@ -40,13 +40,20 @@ def told(screen: io.StringIO) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("waiting", "why"), [(0, "to keep it warm"), (1, "1 request waiting"), (20, "20 requests waiting")], ids=["none", "one", "many"]
+    ("waiting", "why"),
+    [(0, "wanted before anybody calls"), (1, "1 request waiting"), (20, "20 requests waiting")],
+    ids=["none", "one", "many"],
 )
 def test_a_pod_that_starts_is_told_with_the_reason(
     terminal: Terminal, screen: io.StringIO, revision: Revision, pod: FakePod, waiting: int, why: str
 ) -> None:
     terminal.starting(revision, pod, waiting)
     assert told(screen) == [f"hello starting hello-00001-abc123: {why}"]
+
+
+def test_a_process_that_ended_by_itself_is_told_at_once(terminal: Terminal, screen: io.StringIO, revision: Revision, pod: FakePod) -> None:
+    terminal.crashed(revision, pod, "function ended with status 3: [boot] failed")
+    assert " ".join(told(screen)) == "hello hello-00001-abc123: function ended with status 3: [boot] failed"
 
 
 def test_without_a_screen_each_phase_of_a_cold_start_is_one_line(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -78,6 +79,11 @@ class Handler(BaseHTTPRequestHandler):
     def act_die(self, _: bytes) -> None:
         os._exit(3)
 
+    def act_deafen(self, _: bytes) -> None:
+        self.close_connection = True
+        self.reply(b"")
+        threading.Thread(target=self.server.shutdown).start()
+
     def act_half(self, _: bytes) -> None:
         self.send_response(200)
         self.send_header("Content-Length", "100")
@@ -114,4 +120,6 @@ class Server(ThreadingHTTPServer):
 print("a pod of its own", flush=True)
 if gate := os.environ.get("GATE"):
     wait_for(gate)
-Server(("127.0.0.1", int(os.environ["PORT"])), Handler).serve_forever()
+with Server(("127.0.0.1", int(os.environ["PORT"])), Handler) as server:
+    server.serve_forever()
+signal.pause()  # the port is closed, the process stays
