@@ -25,6 +25,8 @@ from weights_cache.settings import WeightsSettings
 
 log = logging.getLogger("relight.function")
 
+_AFTERTHOUGHTS = ("Shutting down: Master", "Reason: Worker failed to boot.")
+
 
 class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
     """One function under gunicorn."""
@@ -82,7 +84,14 @@ def main() -> None:
         Weights(weights)  # says now what is wrong with WEIGHTS_URI
     except SettingsError as error:
         sys.exit(_complain(str(error)))
+    logging.getLogger("gunicorn.error").addFilter(_is_news)
     FunctionServer(settings, weights, started_at=_process_started_at()).run()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what gunicorn adds when an agent cannot be brought up: the log is to end with the reason, which people are shown first."""
+    said = record.getMessage()
+    return not said.endswith(f"exited with code {Arbiter.WORKER_BOOT_ERROR}.") and said not in _AFTERTHOUGHTS
 
 
 def _complain(message: str) -> int:

@@ -57,7 +57,7 @@ class Pod:
         on_change: Callable[["Pod"], object],
         on_exit: Callable[["Pod", str], object] = lambda pod, ended: None,
     ) -> None:
-        """on_change: called whenever its phase or its report changes. on_exit: told what happened when one of its processes ended by itself."""
+        """on_change: called whenever its phase or its report changes. on_exit: told how one of its processes ended by itself."""
         self.name = name
         self.plan = plan
         self.phase: Phase = "pending"

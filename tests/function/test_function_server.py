@@ -85,6 +85,7 @@ def test_an_agent_that_cannot_load_ends_the_server_and_says_why_once(start: Star
     function = start("some_agents:Breaks")
     assert function.wait() == 3
     assert function.said().count("OSError: the tokenizer is missing") == 1
+    assert function.said().endswith("OSError: the tokenizer is missing\n")  # the last line is what people are shown first
 
 
 def test_an_agent_that_does_not_exist_ends_the_server_and_says_so(start: StartFunction) -> None:
