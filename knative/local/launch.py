@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from knative.local.errors import ManifestError
-from knative.local.manifest import Container, Manifests, ProbeSpec, Service
+from knative.local.manifest import Manifests, Service
+from knative.local.schema import Container, ProbeSpec
 
 # A process inherits our environment, but not what configures somebody else: a container has just what its manifest says.
 _NOT_INHERITED = re.compile(r"^(FUNCTION_|WEIGHTS_|QUEUE_SOURCE_|AWS_|K_|MAKE|PORT$|MFLAGS$)")

@@ -1,8 +1,4 @@
-"""Read manifests: plain YAML in, checked Services, ConfigMaps and Secrets out.
-
-Fields that a cluster needs and one machine does not (image, resources, security contexts) are accepted and left alone; a field that
-no Knative Service has is an error, because in a manifest a misspelt name is a setting that silently does nothing.
-"""
+"""Read manifests: plain YAML in, checked Services, ConfigMaps and Secrets out."""
 
 import base64
 import binascii
@@ -11,223 +7,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic.alias_generators import to_camel
+from pydantic import BaseModel, ValidationError
 
 from knative.autoscaler import Autoscaler, ScaleSpec, SpecError
 from knative.local.errors import ManifestError
+from knative.local.schema import ConfigMap, Container, Metadata, PodSpec, Secret, ServiceObject
 
 M = TypeVar("M", bound=BaseModel)
-# As Kubernetes has them; here they become parts of host names and of paths too.
-Label = Annotated[str, Field(pattern="^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
-Subdomain = Annotated[str, Field(pattern="^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$", max_length=253)]
 
 SERVING = "serving.knative.dev/v1"
 AUTOSCALER_CONFIG = "config-autoscaler"
 # Of use to a cluster only; they may stand in the same file.
 _LEFT_ALONE = {"Namespace", "NetworkPolicy", "PersistentVolumeClaim", "ServiceAccount"}
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", alias_generator=to_camel, frozen=True)
-
-
-class Metadata(_Strict):
-    """`metadata`, of an object or a template."""
-
-    name: Subdomain = ""
-    namespace: Label = "default"
-    labels: dict[str, str] = {}
-    annotations: dict[str, str] = {}
-
-
-class ServiceMetadata(Metadata):
-    """`metadata` of a Service, whose name is part of a host name."""
-
-    name: Label
-
-
-class KeyRef(_Strict):
-    """One key of a ConfigMap or Secret."""
-
-    name: str
-    key: str
-    optional: bool = False
-
-
-class EnvSource(_Strict):
-    """`valueFrom`."""
-
-    config_map_key_ref: KeyRef | None = None
-    secret_key_ref: KeyRef | None = None
-
-
-class EnvVar(_Strict):
-    """One item of `env`."""
-
-    name: str = Field(pattern="^[^=]+$")
-    value: str = ""
-    value_from: EnvSource | None = None
-
-
-class SourceRef(_Strict):
-    """A whole ConfigMap or Secret."""
-
-    name: str
-    optional: bool = False
-
-
-class EnvFrom(_Strict):
-    """One item of `envFrom`."""
-
-    prefix: str = ""
-    config_map_ref: SourceRef | None = None
-    secret_ref: SourceRef | None = None
-
-
-class ContainerPort(_Strict):
-    """The port of the user container."""
-
-    container_port: int = Field(ge=1, le=65535)
-    name: Literal["", "http1", "h2c"] = ""
-    protocol: Literal["TCP"] = "TCP"
-
-
-class HttpHeader(_Strict):
-    """A header that a probe sends."""
-
-    name: str
-    value: str
-
-
-class HttpGet(_Strict):
-    """An HTTP probe; without a port it asks the container's own."""
-
-    path: str = "/"
-    port: int | None = Field(None, ge=0, le=65535)
-    host: str | None = None
-    scheme: Literal["HTTP"] = "HTTP"
-    http_headers: list[HttpHeader] = []
-
-
-class TcpSocket(_Strict):
-    """A TCP probe."""
-
-    port: int | None = Field(None, ge=0, le=65535)
-    host: str | None = None
-
-
-class ProbeSpec(_Strict):
-    """A liveness, readiness or startup probe; seconds and counts as in Kubernetes (a period of 0 is Knative's "as often as is useful")."""
-
-    http_get: HttpGet | None = None
-    tcp_socket: TcpSocket | None = None
-    initial_delay_seconds: int = Field(0, ge=0)
-    period_seconds: int = Field(0, ge=0)
-    timeout_seconds: int = Field(1, ge=1)
-    success_threshold: int = Field(1, ge=1)
-    failure_threshold: int = Field(3, ge=1)
-
-
-class VolumeMount(_Strict):
-    """Where a container sees a volume."""
-
-    name: str
-    mount_path: str = Field(pattern="^/")
-    read_only: bool = False
-    sub_path: str = ""
-
-
-class Container(_Strict):
-    """A container, of which one machine needs the command, its environment, its ports, probes and mounts."""
-
-    name: Label = "user-container"
-    image: str = ""
-    image_pull_policy: str = ""
-    command: list[str] = []
-    args: list[str] = []
-    env: list[EnvVar] = []
-    env_from: list[EnvFrom] = []
-    ports: list[ContainerPort] = Field([], max_length=1)
-    liveness_probe: ProbeSpec | None = None
-    readiness_probe: ProbeSpec | None = None
-    startup_probe: ProbeSpec | None = None
-    resources: dict[str, Any] = {}
-    security_context: dict[str, Any] = {}
-    volume_mounts: list[VolumeMount] = []
-    working_dir: str | None = None
-
-
-class ClaimSource(_Strict):
-    """A persistent volume claim."""
-
-    claim_name: Subdomain
-    read_only: bool = False
-
-
-class Volume(_Strict):
-    """A volume: lives as long as the pod (emptyDir) or outlives it (persistentVolumeClaim)."""
-
-    name: Label
-    empty_dir: dict[str, Any] | None = None
-    persistent_volume_claim: ClaimSource | None = None
-
-
-class PodSpec(_Strict):
-    """`spec.template.spec`."""
-
-    containers: list[Container] = Field(min_length=1)
-    volumes: list[Volume] = []
-    container_concurrency: int = Field(0, ge=0, le=1000)
-    timeout_seconds: int = Field(300, ge=1, le=600)
-    response_start_timeout_seconds: int | None = Field(None, ge=0, le=600)
-    idle_timeout_seconds: int | None = Field(None, ge=0, le=600)
-    enable_service_links: bool | None = None
-    service_account_name: str | None = None
-    automount_service_account_token: bool | None = None
-    image_pull_secrets: list[dict[str, str]] = []
-    node_selector: dict[str, str] = {}
-    tolerations: list[dict[str, Any]] = []
-    affinity: dict[str, Any] = {}
-    runtime_class_name: str | None = None
-    priority_class_name: str | None = None
-
-
-class Template(_Strict):
-    """`spec.template`."""
-
-    metadata: Metadata = Metadata()
-    spec: PodSpec
-
-
-class ServiceSpec(_Strict):
-    """`spec` of a Service."""
-
-    template: Template
-    traffic: list[dict[str, Any]] = []
-
-
-class _ServiceObject(_Strict):
-    api_version: Literal["serving.knative.dev/v1"]
-    kind: Literal["Service"]
-    metadata: ServiceMetadata
-    spec: ServiceSpec
-
-
-class _ConfigMap(_Strict):
-    api_version: Literal["v1"]
-    kind: str
-    metadata: Metadata
-    data: dict[str, str] = {}
-    immutable: bool = False
-
-
-class _Secret(_ConfigMap):
-    string_data: dict[str, str] = {}
-    type: str = ""
 
 
 @dataclass(frozen=True)
@@ -276,7 +70,7 @@ class Manifests:
 def read_manifests(sources: Sequence[tuple[str, str]]) -> Manifests:
     """The objects in some YAML texts, given as (file name, text). Raises ManifestError for the first mistake."""
     manifests = Manifests()
-    pending: list[tuple[str, str, _ServiceObject]] = []
+    pending: list[tuple[str, str, ServiceObject]] = []
     for file, text in sources:
         for number, document in enumerate(_documents(file, text), 1):
             if document is None:
@@ -290,14 +84,14 @@ def read_manifests(sources: Sequence[tuple[str, str]]) -> Manifests:
             if not name or not isinstance(name, str):
                 raise ManifestError(file, where, "metadata.name: found none; each object needs a name")
             if kind == "Service" and document["apiVersion"] == SERVING:
-                pending.append((file, where, _parse(_ServiceObject, document, file, where)))
+                pending.append((file, where, _parse(ServiceObject, document, file, where)))
             elif kind == "ConfigMap":
-                config_map = _parse(_ConfigMap, document, file, where)
+                config_map = _parse(ConfigMap, document, file, where)
                 if name == AUTOSCALER_CONFIG:
                     _scale(file, f"{where}: data", {}, 0, config_map.data)
                 manifests.config_maps[config_map.metadata.namespace, name] = config_map.data
             elif kind == "Secret":
-                secret = _parse(_Secret, document, file, where)
+                secret = _parse(Secret, document, file, where)
                 manifests.secrets[secret.metadata.namespace, name] = _decoded(secret, file, where)
             elif kind not in _LEFT_ALONE:
                 raise ManifestError(
@@ -364,7 +158,7 @@ def _no_such_field(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
     return "there is no such field; " + (f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}")
 
 
-def _service(file: str, where: str, item: _ServiceObject, autoscaler_config: Mapping[str, str]) -> Service:
+def _service(file: str, where: str, item: ServiceObject, autoscaler_config: Mapping[str, str]) -> Service:
     spec = item.spec.template.spec
     at = f"{where}: spec.template.spec"
     with_ports = [container.name for container in spec.containers if container.ports]
@@ -403,7 +197,7 @@ def _scale(file: str, where: str, annotations: Mapping[str, str], container_conc
     return scale
 
 
-def _decoded(item: _Secret, file: str, where: str) -> Mapping[str, str]:
+def _decoded(item: Secret, file: str, where: str) -> Mapping[str, str]:
     decoded = {}
     for key, value in item.data.items():
         try:

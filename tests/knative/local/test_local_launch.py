@@ -93,11 +93,11 @@ def test_a_mount_path_at_the_beginning_of_a_value_or_argument_becomes_the_local_
 
 def test_a_value_is_rewritten_once_even_where_the_state_lies_below_the_mount_path() -> None:
     planned = process(
-        {"env": env(PLACE="/work/cache"), "args": ["$(PLACE)", "--at=$(PLACE)"], "volumeMounts": mounts(scratch="/work")},
+        {"env": env(PLACE="/data/cache"), "args": ["$(PLACE)", "--at=$(PLACE)"], "volumeMounts": mounts(scratch="/data")},
         volumes=[SCRATCH],
-        state=Path("/work/state"),
+        state=Path("/data/state"),
     )
-    place = "/work/state/pods/hello-1/volumes/scratch/cache"
+    place = "/data/state/pods/hello-1/volumes/scratch/cache"
     assert planned.env["PLACE"] == place
     assert planned.argv == ("serve", place, f"--at={place}")
 
