@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -50,7 +51,10 @@ class Node:
         self.snapshot = self.cache.pin(URI, refs, "bucket/model")
         self._files = files
         for path, blob in self.cache.snapshot_blobs(self.snapshot).items():
-            if writer := BlobWriter.try_acquire(blob, len(files[path])):
+            # A reader that looks whether the part is being filled holds its lock for a moment.
+            while not (writer := BlobWriter.try_acquire(blob, len(files[path]))) and not blob.is_complete():
+                time.sleep(0.001)
+            if writer:
                 self._writers[path] = writer
 
     def land(self, path: str, *chunks: int) -> None:
