@@ -1,18 +1,21 @@
 """The activator: finds the revision that a request is for, holds the request while there is no pod, and hands it over.
 
-Host → Service → revision.slot() → pod → the answer, streamed back
+Host → Service → revision.slot(), the body read on meanwhile → pod → the answer, streamed back
 """
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from io import FileIO
+from tempfile import TemporaryFile
 
 import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
-from knative.local.errors import BadGateway, PodUnreached, RequestError, TooSlow
+from knative.local.errors import BadGateway, Overloaded, PodUnreached, RequestError, TooSlow
 from knative.local.pod import Pod
 from knative.local.revision import Revision
 
@@ -30,6 +33,7 @@ _HOP_BY_HOP = {
 }
 _AUTOMATIC = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")  # what aiohttp would add to a request that has none
 UNREACHED_TRIES = 3
+PIECE_BYTES = 256 * 1024
 
 
 class Activator:
@@ -66,16 +70,73 @@ class Activator:
         return self._default
 
     async def _forward(self, request: web.BaseRequest, revision: Revision, response: list[web.StreamResponse]) -> web.StreamResponse:
-        for _ in range(UNREACHED_TRIES):
-            async with revision.slot() as pod:
-                try:
-                    return await _hand_over(request, pod, response)
-                except PodUnreached:
-                    await asyncio.sleep(0.1)  # until its readiness probe finds out too
+        with closing(_Body(request.content)) as body:
+            for _ in range(UNREACHED_TRIES):
+                async with _slot(revision, body) as pod:
+                    try:
+                        return await _hand_over(request, body, pod, response)
+                    except PodUnreached:
+                        await asyncio.sleep(0.1)  # until its readiness probe finds out too
         raise BadGateway(f"no pod of {revision.service.name} could be reached; they may be crashing, see their logs")
 
 
-async def _hand_over(request: web.BaseRequest, pod: Pod, response: list[web.StreamResponse]) -> web.StreamResponse:
+class _Body:
+    """The body of a request that may have to wait.
+
+    While it waits it is read into a file: that a client went away is only seen by who reads on, as the end of a connection comes after
+    everything that was sent over it.
+    """
+
+    def __init__(self, content: aiohttp.StreamReader) -> None:
+        self._content = content
+        self._early: FileIO | None = None  # of no name; what came while nobody took it
+
+    @asynccontextmanager
+    async def read_on(self) -> AsyncIterator[None]:
+        """For as long as it is entered, what comes is kept. Raises Overloaded if that was not possible."""
+        keeping = asyncio.create_task(self._keep())
+        try:
+            yield
+        finally:
+            keeping.cancel()
+            (ended,) = await asyncio.gather(keeping, return_exceptions=True)
+        if isinstance(ended, RequestError):
+            raise ended
+
+    async def _keep(self) -> None:
+        async for piece in self._content.iter_any():
+            try:
+                self._early = self._early or TemporaryFile(buffering=0)  # noqa: SIM115  see close()
+                rest = memoryview(piece)
+                while rest:
+                    rest = rest[self._early.write(rest) :]
+            except OSError as error:
+                raise Overloaded(f"the body cannot be kept until a pod is ready: {error.strerror or error}", retry_after_s=10) from error
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        if self._early:
+            self._early.seek(0)
+            while piece := self._early.read(PIECE_BYTES):
+                yield piece
+        async for piece in self._content.iter_any():
+            yield piece
+
+    def close(self) -> None:
+        """Forget what was kept."""
+        if self._early:
+            self._early.close()
+
+
+@asynccontextmanager
+async def _slot(revision: Revision, body: _Body) -> AsyncIterator[Pod]:
+    """A slot of the revision, the body read on until there is one."""
+    async with AsyncExitStack() as slot:
+        async with body.read_on():
+            pod = await slot.enter_async_context(revision.slot())
+        yield pod
+
+
+async def _hand_over(request: web.BaseRequest, body: _Body, pod: Pod, response: list[web.StreamResponse]) -> web.StreamResponse:
     """Send the request to the pod and stream its answer back. Raises PodUnreached or BadGateway."""
     headers = _end_to_end(request.headers)
     headers["X-Forwarded-For"] = request.remote or ""
@@ -89,7 +150,7 @@ async def _hand_over(request: web.BaseRequest, pod: Pod, response: list[web.Stre
             request.method,
             _target(request, pod),
             headers=headers,
-            data=request.content if request.body_exists else None,
+            data=body if request.body_exists else None,
             skip_auto_headers=_AUTOMATIC,
             allow_redirects=False,
             trace_request_ctx=sent,

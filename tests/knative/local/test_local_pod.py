@@ -279,6 +279,7 @@ def test_the_same_report_again_is_no_news(tmp_path: Path) -> None:
         pytest.param(b'{"phase": "warm", "stages": {"import": NaN}}', id="a stage that is not a number"),
         pytest.param(b'{"phase": "warm", "weights": "light"}', id="weights that are a text"),
         pytest.param(b'{"phase": "warm", "weights": {"kg": 3}}', id="weights of another kind"),
+        pytest.param(b'{"phase": "warm", "weights": {"source": "store", "bytes": 3, "seconds": NaN}}', id="seconds that are not a number"),
     ],
 )
 def test_other_json_in_the_readiness_answer_is_not_taken_for_a_report(tmp_path: Path, body: bytes) -> None:

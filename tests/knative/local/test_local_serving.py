@@ -1,5 +1,7 @@
 """Requests through a running platform: held, routed, handed over, streamed back."""
 
+import contextlib
+import gzip
 import hashlib
 import http.client
 import json
@@ -14,6 +16,7 @@ from tests.knative.local.running import Platform, platform_running, service
 from tests.support import request, wait_until
 
 GATED = {"GATE": "open"}  # such a pod opens its port only when the test lets it
+LARGE = 20_000_000  # much more than the buffers on the way hold
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,9 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
         service("other"),
         service("crowd", env=GATED),
         service("left", env=GATED),
+        service("left-large", env=GATED),
         service("upload", env=GATED),
+        service("upload-slow", env=GATED),
         service("narrow", spec={"containerConcurrency": 1}, scale={"max-scale": "3"}),
         service("brief", spec={"timeoutSeconds": 1}),
         service("idle", container={"args": ["--scratch", "/scratch"]}),
@@ -37,6 +42,17 @@ def bare(method: str, target: str, *headers: str) -> bytes:
     """A request to `echo` with nothing in it that is not named here."""
     lines = [f"{method} {target} HTTP/1.1", "Host: echo.default.localhost", *headers, "Connection: close", "", ""]
     return "\r\n".join(lines).encode()
+
+
+@contextlib.contextmanager
+def begun(platform: Platform, name: str, path: str, header: str, body: bytes) -> Iterator[socket.socket]:
+    """A request as far as its body goes, or is let through."""
+    with socket.create_connection(("127.0.0.1", platform.port), timeout=10) as connection:
+        connection.sendall(f"POST {path} HTTP/1.1\r\nHost: {name}.default.localhost\r\nConnection: close\r\n{header}\r\n\r\n".encode())
+        with contextlib.suppress(TimeoutError):
+            connection.sendall(body)
+        connection.settimeout(30)
+        yield connection
 
 
 def rest(connection: socket.socket) -> bytes:
@@ -98,6 +114,58 @@ def test_a_client_that_goes_away_while_it_is_held_is_forgotten(platform: Platfor
     platform.note("left", "open")
     assert platform.call("left", "/patient").status == 200
     assert platform.seen("left") == ["/patient"]
+
+
+@pytest.mark.parametrize("size", [5, LARGE])
+def test_a_client_that_ends_its_side_of_the_connection_while_it_is_held_is_forgotten(platform: Platform, size: int) -> None:
+    with begun(platform, "left-large", "/ended", f"Content-Length: {size}", bytes(size)) as connection:
+        platform.wait_for("left-large", "held", lambda found: found["queued"] == 1)
+        connection.shutdown(socket.SHUT_WR)
+        platform.wait_for("left-large", "forgotten", lambda found: found["queued"] == 0, 5)
+
+
+def test_a_client_that_goes_away_while_its_large_body_is_held_is_forgotten(platform: Platform) -> None:
+    length = f"Content-Length: {LARGE}"
+    sent = [
+        ("/whole", length, bytes(LARGE)),
+        ("/half", length, bytes(LARGE // 2)),
+        ("/little", length, bytes(LARGE // 50)),
+        ("/chunks", "Transfer-Encoding: chunked", b"%x\r\n" % LARGE + bytes(LARGE // 2)),
+    ]
+    with contextlib.ExitStack() as clients:
+        for path, header, body in sent:
+            clients.enter_context(begun(platform, "left-large", path, header, body))
+        platform.wait_for("left-large", "all held", lambda found: found["queued"] == len(sent))
+    platform.wait_for("left-large", "all forgotten", lambda found: found["queued"] == 0, 5)
+    platform.note("left-large", "open")
+    assert platform.call("left-large", "/patient").status == 200
+    assert platform.seen("left-large") == ["/patient"]
+
+
+def test_a_body_that_begins_while_it_is_held_and_ends_at_the_pod_reaches_it_whole(platform: Platform) -> None:
+    body = b"weights " * (LARGE // 8)
+    with begun(platform, "upload-slow", "/", f"Content-Length: {LARGE}", body[: LARGE // 2]) as connection:
+        platform.wait_for("upload-slow", "held", lambda found: found["queued"] == 1)
+        platform.note("upload-slow", "open")
+        platform.wait_for("upload-slow", "in its pod", lambda found: [pod["concurrency"] for pod in found["pods"]] == [1])
+        connection.sendall(body[LARGE // 2 :])
+        told = echoed(rest(connection))
+    assert (told["bytes"], told["sha256"]) == (LARGE, hashlib.sha256(body).hexdigest())
+
+
+@pytest.mark.parametrize(
+    ("path", "header", "body"),
+    [
+        ("/length", f"Content-Length: {LARGE}", bytes(LARGE // 2)),
+        ("/in-a-chunk", "Transfer-Encoding: chunked", b"%x\r\n" % LARGE + bytes(LARGE // 2)),
+        ("/after-a-chunk", "Transfer-Encoding: chunked", b"%x\r\n" % LARGE + bytes(LARGE) + b"\r\n"),
+    ],
+)
+def test_a_body_that_is_cut_off_on_its_way_is_not_whole_for_the_pod_either(platform: Platform, path: str, header: str, body: bytes) -> None:
+    with begun(platform, "other", path, header, body):
+        platform.wait_for("other", "in its pod", lambda found: [pod["concurrency"] for pod in found["pods"]] == [1])
+    wait_until("cut off", lambda: f"{path} cut off" in platform.seen("other"))
+    assert path not in platform.seen("other")
 
 
 def test_a_client_that_goes_away_while_it_is_answered_leaves_its_place(platform: Platform) -> None:
@@ -173,6 +241,12 @@ def test_a_body_of_unknown_length_reaches_the_pod_whole(platform: Platform) -> N
     told = json.loads(connection.getresponse().read())
     connection.close()
     assert (told["bytes"], told["sha256"]) == (100_012, hashlib.sha256(b"".join(pieces)).hexdigest())
+
+
+def test_a_body_that_is_compressed_reaches_the_pod_as_it_was_sent(platform: Platform) -> None:
+    body = gzip.compress(b"weights " * 1000)
+    told = platform.call("echo", method="POST", body=body, headers={"Content-Encoding": "gzip"}).json()
+    assert (told["bytes"], told["sha256"]) == (len(body), hashlib.sha256(body).hexdigest())
 
 
 def test_a_client_that_waits_for_100_continue_gets_it(platform: Platform) -> None:

@@ -30,9 +30,12 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         if self.path == "/healthz":
             return self.reply(b"", 200 if Handler.healthy else 500)
-        body = self.body()
-        with Handler.lock, (NOTES / "seen").open("a") as seen:
-            seen.write(f"{self.path}\n")
+        try:
+            body = self.body()
+        except (ValueError, ConnectionError):
+            self.close_connection = True
+            return self.see(f"{self.path} cut off")
+        self.see(self.path)
         action, *rest = self.path.removeprefix("/").split("/")
         getattr(self, f"act_{action}", self.act_echo)(body, *rest)
         return None
@@ -92,15 +95,25 @@ class Handler(BaseHTTPRequestHandler):
         wait_for("half-read")
         os._exit(3)
 
+    def see(self, what: str) -> None:
+        with Handler.lock, (NOTES / "seen").open("a") as seen:
+            seen.write(f"{what}\n")
+
     def body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            return self.exactly(int(self.headers.get("Content-Length", 0)))
         pieces = b""
         while size := int(self.rfile.readline(), 16):
-            pieces += self.rfile.read(size)
+            pieces += self.exactly(size)
             self.rfile.readline()
         self.rfile.readline()
         return pieces
+
+    def exactly(self, size: int) -> bytes:
+        piece = self.rfile.read(size)
+        if len(piece) < size:
+            raise ConnectionError("it ended early")
+        return piece
 
     def reply(self, body: bytes, status: int = 200) -> None:
         self.send_response(status)
