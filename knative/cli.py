@@ -8,6 +8,7 @@ _COMMANDS = {
     "run": ("knative.local.cli", "run", "Run manifests on this machine."),
     "push": ("weights_cache.cli", "push", "Upload a directory of weights to object storage."),
     "pull": ("weights_cache.cli", "pull", "Bring weights into a node's cache."),
+    "cache": ("weights_cache.cli", "cache_group", "See what is in a node's cache, check it, make room."),
 }
 
 

@@ -12,7 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from weights_cache.blob import BlobWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -118,17 +121,30 @@ def running(command: list[str], log: Path, env: Mapping[str, str], port: int = 0
 
 def fill_cache(cache_dir: Path, uri: str, files: Mapping[str, bytes]) -> str:
     """Put a complete snapshot of `files` into a node cache, as a sidecar would have; returns its id."""
-    from weights_cache.blob import CHUNK_BYTES, BlobWriter
-    from weights_cache.cache import FileRef, NodeCache
+    from weights_cache import room
+    from weights_cache.blob import BlobWriter
+    from weights_cache.cache import FileRef, NodeCache, Ref
 
     cache = NodeCache(cache_dir)
     cache.create()
     refs = [FileRef(path, len(data), '"test"') for path, data in files.items()]
-    snapshot = cache.pin(uri, refs, "bucket/prefix")
-    for path, blob in cache.snapshot_blobs(snapshot).items():
-        if writer := BlobWriter.try_acquire(blob, len(files[path])):
-            with writer:
-                for at in range(0, len(files[path]), CHUNK_BYTES):
-                    writer.write(files[path][at : at + CHUNK_BYTES], at)
-                writer.publish()
-    return snapshot
+    lease, _ = room.reserve(cache, "bucket/prefix", refs, limit=None, uri=uri)
+    with lease:
+        for path, blob in cache.snapshot_blobs(lease.snapshot).items():
+            if writer := BlobWriter.try_acquire(blob, len(files[path])):
+                with writer:
+                    write_chunks(writer, files[path])
+                    writer.publish()
+        cache.set_ref(Ref(uri, lease.snapshot, time.time()))
+    return lease.snapshot
+
+
+def write_chunks(writer: "BlobWriter", data: bytes, *chunks: int) -> None:
+    """Write these chunks of a file, or all of them, and say that they are there, as a pull does."""
+    from weights_cache.chunks import CHUNK_BYTES
+    from weights_cache.digest import chunk_digest
+
+    for chunk in chunks or range(writer.chunks.chunks):
+        piece = data[chunk * CHUNK_BYTES : (chunk + 1) * CHUNK_BYTES]
+        writer.write(piece, chunk * CHUNK_BYTES)
+        writer.chunks.set(chunk, chunk_digest(piece))

@@ -1,37 +1,25 @@
-"""One file of the cache, from its first byte to its publication.
+"""One file of the cache, from its first byte to its last.
 
-A blob is filled in place as `<id>.part` at its full size, so that readers can map it before it is complete; beside it
-`<id>.part.state` has one byte for each chunk, 1 once the chunk is there. The writer holds a kernel lock on the part, which
-dies with it, so a neighbour can carry on from the chunks that are there.
+A blob is filled in place as `<id>.part` at its full size, so that readers can map it before it is complete; `<id>.part.state` is
+the record of its chunks. The writer holds a kernel lock on the part, which dies with it, so a neighbour can carry on from the
+chunks that are there. A complete blob has its own name, and its record lies beside the blobs in `digests/`.
 """
 
 import errno
 import fcntl
-import mmap
 import os
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
+from weights_cache.chunks import CHUNK_BYTES, ChunkMap, Flag, count_chunks, record_bytes, sync, vouches_for
 from weights_cache.errors import CacheError
 
-CHUNK_BYTES = 1 << 20  # the unit of resume and of what a reader waits for
-
-_STATE_HEADER_BYTES = 128
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _header_of(part: os.stat_result) -> bytes:
-    return f"relight-part 1 {_boot_id()} {part.st_ino}\n".encode().ljust(_STATE_HEADER_BYTES)
-
-
-def _state_bytes(size: int) -> int:
-    return _STATE_HEADER_BYTES - (-size // CHUNK_BYTES)
+Digest = Callable[[memoryview | bytes], int]
 
 
 def unique(path: Path) -> Path:
@@ -39,16 +27,49 @@ def unique(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
+@cache
+def _is_in_memory(folder: Path) -> bool:
+    """Whether a folder is on a tmpfs, by the kernel's list of mounts."""
+    number = os.stat(folder).st_dev  # noqa: PTH116  as the list has it
+    device = f"{os.major(number)}:{os.minor(number)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, source = line.partition(" - ")
+        if mount.split()[2] == device:
+            return source.split()[0] in ("tmpfs", "ramfs")
+    return False
+
+
+def is_locked(path: str | os.PathLike[str], kind: int) -> bool:
+    """Whether somebody holds a lock on a file or folder that rules out one of this kind (LOCK_SH or LOCK_EX); looking takes it briefly."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(fd)
+
+
+def free_bytes(folder: Path) -> int:
+    """How much this user may still write where `folder` is."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
 @contextmanager
-def _explained(path: Path, size: int) -> Iterator[None]:
-    """Turn what the system says while `path` is made with `size` bytes into a CacheError."""
+def explained(path: Path, size: int) -> Iterator[None]:
+    """Turn what the system says while `path` is made or written with `size` bytes into a CacheError."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = os.statvfs(path.parent)
             raise CacheError(
-                f"no room for {path.name} in {path.parent}: {size:,} bytes needed, {free.f_bavail * free.f_frsize:,} free"
+                f"no room for {path.name} in {path.parent}: {size:,} bytes needed, {free_bytes(path.parent):,} free"
             ) from error
         raise CacheError(f"{path.parent}: {error.strerror or error}; the cache must be a directory this user may write to") from error
 
@@ -60,141 +81,121 @@ class Blob:
         self.path = path
         self.part = path.with_name(path.name + ".part")
         self.state = path.with_name(path.name + ".part.state")
+        self.record = path.parent.parent / "digests" / path.name
 
     def is_complete(self) -> bool:
-        """Whether the blob was published."""
-        return self.path.exists()
+        """Whether the blob was published, and nothing can have happened to it since."""
+        try:
+            return vouches_for(self.record, self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def is_being_filled(self) -> bool:
         """Whether a process holds the part's lock right now."""
+        return is_locked(self.part, fcntl.LOCK_SH)  # shared: readers who look at the same time do not see each other
+
+    def chunks(self, part: os.stat_result | None = None) -> ChunkMap | None:
+        """The record of a part that somebody fills; None if nobody has begun since the machine started, or all is done.
+
+        part: the very file the record must be of, if the caller has opened one.
+        """
         try:
-            fd = os.open(self.part, os.O_RDONLY | os.O_CLOEXEC)
+            return ChunkMap.open(self.state, part or self.part.stat())
         except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        else:
-            return False
-        finally:
-            os.close(fd)
+            return None
 
     def reserve(self, size: int) -> None:
         """Make the part at its full size, unless it or the complete blob is there already.
 
-        The space is taken now: a mapping of a file without space behind it dies of SIGBUS instead of an error.
-        Raises CacheError, saying what was needed and what is free, when there is no room.
+        On a disk the space is taken now, so that nobody else can. In memory that would be half of the work of writing, done before the
+        first byte is fetched: there it is taken as it is written (`room` counts it from now on), and lack of it is an error all the same.
+        Readers touch only what was written, so that they never meet a page without space behind it. Raises CacheError, saying what was
+        needed and what is free, when there is no room.
         """
-        if self.is_complete() or self.part.exists():
+        if self.path.exists() or self.part.exists():
             return
-        with _explained(self.path, size):
+        with explained(self.path, size):
             draft = unique(self.part)
             try:
                 with draft.open("wb") as file:
-                    if size:
+                    fcntl.flock(file, fcntl.LOCK_EX)  # nobody takes it for a left-over, or fills it with the state of an earlier one there
+                    if size and not _is_in_memory(self.path.parent):
                         os.posix_fallocate(file.fileno(), 0, size)
-                with suppress(FileExistsError):  # unlike a rename, a link never takes the place of a neighbour's part
-                    os.link(draft, self.part)
+                    file.truncate(size)
+                    with suppress(FileExistsError):  # unlike a rename, a link never takes the place of a neighbour's part
+                        os.link(draft, self.part)
+                        self.state.unlink(missing_ok=True)
             finally:
                 draft.unlink(missing_ok=True)
 
+    def settle(self) -> None:
+        """Bring a complete blob to the disk, so that a power cut does not make it doubtful. Raises OSError."""
+        sync(self.record, self.path)
 
-class ChunkMap:
-    """Which chunks of a part are there, shared by all processes that map the same state file."""
+    def damaged_chunks(self, digest: Digest, progress: Callable[[int], object]) -> list[int]:
+        """The chunks of the published file that no longer have their digest; all of them if there is no record of it.
 
-    def __init__(self, fd: int, size: int, *, writable: bool = False) -> None:
-        self.size = size
-        self.chunks = -(-size // CHUNK_BYTES)
-        self._map = mmap.mmap(fd, _STATE_HEADER_BYTES + self.chunks, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
-
-    @classmethod
-    def open(cls, blob: Blob, part: os.stat_result | None = None) -> "ChunkMap | None":
-        """The map of a part that somebody fills, to read; None if nobody has begun since the machine started, or all is done.
-
-        part: the very file the map must be of, if the caller has opened one.
+        progress: called with the bytes just read.
         """
+        size = self.path.stat().st_size
+        record = ChunkMap.open(self.record, self.path.stat(), complete=True)
+        with self.path.open("rb", buffering=0) as file:
+            buffer = memoryview(bytearray(CHUNK_BYTES))
+            damaged = []
+            for chunk in range(count_chunks(size)):
+                length = file.readinto(buffer)
+                if record is None or record.digest(chunk) != digest(buffer[:length]):
+                    damaged.append(chunk)
+                progress(length)
+            return damaged
+
+    def set_aside(self, damaged: list[int] | None = None) -> bool:
+        """Make a part again out of a published file that is not to be trusted; returns whether this process did.
+
+        What its record vouches for stays: all but the chunks named, or if none is named, what still has its digest when somebody looks.
+        """
+        if damaged is None and (not self.path.exists() or self.is_complete()):
+            return False
         try:
-            part = part or blob.part.stat()
-            with blob.state.open("rb") as file:
-                if os.fstat(file.fileno()).st_size != _state_bytes(part.st_size):
-                    return None
-                chunks = cls(file.fileno(), part.st_size)
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            return None
-        return chunks if chunks._header() == _header_of(part) else None
-
-    @classmethod
-    def open_for_writing(cls, blob: Blob, size: int, part_fd: int) -> "ChunkMap":
-        """The map of the part that is open as `part_fd` and whose lock the caller holds; made, or emptied, if it is not this part's.
-
-        The map is this part's if it names its inode and the machine has not restarted since: after a power cut, data may not have
-        reached the disk although the map did.
-        """
-        with _explained(blob.state, _state_bytes(size)):
-            fd = os.open(blob.state, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                os.ftruncate(fd, _state_bytes(size))
-                os.posix_fallocate(fd, 0, _state_bytes(size))
-                chunks = cls(fd, size, writable=True)
-            finally:
-                os.close(fd)
-        header = _header_of(os.fstat(part_fd))
-        if chunks._header() != header:
-            chunks._map[:] = header + bytes(chunks.chunks)
-        return chunks
-
-    def _header(self) -> bytes:
-        return self._map[:_STATE_HEADER_BYTES]
-
-    def set(self, chunk: int) -> None:
-        """The chunk's bytes are in the file now."""
-        self._map[_STATE_HEADER_BYTES + chunk] = 1
-
-    def has(self, chunk: int) -> bool:
-        """Whether the chunk's bytes are in the file."""
-        return self._map[_STATE_HEADER_BYTES + chunk] == 1
-
-    def has_range(self, start: int, stop: int) -> bool:
-        """Whether the bytes from `start` to `stop` are all in the file."""
-        if start >= stop:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(fd), self.path.stat()) or (damaged is None and self.is_complete()):
+                return False
+            with explained(self.path, 0):
+                if self.part.exists() or ChunkMap.open(self.record, os.fstat(fd), complete=True) is None:
+                    self.path.unlink()
+                    return True
+                os.fchmod(fd, 0o644)
+                self.record.rename(self.state)
+                chunks = ChunkMap.open_for_writing(self.state, os.fstat(fd))
+                for chunk in damaged or ():
+                    chunks.flag(chunk, Flag.MISSING)
+                self.path.rename(self.part)  # last: whoever finds the part finds its state, too
+        except (BlockingIOError, FileNotFoundError):
+            return False
+        else:
             return True
-        first, last = start // CHUNK_BYTES, -(-stop // CHUNK_BYTES)
-        return self._map.find(b"\0", _STATE_HEADER_BYTES + first, _STATE_HEADER_BYTES + last) < 0
-
-    def bytes_there(self) -> int:
-        """How many bytes of the file are there."""
-        flags = self._map[_STATE_HEADER_BYTES:]
-        count = flags.count(1)
-        tail_missing = self.chunks * CHUNK_BYTES - self.size if self.chunks and flags[-1] else 0
-        return count * CHUNK_BYTES - tail_missing
-
-    def missing(self, part_bytes: int) -> Iterator[tuple[int, int]]:
-        """Byte ranges [start, stop) that are not there, none longer than `part_bytes` rounded up to whole chunks."""
-        limit = max(1, -(-part_bytes // CHUNK_BYTES))
-        chunk = 0
-        while chunk < self.chunks:
-            if self.has(chunk):
-                chunk += 1
-                continue
-            end = chunk
-            while end < self.chunks and end - chunk < limit and not self.has(end):
-                end += 1
-            yield chunk * CHUNK_BYTES, min(end * CHUNK_BYTES, self.size)
-            chunk = end
+        finally:
+            os.close(fd)
 
 
 class BlobWriter:
-    """The right to fill one blob: holds the part's lock from `acquire` to `close` or `publish`."""
+    """The right to fill one blob: holds the part's lock from `try_acquire` to `close` or `publish`."""
 
     def __init__(self, blob: Blob, fd: int, chunks: ChunkMap) -> None:
         self.blob = blob
         self.chunks = chunks
         self._fd = fd
+        # One write at a time: the kernel lets only one into a file anyway, and has the others spin meanwhile.
+        self._turn = threading.Lock()
 
     @classmethod
     def try_acquire(cls, blob: Blob, size: int) -> "BlobWriter | None":
         """The writer of `blob`, or None while another process is writing it or once it is complete."""
+        blob.set_aside()
         blob.reserve(size)
         try:
             fd = os.open(blob.part, os.O_RDWR | os.O_CLOEXEC)
@@ -205,12 +206,13 @@ class BlobWriter:
             # The name may have moved on while we opened it: the lock counts only if it is on what the name stands for.
             if os.fstat(fd).st_ino != os.stat(blob.part).st_ino:  # noqa: PTH116  the same call for both
                 raise FileNotFoundError
-            if blob.is_complete():  # published between our look and our reserve: what we hold is a second part, which nobody needs
+            # A second part, which nobody needs: published between our look and our reserve. Or one that something else has cut.
+            if blob.is_complete() or os.fstat(fd).st_size != size:
+                blob.state.unlink(missing_ok=True)  # first: it says nothing about the next part, which may get the same inode
                 blob.part.unlink()
                 raise FileNotFoundError
-            if os.fstat(fd).st_size != size:
-                raise CacheError(f"{blob.part} has {os.fstat(fd).st_size} bytes, expected {size}; remove it")
-            chunks = ChunkMap.open_for_writing(blob, size, fd)
+            with explained(blob.state, record_bytes(size)):
+                chunks = ChunkMap.open_for_writing(blob.state, os.fstat(fd))
         except (BlockingIOError, FileNotFoundError):
             os.close(fd)
             return None
@@ -219,23 +221,47 @@ class BlobWriter:
             raise
         return cls(blob, fd, chunks)
 
-    def write(self, data: bytes | memoryview, offset: int) -> None:
-        """Write one chunk's bytes (or fewer at the file's end) at `offset`, which begins a chunk, and let readers have it."""
-        view = memoryview(data)
-        at = offset
-        while view:
-            written = os.pwrite(self._fd, view, at)
-            view, at = view[written:], at + written
-        self.chunks.set(offset // CHUNK_BYTES)
+    def recheck(self, digest: Digest) -> int:
+        """Look at each chunk that an earlier boot left behind: it is valid if it still has the digest it was written with.
+
+        Returns how many were not.
+        """
+        wrong = 0
+        for chunk in self.chunks.claimed():
+            is_right = digest(os.pread(self._fd, CHUNK_BYTES, chunk * CHUNK_BYTES)) == self.chunks.digest(chunk)
+            self.chunks.flag(chunk, Flag.VALID if is_right else Flag.MISSING)
+            wrong += not is_right
+        return wrong
+
+    def write(self, data: memoryview | bytes, offset: int) -> None:
+        """Write bytes at `offset`; nobody sees them before `chunks.set`. Raises CacheError when there is no room."""
+        with self._turn, explained(self.blob.path, self.chunks.size):
+            while data:
+                written = os.pwrite(self._fd, data, offset)
+                data, offset = data[written:], offset + written
+
+    def read(self) -> Iterator[bytes]:
+        """What is in the file, chunk by chunk."""
+        for chunk in range(self.chunks.chunks):
+            yield os.pread(self._fd, CHUNK_BYTES, chunk * CHUNK_BYTES)
 
     def publish(self) -> None:
         """Make the complete blob appear under its own name."""
         assert self.chunks.has_range(0, self.chunks.size), f"{self.blob.path.name} published before it was complete"
         os.fchmod(self._fd, 0o444)
-        os.fsync(self._fd)
-        # In this order a crash in between costs a download; the other way round it could leave a map of chunks that are not there.
-        self.blob.state.unlink(missing_ok=True)
+        # The record first: a blob without one would be doubtful. Killed in between, the next writer finds nothing missing.
+        self.blob.record.unlink(missing_ok=True)
+        os.link(self.blob.state, self.blob.record)
         self.blob.part.rename(self.blob.path)
+        self.blob.state.unlink(missing_ok=True)
+        self.close()
+
+    def reject(self) -> None:
+        """Throw everything away: the object is damaged in the store. Readers that were handed some of it find out."""
+        for chunk in range(self.chunks.chunks):
+            self.chunks.flag(chunk, Flag.WRONG)
+        self.blob.state.unlink(missing_ok=True)
+        self.blob.part.unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The commands that move weights: `serve` (the sidecar), `push`, `pull`."""
+"""The commands that move weights and keep them: `serve` (the sidecar), `push`, `pull`, `cache list|verify|evict`."""
 
 import json
 import logging
@@ -7,15 +7,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from weights_cache import environment
 from weights_cache.errors import WeightsError
 from weights_cache.settings import WeightsSettings
+
+if TYPE_CHECKING:
+    from weights_cache.cache import NodeCache
 
 
 class _Command(click.Command):
@@ -30,6 +33,11 @@ class _Command(click.Command):
             raise click.ClickException(str(error)) from error
 
 
+_CACHE_DIR = click.option(
+    "--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="The cache directory. [default: $WEIGHTS_CACHE_DIR]"
+)
+
+
 @click.group()
 def main() -> None:
     """Weights: keep them present on a node, push and pull them."""
@@ -39,11 +47,12 @@ main.command_class = _Command
 
 
 @main.command()
-def serve() -> None:
+@click.option("--agent", is_flag=True, help="Fill the cache for every pod of this node that can only read it.")
+def serve(agent: bool) -> None:
     """Run the sidecar, configured by the WEIGHTS_ variables."""
     from weights_cache.sidecar import serve as run
 
-    raise SystemExit(run(_settings()))
+    raise SystemExit(run(_settings(), agent=agent))
 
 
 @main.command()
@@ -52,7 +61,9 @@ def serve() -> None:
 @click.option("--create-bucket", is_flag=True, help="Create the bucket if there is none.")
 def push(directory: Path, uri: str, create_bucket: bool) -> None:
     """Upload the files of DIRECTORY to URI (s3://bucket/prefix) and print the snapshot they make."""
+    from weights_cache import manifest
     from weights_cache.cache import check_path, snapshot_id
+    from weights_cache.fetch import list_snapshot
     from weights_cache.store import Store
     from weights_cache.uri import WeightsUri
 
@@ -60,29 +71,39 @@ def push(directory: Path, uri: str, create_bucket: bool) -> None:
     if target.snapshot:
         raise WeightsError(f"{uri}: a snapshot cannot be pushed to; leave out what follows the '#'")
     files = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    files.pop(manifest.MANIFEST, None)  # of an earlier push
     if not files:
         raise WeightsError(f"{directory} holds no files")
-    for name in files:
+    for name in (*files, manifest.MANIFEST):
         check_path(name)
+        if len(key := f"{target.prefix}/{name}".encode()) > 1024:
+            raise WeightsError(f"{target}: the object key of {name} would have {len(key)} bytes; S3 allows 1024")
     store = Store(target)
     if create_bucket:
         store.ensure_bucket()
-    total = sum(path.stat().st_size for path in files.values())
+    entries = {}
     sent = _Counter()
-    with _shown(f"push {target}", total, sent.value):
+    with _shown(f"push {target}", sum(path.stat().st_size for path in files.values()), sent.value):
         for name, path in files.items():
+            before = path.stat()
+            entries[name] = manifest.measure(path)
             store.upload(path, name, sent.add)
-    listed = store.list()
-    if strangers := sorted({file.path for file in listed} - set(files)):
+            if (after := path.stat()).st_mtime_ns != before.st_mtime_ns or after.st_size != before.st_size:
+                raise WeightsError(f"{path} changed while it was being pushed; push again")
+    listed = {file.path: file for file in store.list()}
+    if lost := sorted(set(files) - set(listed)):
+        raise WeightsError(f"{target}: {lost[0]} was uploaded, and is not there; does somebody else push there too?")
+    store.write(manifest.MANIFEST, manifest.dump({name: replace(entry, etag=listed[name].etag) for name, entry in entries.items()}))
+    if strangers := sorted(set(listed) - set(files) - {manifest.MANIFEST}):
         click.echo(
-            f"note: {target} also holds {len(strangers)} other objects, such as {strangers[0]}; they are part of the snapshot", err=True
+            f"note: {target} also holds {len(strangers)} other objects, such as {strangers[0]}; they are no part of the snapshot", err=True
         )
-    click.echo(f"{target}#{snapshot_id(store.namespace, listed)}")
+    click.echo(f"{target}#{snapshot_id(store.namespace, list_snapshot(store)[0])}")
 
 
 @main.command()
 @click.argument("uri")
-@click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="The cache directory. [default: $WEIGHTS_CACHE_DIR]")
+@_CACHE_DIR
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object, on the last line.")
 def pull(uri: str, cache_dir: Path | None, as_json: bool) -> None:
     """Bring the weights at URI into the node's cache and print where they are."""
@@ -98,24 +119,119 @@ def pull(uri: str, cache_dir: Path | None, as_json: bool) -> None:
     cache = NodeCache(settings.cache_dir)
     cache.create()
     began = time.monotonic()
-    puller = Puller(
-        Store(source, connections=settings.connections),
-        cache,
-        uri=uri,
-        connections=settings.connections,
-        part_bytes=settings.part_bytes,
-    )
+    puller = Puller(Store(source), cache, settings, uri=uri)
     progress = puller.progress
     with _shown(f"pull {source}", lambda: progress.total_bytes, lambda: progress.bytes_there()):
         snapshot = puller.run()
+        seconds = time.monotonic() - began
+        puller.settle()
+    puller.close()
     path = cache.snapshot_path(snapshot).absolute()
     result = {
         "snapshot": str(path),
         "bytes": progress.total_bytes,
         "downloaded_bytes": progress.downloaded_bytes,
-        "seconds": round(time.monotonic() - began, 3),
+        "seconds": round(seconds, 3),
     }
     click.echo(json.dumps(result) if as_json else str(path))
+
+
+@main.group(name="cache")
+def cache_group() -> None:
+    """See what is in a node's cache, check it, make room."""
+
+
+cache_group.command_class = _Command
+
+
+@cache_group.command(name="list")
+@_CACHE_DIR
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def list_(cache_dir: Path | None, as_json: bool) -> None:
+    """List the snapshots, the least recently used first."""
+    from weights_cache import room
+
+    cache = _existing_cache(cache_dir)
+    with cache.making_room():  # looking whether a snapshot is in use takes its lock for a moment
+        found, used = room.stored(cache), room.used_bytes(cache)
+    if as_json:
+        rows = [{key: value for key, value in asdict(one).items() if key != "blobs"} for one in found]
+        click.echo(json.dumps({"bytes": used, "snapshots": rows}))
+        return
+    for one in found:
+        state = "in use" if one.in_use else "complete" if one.complete else "incomplete"
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.used))
+        click.echo(f"{one.snapshot}  {one.bytes / 1e6:>12,.1f} MB  {state:<10}  {when}  {', '.join(one.uris) or '-'}")
+    click.echo(f"{len(found)} snapshots, {used / 1e6:,.1f} MB")
+
+
+@cache_group.command()
+@_CACHE_DIR
+def verify(cache_dir: Path | None) -> None:
+    """Read every complete file again and set aside what is damaged, so that the next pull mends it; exit status 1 if anything was."""
+    from weights_cache.digest import chunk_digest
+
+    cache = _existing_cache(cache_dir)
+    blobs = [cache.blob(path.name) for path in sorted((cache.root / "blobs").glob("*")) if "." not in path.name]
+    names: dict[str, list[str]] = {blob.path.name: [] for blob in blobs}
+    for snapshot in (cache.root / "snapshots").glob("[!.]*"):
+        for path, blob in cache.snapshot_blobs(snapshot.name).items():
+            names.setdefault(blob.path.name, []).append(f"{path} of snapshot {snapshot.name}")
+    total, read, damaged = sum(blob.path.stat().st_size for blob in blobs), _Counter(), 0
+    with _shown("verify", total, read.value):
+        for blob in blobs:
+            bad = blob.damaged_chunks(chunk_digest, read.add)
+            if bad and blob.set_aside(bad):
+                damaged += 1
+                click.echo(
+                    f"damaged: {blob.path.name} ({', '.join(names[blob.path.name]) or 'of no snapshot'}), {len(bad)} MiB of it; set aside"
+                )
+    click.echo(f"{len(blobs)} files, {total / 1e6:,.1f} MB, {damaged} damaged" + ("; the next pull mends them" if damaged else ""))
+    raise SystemExit(1 if damaged else 0)
+
+
+@cache_group.command()
+@_CACHE_DIR
+@click.argument("what", nargs=-1, metavar="[SNAPSHOT|URI]...")
+@click.option("--all", "everything", is_flag=True, help="Everything that is not in use.")
+@click.option("--to", "to_bytes", type=click.IntRange(min=0), help="The least recently used, until so many bytes are left.")
+def evict(cache_dir: Path | None, what: tuple[str, ...], everything: bool, to_bytes: int | None) -> None:
+    """Take snapshots out of the cache, never one in use."""
+    from weights_cache import room
+
+    cache = _existing_cache(cache_dir)
+    if sum((bool(what), everything, to_bytes is not None)) != 1:
+        raise click.UsageError("say what to evict: snapshots or URIs, --all, or --to BYTES")
+    failed = False
+    with cache.making_room():
+        found = room.stored(cache)
+        unknown = [name for name in what if not any(name == one.snapshot or name in one.uris for one in found)]
+        if unknown:
+            raise WeightsError(f"{cache.root} has no snapshot {unknown[0]!r}; `relight cache list` shows what there is")
+        for one in found:
+            if to_bytes is not None and room.used_bytes(cache) <= to_bytes:
+                break
+            if what and one.snapshot not in what and not set(what) & set(one.uris):
+                continue
+            freed = room.evict(cache, one.snapshot)
+            failed = failed or freed is None
+            click.echo(f"{one.snapshot}: {'in use, it stays' if freed is None else f'evicted, {freed / 1e6:,.1f} MB'}")
+        freed = room.collect(cache)
+        if freed:
+            click.echo(f"left-overs: {freed / 1e6:,.1f} MB")
+        left = room.used_bytes(cache)
+    click.echo(f"{left / 1e6:,.1f} MB are left")
+    raise SystemExit(1 if (failed and what) or (to_bytes is not None and left > to_bytes) else 0)
+
+
+def _existing_cache(cache_dir: Path | None) -> "NodeCache":
+    from weights_cache.cache import NodeCache
+
+    cache = NodeCache(cache_dir or _settings().cache_dir)
+    cache.check_format()
+    if not (cache.root / "blobs").is_dir():
+        raise WeightsError(f"{cache.root} is no weights cache: it has no blobs/")
+    return cache
 
 
 def _settings() -> WeightsSettings:

@@ -1,20 +1,23 @@
 """`Weights`: what a model function sees of its weights, from the first byte on the node to the last tensor.
 
-It finds its snapshot through `refs/`, maps the files while a sidecar may still be filling them, and hands out each tensor as soon
-as its bytes are there. It imports neither boto3 nor, until the first tensor is asked for, torch.
+It finds its snapshot through `refs/`, takes a lease on it, maps the files while a sidecar may still be filling them, and hands out
+each tensor as soon as its bytes are there. It imports neither boto3 nor, until the first tensor is asked for, torch.
 """
 
+import contextlib
+import json
 import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weights_cache.blob import Blob, ChunkMap
-from weights_cache.cache import NodeCache
+from weights_cache.blob import Blob
+from weights_cache.cache import Lease, NodeCache
+from weights_cache.chunks import ChunkMap
 from weights_cache.errors import WeightsError
 from weights_cache.safetensors_header import TensorInfo, read_header
 from weights_cache.settings import WeightsSettings
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 POLL_S = 0.005
+INDEX = "model.safetensors.index.json"  # of a sharded checkpoint: which file has which tensor
 
 
 @dataclass(frozen=True)
@@ -59,16 +63,23 @@ class _File:
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 continue
-        raise self._vanished()
+        raise FileNotFoundError(self._blob.path)
 
     def _vanished(self) -> WeightsError:
         return WeightsError(f"{self.path} has vanished from the cache ({self._blob.path}); the sidecar must fetch it anew")
 
     def has(self, start: int, stop: int) -> bool:
-        """Whether those bytes are there. Raises WeightsError if the part was thrown away, and another one published in its place."""
+        """Whether those bytes are there.
+
+        Raises WeightsError if they turned out to be damaged, or if the part was thrown away and another one published in its place.
+        """
         if not self._complete:
-            self._chunks = self._chunks or ChunkMap.open(self._blob, self._stat)
-            self._complete = bool(self._chunks and self._chunks.has_range(0, self.size)) or self._is_published()
+            self._chunks = self._chunks or self._blob.chunks(self._stat)
+            if self._chunks and self._chunks.is_wrong():
+                raise WeightsError(
+                    f"{self.path} is damaged in the store, which was found out after some of it had been read; upload it again"
+                )
+            self._complete = self._is_published()  # not before: until then all of it may still be rejected
         return self._complete or (self._chunks is not None and self._chunks.has_range(start, stop))
 
     def _is_published(self) -> bool:
@@ -78,7 +89,7 @@ class _File:
             return False
         if not os.path.samestat(published, self._stat):
             raise self._vanished()
-        return True
+        return self._blob.is_complete()
 
     def bytes_there(self) -> int:
         """How many of its bytes are there."""
@@ -93,8 +104,9 @@ class _File:
 class Weights(Mapping[str, "Tensor"]):
     """The tensors of a model by name, in file order, each available as soon as its bytes are.
 
-    Looking a tensor up waits for it; so does asking for the names, which are in the files' headers. CPU tensors are views of a
-    copy-on-write mapping (see `restore.view`). Without a WEIGHTS_URI it is empty. Safe to use from several threads.
+    Looking a tensor up waits for it; asking for the names waits for the headers of the files they are in, one after the other. Where
+    there is a `model.safetensors.index.json` the tensors are those it names, otherwise those of all safetensors files. CPU tensors are
+    views of a copy-on-write mapping (see `restore.view`). Without a WEIGHTS_URI it is empty. Safe to use from several threads.
     """
 
     def __init__(self, settings: WeightsSettings) -> None:
@@ -102,21 +114,24 @@ class Weights(Mapping[str, "Tensor"]):
         self._uri = settings.uri
         if self._uri:
             WeightsUri.parse(self._uri)
+        self._settings = settings
         self._cache = NodeCache(settings.cache_dir)
         self._began = time.monotonic()
         self._lock = threading.RLock()  # guards the fields below: they are filled once, by whoever needs them first
-        self._snapshot: str | None = None
+        self._lease: Lease | None = None
         self._files: dict[str, _File] = {}
         self._source = "cache"
         self._seconds: float | None = None
-        self._index: dict[str, tuple[_File, TensorInfo]] | None = None
+        self._map: Mapping[str, str] | None = None  # file by tensor name, from the index
+        self._shards: list[_File] | None = None
+        self._headers: dict[str, dict[str, TensorInfo]] = {}  # by file, in file order
 
     def restored(self) -> Restored:
         """How far the weights are; never waits."""
         with self._lock:
             there = sum(file.bytes_there() for file in self._files.values()) if self._attach() else 0
             total = sum(file.size for file in self._files.values())
-            if self._seconds is None and self._snapshot and there == total:
+            if self._seconds is None and self._lease and there == total:
                 self._seconds = time.monotonic() - self._began
             return Restored(there, total, self._source, self._seconds)
 
@@ -129,12 +144,12 @@ class Weights(Mapping[str, "Tensor"]):
 
         Raises WeightsError if the snapshot has no such file.
         """
-        self._wait_attached(f"file {name!r}")
-        if name not in self._files:
-            raise WeightsError(f"{self._uri} has no file {name!r}; it has {', '.join(self._files) or 'none'}")
-        assert self._snapshot is not None
-        link = self._cache.snapshot_path(self._snapshot) / name
+        file = self._file(name, self._uri or "")
+        self._wait(file, 0, file.size)
+        assert self._lease is not None
+        link = self._cache.snapshot_path(self._lease.snapshot) / name
         while not link.exists():
+            file.has(0, file.size)  # raises if it is damaged after all
             self._pause(f"file {name!r}")
         return link
 
@@ -147,38 +162,75 @@ class Weights(Mapping[str, "Tensor"]):
     def __getitem__(self, name: str) -> "Tensor":
         from weights_cache import restore
 
-        file, tensor = self._tensors()[name]
+        file, tensor = self._find(name)
         self._wait(file, tensor.start, tensor.stop)
-        assert file.mapping is not None
+        assert file.mapping is not None  # it has a header at least
         return restore.view(file.mapping, tensor)
 
+    def __contains__(self, name: object) -> bool:
+        try:
+            self._find(name)
+        except KeyError:
+            return False
+        return True
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors())
+        for file in self._model_files():
+            yield from self._header(file)
 
     def __len__(self) -> int:
-        return len(self._tensors())
+        return sum(len(self._header(file)) for file in self._model_files())
 
-    def _tensors(self) -> Mapping[str, tuple[_File, TensorInfo]]:
-        """Every tensor's place, from the headers of all safetensors files in path order; waits for those headers alone."""
-        if self._index is None and self._uri:
+    def _find(self, name: object) -> tuple[_File, TensorInfo]:
+        """A tensor's place; waits for the headers that are needed to tell. Raises KeyError if there is no such tensor."""
+        files = self._model_files()
+        if self._map is not None:
+            files = [file for file in files if file.path == self._map.get(name)]  # type: ignore[call-overload]
+        for file in files:
+            if tensor := self._header(file).get(name):  # type: ignore[call-overload]
+                return file, tensor
+        raise KeyError(name)
+
+    def _model_files(self) -> Sequence[_File]:
+        """The files that tensors come from, in path order."""
+        if self._shards is None and self._uri:
             self._wait_attached("the weights")
-            index: dict[str, tuple[_File, TensorInfo]] = {}
-            for file in self._files.values():
-                if not file.path.endswith(".safetensors"):
-                    continue
-                for tensor in self._header(file):
-                    if tensor.name in index:
-                        raise WeightsError(f"tensor {tensor.name!r} is in both {index[tensor.name][0].path} and {file.path}")
-                    index[tensor.name] = file, tensor
-            self._index = index
-        return self._index or {}
+            names = [path for path in self._files if path.endswith(".safetensors")]
+            if index := self._files.get(INDEX):
+                self._wait(index, 0, index.size)
+                self._map = _read_index(index.read(0, index.size))
+                names = sorted(set(self._map.values()))
+                if lacking := [name for name in names if name not in self._files]:
+                    raise WeightsError(f"{INDEX} names file {lacking[0]!r}, which is not there")
+            self._shards = [self._file(name, INDEX) for name in names]
+        return self._shards or []
 
-    def _header(self, file: _File) -> list[TensorInfo]:
-        def read(start: int, stop: int) -> bytes:
-            self._wait(file, start, stop)
-            return file.read(start, stop)
+    def _header(self, file: _File) -> Mapping[str, TensorInfo]:
+        """The tensors of one file; waits for its header alone. Raises WeightsError if they are not what the index or the others say."""
+        if file.path not in self._headers:
 
-        return read_header(read, file.size, file.path)
+            def read(start: int, stop: int) -> bytes:
+                self._wait(file, start, stop)
+                return file.read(start, stop)
+
+            found = {tensor.name: tensor for tensor in read_header(read, file.size, file.path)}
+            with self._lock:
+                if self._map is not None:
+                    named = {name for name, path in self._map.items() if path == file.path}
+                    if lacking := sorted(named - set(found)):
+                        raise WeightsError(f"{INDEX} says that tensor {lacking[0]!r} is in {file.path}, which does not have it")
+                    found = {name: tensor for name, tensor in found.items() if name in named}
+                for path, header in self._headers.items():
+                    if path != file.path and (twice := sorted(set(header) & set(found))):
+                        raise WeightsError(f"tensor {twice[0]!r} is in both {path} and {file.path}")
+                self._headers[file.path] = found
+        return self._headers[file.path]
+
+    def _file(self, name: str, wanted_by: str) -> _File:
+        self._wait_attached(f"file {name!r}")
+        if name not in self._files:
+            raise WeightsError(f"{wanted_by} has no file {name!r}; it has {', '.join(self._files) or 'none'}")
+        return self._files[name]
 
     def _wait(self, file: _File, start: int, stop: int) -> None:
         while not file.has(start, stop):
@@ -193,23 +245,69 @@ class Weights(Mapping[str, "Tensor"]):
     def _pause(self, what: str) -> None:
         """Between two looks at bytes that are not there. Raises WeightsError if the sidecar has moved on to other objects."""
         time.sleep(POLL_S)
+        assert self._lease is not None
         ref = self._cache.ref(self._uri or "")
-        if ref and ref.snapshot != self._snapshot:
-            raise WeightsError(f"{self._uri} changed while {what} was being read: it is now snapshot {ref.snapshot}, was {self._snapshot}")
+        if ref and self._lease.snapshot not in (ref.snapshot, ref.next):
+            now = ref.next or ref.snapshot
+            raise WeightsError(f"{self._uri} changed while {what} was being read: it is now snapshot {now}, was {self._lease.snapshot}")
 
     def _attach(self) -> bool:
-        """Map the files of the snapshot that our URI stands for; False while no sidecar has pinned one."""
+        """Take a lease on the snapshot to read, and map its files; False while there is none to be read."""
         with self._lock:
-            if self._snapshot or not self._uri:
-                return bool(self._snapshot)
+            if self._lease or not self._uri:
+                return bool(self._lease)
             self._cache.check_format()
-            ref = self._cache.ref(self._uri)
-            blobs = self._cache.snapshot_blobs(ref.snapshot) if ref else {}
-            if not ref or not all(blob.is_complete() for blob in blobs.values()) or not blobs:
-                self._source = "store"
-                # Half a snapshot that nobody fills is what an earlier pod left behind; our sidecar may be about to choose another.
-                if not ref or not any(blob.is_being_filled() for blob in blobs.values()):
-                    return False
-            self._files = {path: _File(path, blob) for path, blob in blobs.items()}
-            self._snapshot = ref.snapshot
-            return True
+            candidates = self._candidates()
+            for snapshot in candidates:
+                if self._cache.is_complete(snapshot) and self._open(snapshot):
+                    return True
+            self._source = "store"
+            # Half a snapshot that nobody fills is what an earlier pod left behind; our sidecar may be about to choose another.
+            return any(
+                self._open(snapshot)
+                for snapshot in candidates
+                if any(blob.is_being_filled() for blob in self._cache.snapshot_blobs(snapshot).values())
+            )
+
+    def _candidates(self) -> list[str]:
+        """The snapshots that our URI stands for, the better one first."""
+        if self._settings.revalidate == "before":
+            asked = _ask_sidecar(self._settings.port, self._uri or "")
+            return [asked] if asked else []
+        ref = self._cache.ref(self._uri or "")
+        return [snapshot for snapshot in (ref.snapshot, ref.next) if snapshot] if ref else []
+
+    def _open(self, snapshot: str) -> bool:
+        lease = self._cache.lease(snapshot)
+        if not lease:
+            return False  # evicted since we looked
+        try:
+            self._files = {path: _File(path, blob) for path, blob in self._cache.snapshot_blobs(snapshot).items()}
+        except FileNotFoundError:
+            return False  # a part was thrown away; another one will come
+        self._lease = lease
+        return True
+
+
+def _read_index(data: bytes) -> dict[str, str]:
+    """File by tensor name. Raises WeightsError if the bytes are not such an index."""
+    try:
+        found = json.loads(data)["weight_map"]
+        if all(isinstance(name, str) and isinstance(file, str) for name, file in found.items()):
+            return dict(found)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise WeightsError(f"{INDEX} has no weight_map from tensor names to files")
+
+
+def _ask_sidecar(port: int, uri: str) -> str | None:
+    """The snapshot that our pod's sidecar has settled on, now that it has asked the store; None while it has not."""
+    import http.client  # for this alone
+
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError, KeyError, TypeError), contextlib.closing(connection):
+        connection.request("GET", "/v1/snapshots")
+        for row in json.loads(connection.getresponse().read())["snapshots"]:
+            if row["uri"] == uri and row["checked"]:
+                return str(row["snapshot"])
+    return None

@@ -27,6 +27,7 @@ _DTYPES = {
     "U64": torch.uint64,
     "F64": torch.float64,
     "C64": torch.complex64,
+    "F4": torch.float4_e2m1fn_x2,  # two values an element, so the last dimension is half as long
 }
 
 
@@ -38,10 +39,14 @@ def view(mapping: mmap.mmap, tensor: TensorInfo) -> torch.Tensor:
     """
     if tensor.dtype not in _DTYPES:
         raise WeightsError(f"tensor {tensor.name!r} has dtype {tensor.dtype}, which torch has no type for")
-    dtype = _DTYPES[tensor.dtype]
+    dtype, shape = _DTYPES[tensor.dtype], tensor.shape
+    if tensor.dtype == "F4":
+        if not shape or shape[-1] % 2:
+            raise WeightsError(f"tensor {tensor.name!r} has dtype F4 and shape {list(shape)}; torch holds an even last dimension only")
+        shape = (*shape[:-1], shape[-1] // 2)
     if tensor.start == tensor.stop:
-        return torch.empty(tensor.shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype)
     count = (tensor.stop - tensor.start) // dtype.itemsize
     if tensor.start % dtype.itemsize:  # an odd-sized neighbour before it: unaligned reads are undefined, so this one is copied
-        return torch.frombuffer(bytearray(mapping[tensor.start : tensor.stop]), dtype=dtype).reshape(tensor.shape)
-    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=tensor.start).reshape(tensor.shape)
+        return torch.frombuffer(bytearray(mapping[tensor.start : tensor.stop]), dtype=dtype).reshape(shape)
+    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=tensor.start).reshape(shape)

@@ -14,7 +14,20 @@ class WeightsSettings:
     cache_dir: Path = setting("WEIGHTS_CACHE_DIR", Path("/var/cache/relight"), text="the cache directory that both containers share")
     host: str = setting("WEIGHTS_HOST", "0.0.0.0", text="the address the sidecar listens on")  # noqa: S104  a pod's own network
     port: int = setting("WEIGHTS_PORT", 8090, minimum=1, maximum=65535, text="the sidecar's port: health, metrics, progress")
-    connections: int = setting("WEIGHTS_CONNECTIONS", 4, minimum=1, maximum=64, text="ranges fetched at the same time")
-    part_bytes: int = setting(
-        "WEIGHTS_PART_BYTES", 8 << 20, minimum=1 << 20, maximum=1 << 30, text="bytes of one range request (rounded up to whole MiB)"
+    revalidate: str = setting(
+        "WEIGHTS_REVALIDATE",
+        "after",
+        choices=("after", "before"),
+        text="`after`: start at once on complete weights, the store is asked meanwhile; `before`: ask first",
     )
+    cache_bytes: int | None = setting(
+        "WEIGHTS_CACHE_BYTES",
+        None,
+        minimum=0,
+        text="the most bytes the cache may hold; what was used least lately goes",
+    )
+    connections: int = setting("WEIGHTS_CONNECTIONS", 16, minimum=1, maximum=64, text="the most ranges fetched at the same time")
+    part_bytes: int = setting(
+        "WEIGHTS_PART_BYTES", 16 << 20, minimum=1 << 20, maximum=1 << 30, text="bytes of one range request (rounded up to whole MiB)"
+    )
+    bytes_per_second: int = setting("WEIGHTS_BYTES_PER_SECOND", 0, minimum=0, text="the most that is fetched per second; 0 is no bound")

@@ -1,127 +1,140 @@
-"""The sidecar: keeps one WEIGHTS_URI present in the node's cache, and tells how far it is.
+"""The sidecar: keeps one WEIGHTS_URI present in the node's cache, and tells how far it is. The agent: the same for all pods of a node.
 
-It answers its probes before boto3 is imported, starts the pull at once, tries again for as long as it lives, and never has to be
-there for a function that already serves.
+The sidecar answers its probes before boto3 is imported, starts the pull at once, tries again for as long as it lives, and never has to
+be there for a function that already serves. The agent pulls what it is asked for through a unix socket in the cache directory, for
+sidecars that can only read it (see `keeper`).
 """
 
+import contextlib
 import json
 import logging
 import os
 import random
 import signal
+import socket
+import socketserver
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from weights_cache.cache import NodeCache
-from weights_cache.errors import StoreUnavailable, WeightsError
-from weights_cache.fetch import Puller
+from weights_cache.errors import SettingsError, WeightsError
+from weights_cache.keeper import SOCKET, Keeper, Pulled, Settle, make_keeper
 from weights_cache.settings import WeightsSettings
-from weights_cache.store import Store
 from weights_cache.uri import WeightsUri
 
 log = logging.getLogger("relight.weights")
 
+MAX_REQUEST_BYTES = 64 * 1024
+
 
 class Sidecar:
-    """The state behind the sidecar's HTTP routes; `keep_present` runs in a thread of its own until `stop`."""
+    """The state behind the HTTP routes: a keeper for each URI that was asked for."""
 
-    def __init__(self, settings: WeightsSettings, uri: WeightsUri) -> None:
-        self.settings = settings
-        self.cache = NodeCache(settings.cache_dir)
-        self.ready = False
-        self._uri = uri
-        self._phase = "listing"
-        self._error: str | None = None
-        self._puller: Puller | None = None
-        self._began = time.monotonic()
-        self._seconds: float | None = None
+    def __init__(self, settings: WeightsSettings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()  # guards what follows
+        self._keepers: dict[str, Keeper] = {}
+        self._pulling: set[str] = set()  # each by one thread
         self._stop = threading.Event()
+        if settings.uri:
+            self._keeper(settings.uri)
+        self._metrics: Any = None
 
-    def keep_present(self) -> None:
+    def keep_present(self, uri: str) -> None:
         """Pull until it succeeds, with growing pauses between the tries."""
+        with self._lock:
+            self._pulling.add(uri)  # whoever asks for the same is served by this
         for pause_s in backoff(1, 30):
-            try:
-                self._pull()
-            except WeightsError as error:
-                self._phase, self._error = "failed", str(error)
-                if self._use_cached(error):
-                    self._phase, self.ready = "complete", True
-                    log.warning("%s; the complete snapshot in the cache is used", error)
-                else:
-                    log.error("%s; next try in %.0f s", error, pause_s)
-            except Exception as error:
-                self._phase, self._error = "failed", repr(error)
-                log.exception("the pull failed unexpectedly")
-            else:
+            settle = self._pull(uri, pause_s)
+            if settle or self._stop.wait(pause_s):
+                break
+        self._finish(uri, settle)
+
+    def ask(self, uri: str) -> None:
+        """See that what the store has now is, or is going to be, in the cache; what it takes happens in another thread."""
+        WeightsUri.parse(uri)
+        with self._lock:
+            if uri in self._pulling:
                 return
-            if self._stop.wait(pause_s):
-                return
+            self._pulling.add(uri)
+            self._keeper(uri).begin()  # before the answer, which is to be about this pull
+        threading.Thread(target=self._pull_for_others, args=(uri,), name="pull", daemon=True).start()
+
+    def _pull_for_others(self, uri: str) -> None:
+        self._finish(uri, self._pull(uri))
+        with self._lock:
+            if uri not in self._pulling and uri != self._settings.uri:
+                self._keepers[uri].close()  # whoever asked has a lease of its own
+
+    def _pull(self, uri: str, pause_s: float = 0.0) -> Settle | None:
+        """One try; returns what is left to do, or None if it has to be repeated."""
+        with self._lock:
+            keeper = self._keeper(uri)
+            if pause_s:
+                keeper.begin()
+        try:
+            settle = keeper.pull()
+        except WeightsError as error:
+            log.error("%s%s", error, f"; next try in {pause_s:.0f} s" if pause_s else "")
+            return None
+        except Exception:
+            log.exception("the pull of %s failed unexpectedly", uri)
+            return None
+        return settle if keeper.row()["error"] is None else None  # else it is the cache's, and the store is asked again later
+
+    def _finish(self, uri: str, settle: Settle | None) -> None:
+        with self._lock:
+            self._pulling.discard(uri)  # first: an order that comes while the disk is slow is about what the store has by then
+        if settle:
+            settle()
+
+    def _keeper(self, uri: str) -> Keeper:
+        if uri not in self._keepers:
+            self._keepers[uri] = make_keeper(self._settings, uri, self._count)
+        return self._keepers[uri]
 
     def stop(self) -> None:
-        """End `keep_present` soon."""
+        """End every pull soon, and let the weights go."""
         self._stop.set()
-        if self._puller:
-            self._puller.cancel()
+        for keeper in self.keepers():
+            keeper.cancel()
 
-    def _pull(self) -> None:
-        self.cache.create()
-        settings, text = self.settings, str(self.settings.uri)
-        store = Store(self._uri, connections=settings.connections)
-        self._puller = Puller(store, self.cache, uri=text, connections=settings.connections, part_bytes=settings.part_bytes)
-        self._phase = "fetching"
-        self._puller.run()
-        self._seconds = time.monotonic() - self._began
-        self._phase, self._error, self.ready = "complete", None, True
-        progress = self._puller.progress
-        log.info(
-            "%s is complete: snapshot %s, %.1f MB, %.1f MB downloaded, %.2f s",
-            text,
-            progress.snapshot,
-            progress.total_bytes / 1e6,
-            progress.downloaded_bytes / 1e6,
-            self._seconds,
-        )
+    def close(self) -> None:
+        """Let the weights go; no pull is running any more."""
+        for keeper in self.keepers():
+            keeper.close()
 
-    def _use_cached(self, error: WeightsError) -> bool:
-        """Whether the store is only out of reach, and the cache complete without it."""
-        ref = self.cache.ref(str(self.settings.uri))
-        if not (isinstance(error, StoreUnavailable) and self._puller and ref and self.cache.is_complete(ref.snapshot)):
-            return False
-        self._puller.use_cached(ref.snapshot)
-        return True
+    def keepers(self) -> list[Keeper]:
+        """All of them, in the order they were asked for."""
+        with self._lock:
+            return list(self._keepers.values())
 
-    def snapshots(self) -> dict[str, Any]:
-        """The document of `/v1/snapshots`."""
-        seconds = self._seconds if self._seconds is not None else time.monotonic() - self._began
-        row: dict[str, Any] = {"uri": self.settings.uri, "phase": self._phase, "seconds": round(seconds, 3), "error": self._error}
-        if self._puller:
-            progress = self._puller.progress
-            there = progress.bytes_there() if progress.snapshot else 0
-            row |= {
-                "snapshot": progress.snapshot or None,
-                "source": progress.source,
-                "bytes": there,
-                "total_bytes": progress.total_bytes,
-                "downloaded_bytes": progress.downloaded_bytes,
-                "bytes_per_second": round(progress.downloaded_bytes / seconds) if seconds else 0,
-            }
-        return {"snapshots": [row]}
+    def ready(self) -> bool:
+        """Whether the weights of WEIGHTS_URI are there; what else was asked for is the business of those who did."""
+        return all(keeper.ready for keeper in self.keepers() if keeper.uri == self._settings.uri)
 
-    def metrics(self) -> str:
-        """The same numbers as Prometheus text."""
-        row = self.snapshots()["snapshots"][0]
-        return (
-            "# HELP weights_cache_ready Whether the snapshot is complete in the cache.\n# TYPE weights_cache_ready gauge\n"
-            f"weights_cache_ready {int(self.ready)}\n"
-            "# HELP weights_cache_bytes Bytes of the snapshot that are in the cache.\n# TYPE weights_cache_bytes gauge\n"
-            f"weights_cache_bytes {row.get('bytes', 0)}\n"
-            "# HELP weights_cache_downloaded_bytes_total Bytes that this sidecar fetched from the store.\n"
-            "# TYPE weights_cache_downloaded_bytes_total counter\n"
-            f"weights_cache_downloaded_bytes_total {row.get('downloaded_bytes', 0)}\n"
-        )
+    def row(self) -> dict[str, Any]:
+        """How far the weights of WEIGHTS_URI are."""
+        rows = [keeper.row() for keeper in self.keepers() if keeper.uri == self._settings.uri]
+        return rows[0] if rows else {"phase": "idle", "error": None}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """How far everything is."""
+        return [keeper.row() for keeper in self.keepers()]
+
+    def _count(self, pulled: Pulled) -> None:
+        self.metrics().count(pulled)
+
+    def metrics(self) -> Any:
+        """What has been counted."""
+        from weights_cache.metrics import Metrics
+
+        with self._lock:
+            self._metrics = self._metrics or Metrics(self.keepers)
+        return self._metrics
 
 
 def backoff(first_s: float, limit_s: float) -> Iterator[float]:
@@ -135,22 +148,44 @@ def backoff(first_s: float, limit_s: float) -> Iterator[float]:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     sidecar: Sidecar
+    takes_orders = False  # only who can open the socket in the cache directory may have something fetched
 
     def do_GET(self) -> None:
         route = self.path.split("?")[0]
         if route == "/healthz":
             self._answer(200, {"status": "ok"})
         elif route == "/readyz":
-            row = self.sidecar.snapshots()["snapshots"][0]
-            self._answer(200 if self.sidecar.ready else 503, {"phase": row["phase"], "error": row["error"]})
+            row = self.sidecar.row()
+            self._answer(200 if self.sidecar.ready() else 503, {"phase": row["phase"], "error": row["error"]})
         elif route == "/v1/snapshots":
-            self._answer(200, self.sidecar.snapshots())
+            self._answer(200, {"snapshots": self.sidecar.rows()})
         elif route == "/metrics":
-            self._send(200, "text/plain; version=0.0.4; charset=utf-8", self.sidecar.metrics().encode())
+            self._send(200, "text/plain; version=0.0.4; charset=utf-8", self.sidecar.metrics().text())
         else:
-            self._answer(
-                404, {"error": {"type": "not_found", "message": f"no route {route}; there are /healthz, /readyz, /v1/snapshots, /metrics"}}
+            self._refuse(404, "not_found", f"no route {route}; there are /healthz, /readyz, /v1/snapshots, /metrics")
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdigit() or int(length) > MAX_REQUEST_BYTES:
+            self.close_connection = True
+            self._refuse(
+                413 if length.isdigit() else 411, "bad_request", f"a body of at most {MAX_REQUEST_BYTES} bytes is needed, with its length"
             )
+            return
+        body = self.rfile.read(int(length))
+        if not self.takes_orders or self.path != "/v1/snapshots":
+            self._refuse(405, "method_not_allowed", f"{self.path} takes no POST here; pulls are asked for through {SOCKET}")
+            return
+        try:
+            uri = json.loads(body)["uri"]
+            self.sidecar.ask(uri)
+        except (SettingsError, ValueError, KeyError, TypeError, RecursionError) as error:
+            self._refuse(400, "bad_request", f'the body must be {{"uri": "s3://bucket/prefix"}}: {error}')
+            return
+        self._answer(200, {"snapshots": self.sidecar.rows()})
+
+    def _refuse(self, status: int, kind: str, message: str) -> None:
+        self._answer(status, {"error": {"type": kind, "message": message}})
 
     def _answer(self, status: int, document: dict[str, Any]) -> None:
         self._send(status, "application/json", json.dumps(document).encode())
@@ -170,29 +205,71 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
 
-def serve(settings: WeightsSettings) -> int:
-    """Run the sidecar until SIGTERM or SIGINT; returns the exit status. Raises SettingsError or OSError before it starts."""
-    if not settings.uri:
+class _UnixServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    daemon_threads = True
+
+
+@contextlib.contextmanager
+def _listening_at(path: Path, handler: type[BaseHTTPRequestHandler]) -> Iterator[None]:
+    """Serve through a unix socket. Raises WeightsError if another agent does already."""
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            path.unlink(missing_ok=True)  # of one that was killed
+        else:
+            raise WeightsError(f"another agent is answering at {path}")
+    try:
+        server = _UnixServer(str(path), handler)
+    except OSError as error:
+        raise WeightsError(f"cannot listen at {path}: {error}; such a path may have 107 bytes") from error
+    path.chmod(0o666)  # any user of a pod that mounts the directory may ask
+    serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
+    serving.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        path.unlink(missing_ok=True)
+
+
+def serve(settings: WeightsSettings, *, agent: bool = False) -> int:
+    """Run the sidecar, or the agent, until SIGTERM or SIGINT; returns the exit status.
+
+    Raises SettingsError, CacheError or OSError before it starts.
+    """
+    if not settings.uri and not agent:
         raise WeightsError("WEIGHTS_URI is not set: the sidecar needs to know which weights to keep present")
-    sidecar = Sidecar(settings, WeightsUri.parse(settings.uri))
+    if settings.uri:
+        WeightsUri.parse(settings.uri)
+    sidecar = Sidecar(settings)
     handler = type("Handler", (_Handler,), {"sidecar": sidecar})
-    server = _Server((settings.host, settings.port), handler)
-    pulling = threading.Thread(target=sidecar.keep_present, name="pull", daemon=True)
+    with contextlib.ExitStack() as listening:
+        server = listening.enter_context(_Server((settings.host, settings.port), handler))
+        if agent:
+            NodeCache(settings.cache_dir).create()
+            listening.enter_context(_listening_at(settings.cache_dir / SOCKET, type("Handler", (handler,), {"takes_orders": True})))
 
-    def on_signal(number: int, frame: object) -> None:
-        # shutdown() waits for the loop that this handler interrupts, so it needs a thread of its own.
-        threading.Thread(target=server.shutdown, daemon=True).start()
+        def on_signal(number: int, frame: object) -> None:
+            # shutdown() waits for the loop that this handler interrupts, so it needs a thread of its own.
+            threading.Thread(target=server.shutdown, daemon=True).start()
 
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    log.info("keeping %s in %s; listening on %s:%d", settings.uri, settings.cache_dir, settings.host, settings.port)
-    pulling.start()
-    server.serve_forever(poll_interval=0.1)
+        signal.signal(signal.SIGTERM, on_signal)
+        signal.signal(signal.SIGINT, on_signal)
+        log.info(
+            "keeping %s in %s; listening on %s:%d", settings.uri or "what is asked for", settings.cache_dir, settings.host, settings.port
+        )
+        pulling = threading.Thread(target=sidecar.keep_present, args=(settings.uri,), name="pull", daemon=True)
+        if settings.uri:
+            pulling.start()
+        server.serve_forever(poll_interval=0.1)
     sidecar.stop()
-    server.server_close()
-    pulling.join(2)
-    if pulling.is_alive():
-        # It is in the middle of a read from a store that stalls. Nothing interrupts that, and the interpreter would wait for it;
+    if settings.uri:
+        pulling.join(2)
+    if settings.uri and pulling.is_alive():
+        # It is in the middle of a call to a store that stalls. Nothing interrupts that, and the interpreter would wait for it;
         # what is in the cache by now stays there for the next sidecar.
         os._exit(0)
+    sidecar.close()
     return 0

@@ -1,5 +1,11 @@
-"""Object storage: the S3 calls we need, with errors that say which endpoint, bucket, key and identity they are about."""
+"""Object storage: the S3 calls we need, with errors that say which endpoint, bucket, key and identity they are about.
 
+boto3 finds endpoint, region and credentials, lists, signs, and moves what is small. The bytes of weights are read by `transfer`, over
+connections of its own, from addresses that are signed here.
+"""
+
+import ssl
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,26 +19,35 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
 _BUSY = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
-_READ_BYTES = 1 << 20
 _UPLOAD_PART_BYTES = 16 << 20  # also decides the ETag of a larger object, so it stays what it is
+_SIGNED_FOR_S = 3600
+_SIGN_AGAIN_S = 900
 
 
 class Store:
     """One prefix of a bucket. Credentials, region and endpoint come from the usual AWS variables and files."""
 
-    def __init__(self, uri: WeightsUri, *, connections: int = 4) -> None:
+    def __init__(self, uri: WeightsUri) -> None:
         # Imported here: a sidecar answers its probes before this has been read in.
         import boto3
         import botocore.config
         import botocore.exceptions
+        import botocore.httpsession
 
         self.uri = uri
         self._exceptions = botocore.exceptions
+        self._addresses: dict[str, tuple[float, str]] = {}
         with self._errors("connect"):
-            self._s3: S3Client = boto3.session.Session().client(
+            session = boto3.session.Session()
+            # Where botocore itself looks for the authorities to trust: AWS_CA_BUNDLE, ca_bundle, its own.
+            self._authorities = lambda: (
+                session._session.get_config_variable("ca_bundle")  # noqa: SLF001  the documented name of a botocore session
+                or botocore.httpsession.get_cert_path(True)
+            )
+            self._s3: S3Client = session.client(
                 "s3",
                 config=botocore.config.Config(
-                    max_pool_connections=connections,
+                    signature_version="s3v4",  # also for the addresses we sign, where botocore would still choose the older one
                     retries={"mode": "standard", "max_attempts": 4},
                     connect_timeout=10,
                     read_timeout=60,
@@ -47,55 +62,92 @@ class Store:
         """What the ETags of this prefix are compared within."""
         return f"{self.uri.bucket}/{self.uri.prefix}"
 
+    def place(self, file: FileRef) -> str:
+        """The object, for people to read."""
+        return f"s3://{self.uri.bucket}/{self._key(file)}"
+
+    def _key(self, file: FileRef) -> str:
+        return f"{self.uri.prefix}/{file.path}"
+
     def list(self) -> list[FileRef]:
         """Every object below the prefix, in path order. Raises StoreError if there is none."""
-        files = []
+        files: dict[str, FileRef] = {}
         with self._errors("list"):
             for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.uri.bucket, Prefix=self.uri.prefix + "/"):
                 for item in page.get("Contents", []):
-                    path = item["Key"][len(self.uri.prefix) + 1 :]
+                    prefix, path = item["Key"][: len(self.uri.prefix) + 1], item["Key"][len(self.uri.prefix) + 1 :]
+                    if prefix != self.uri.prefix + "/":
+                        raise StoreError(f"asked for what is below {self.uri}/, {self._s3.meta.endpoint_url} lists {item['Key']!r}")
                     if path and not path.endswith("/"):  # what consoles leave behind for a "folder"
-                        files.append(FileRef(path, item["Size"], item["ETag"]))
+                        # A store without ETags tells its versions apart by their time; no request can be pinned to that.
+                        files[path] = FileRef(path, item["Size"], item.get("ETag") or f"modified {item.get('LastModified')}")
         if not files:
             raise StoreError(
                 f"no objects below s3://{self.uri.bucket}/{self.uri.prefix}/ at {self._s3.meta.endpoint_url}; is the prefix right?"
             )
-        return sorted(files, key=lambda file: file.path)
+        return sorted(files.values(), key=lambda file: file.path)
 
-    def read(self, file: FileRef, start: int, stop: int) -> Iterator[bytes]:
-        """The bytes [start, stop) of one version of an object, in pieces of 1 MiB (the last may be shorter).
-
-        Raises ObjectChanged if the object is no longer that version, StoreUnavailable if the reply was cut short.
-        """
-        key = f"{self.uri.prefix}/{file.path}"
-        with self._errors("read", key):
-            reply = self._s3.get_object(Bucket=self.uri.bucket, Key=key, Range=f"bytes={start}-{stop - 1}", IfMatch=file.etag)
+    def read(self, file: FileRef) -> bytes:
+        """A small object as a whole, in the version that was listed. Raises ObjectChanged if it is another one by now."""
+        with self._errors("read", self._key(file)):
+            reply = self._s3.get_object(Bucket=self.uri.bucket, Key=self._key(file), **_pinned(file))
             with reply["Body"] as body:
-                expected = f"bytes {start}-{stop - 1}/{file.size}"
-                if reply["ETag"] != file.etag:
-                    raise ObjectChanged(
-                        f"s3://{self.uri.bucket}/{key} changed while being read: version {reply['ETag']}, listed {file.etag}"
-                    )
-                if reply.get("ContentRange") != expected:
-                    raise StoreError(f"s3://{self.uri.bucket}/{key}: asked for {expected!r}, the store sent {reply.get('ContentRange')!r}")
-                at = start
-                while at < stop:
-                    piece = body.read(min(_READ_BYTES, stop - at))
-                    if len(piece) < min(_READ_BYTES, stop - at):
-                        raise StoreUnavailable(
-                            f"s3://{self.uri.bucket}/{key}: the reply ended after {at + len(piece) - start} of {stop - start} bytes"
-                        )
-                    at += len(piece)
-                    yield piece
+                data: bytes = body.read()
+                return data
+
+    @contextmanager
+    def stream(self, file: FileRef) -> Iterator["Stream"]:
+        """An object as a whole, read as it comes; for the time of the `with` the errors are ours."""
+        with self._errors("read", self._key(file)):
+            reply = self._s3.get_object(Bucket=self.uri.bucket, Key=self._key(file), **_pinned(file))
+            with reply["Body"] as body:
+                yield Stream(reply.get("ETag", ""), body)
+
+    def checksums(self, file: FileRef) -> dict[str, str]:
+        """The checksums that the store has of the whole object, base64 by the names of S3's headers (`ChecksumCRC64NVME`, …)."""
+        with self._errors("read", self._key(file)):
+            reply = self._s3.head_object(Bucket=self.uri.bucket, Key=self._key(file), ChecksumMode="ENABLED", **_pinned(file))
+        if reply.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
+            return {}
+        return {name: str(value) for name, value in reply.items() if name.startswith("Checksum") and name != "ChecksumType"}
+
+    def address(self, file: FileRef, *, afresh: bool = False) -> str:
+        """A URL that the object can be read from for a while, without credentials. It is as secret as they are."""
+        signed_at, address = self._addresses.get(file.path, (0.0, ""))
+        if afresh or not address or time.monotonic() > signed_at + _SIGN_AGAIN_S:
+            with self._errors("read", self._key(file)):
+                address = self._s3.generate_presigned_url(
+                    "get_object", Params={"Bucket": self.uri.bucket, "Key": self._key(file)}, ExpiresIn=_SIGNED_FOR_S
+                )
+            self._addresses[file.path] = time.monotonic(), address
+        return address
+
+    def tls(self) -> ssl.SSLContext:
+        """How a connection to an https address is checked."""
+        return ssl.create_default_context(cafile=self._authorities())  # type: ignore[no-untyped-call]
+
+    def refusal(self, file: FileRef, status: int, code: str) -> StoreError:
+        """The error for a reading of the object that was answered with an HTTP status and perhaps an S3 error code."""
+        return _refused(status, code, "", "read", self.place(file), self._s3.meta.endpoint_url, self._identity())
 
     def upload(self, source: Path, path: str, progress: Callable[[int], object]) -> None:
         """Put a local file at `path` below the prefix; `progress` is called with the number of bytes just sent."""
         from boto3.s3.transfer import TransferConfig
 
         key = f"{self.uri.prefix}/{path}"
-        config = TransferConfig(multipart_threshold=_UPLOAD_PART_BYTES, multipart_chunksize=_UPLOAD_PART_BYTES, max_concurrency=4)
+        config = TransferConfig(
+            multipart_threshold=_UPLOAD_PART_BYTES,
+            multipart_chunksize=_UPLOAD_PART_BYTES,
+            max_concurrency=4,
+            preferred_transfer_client="classic",  # the other one does not do endpoints of one's own
+        )
         with self._errors("write", key):
             self._s3.upload_file(str(source), self.uri.bucket, key, Config=config, Callback=progress)
+
+    def write(self, path: str, data: bytes) -> None:
+        """Put a small object at `path` below the prefix."""
+        with self._errors("write", f"{self.uri.prefix}/{path}"):
+            self._s3.put_object(Bucket=self.uri.bucket, Key=f"{self.uri.prefix}/{path}", Body=data)
 
     def ensure_bucket(self) -> None:
         """Create the bucket unless it is there."""
@@ -113,10 +165,16 @@ class Store:
         place = f"s3://{self.uri.bucket}/{key or self.uri.prefix}"
         endpoint = self._s3.meta.endpoint_url if hasattr(self, "_s3") else "the endpoint"
         known = self._exceptions
+
+        def refused(error: Any) -> StoreError:
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            return _refused(status, code, f": {error}", what, place, endpoint, self._identity())
+
         try:
             yield
         except known.ClientError as error:
-            raise _refused(error, what, place, endpoint, self._identity()) from error
+            raise refused(error) from error
         except known.NoCredentialsError as error:
             remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the pod a role"
             raise StoreError(f"cannot {what} {place} at {endpoint}: no credentials; {remedy}") from error
@@ -127,7 +185,7 @@ class Store:
         except Exception as error:
             # upload_file wraps the refusal, and reads of a body leak urllib3's errors; both belong to this call alone.
             if isinstance(cause := error.__context__, known.ClientError):
-                raise _refused(cause, what, place, endpoint, self._identity()) from error
+                raise refused(cause) from error
             if type(error).__module__.startswith(("urllib3", "http.", "boto3", "s3transfer")):
                 raise StoreUnavailable(f"cannot {what} {place} at {endpoint}: {error}") from error
             raise
@@ -137,17 +195,50 @@ class Store:
         return f"access key {credentials.access_key}" if credentials else "no credentials"
 
 
-def _refused(error: Any, what: str, place: str, endpoint: str, identity: str) -> StoreError:
-    code = str(error.response.get("Error", {}).get("Code", ""))
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+class Stream:
+    """The body of a reply. etag: of the version it is of, empty if the store does not say."""
+
+    def __init__(self, etag: str, body: Any) -> None:
+        self.etag = etag
+        self._body = body
+
+    def readinto(self, buffer: memoryview) -> None:
+        """Fill the whole buffer. Raises OSError if the body ends before."""
+        have = 0
+        while have < len(buffer):
+            piece = self._body.read(len(buffer) - have)
+            if not piece:
+                raise ConnectionResetError(f"the reply ended {len(buffer) - have} bytes early")
+            buffer[have : have + len(piece)] = piece
+            have += len(piece)
+
+    def is_over(self) -> bool:
+        """Whether nothing comes any more."""
+        return not self._body.read(1)
+
+
+def is_pinnable(file: FileRef) -> bool:
+    """Whether a request can be made for just this version: its ETag is a strong one."""
+    return not file.etag.startswith(("W/", "modified "))
+
+
+def _pinned(file: FileRef) -> dict[str, Any]:
+    return {"IfMatch": file.etag} if is_pinnable(file) else {}
+
+
+def _refused(status: int, code: str, detail: str, what: str, place: str, endpoint: str, identity: str) -> StoreError:
     if code in ("PreconditionFailed", "412") or status == 412:
         return ObjectChanged(f"{place} changed while being read")
-    if code in ("NoSuchKey", "404") and what == "read":
-        return ObjectChanged(f"{place} changed while being read: it is gone")
     if code == "NoSuchBucket":
         return StoreError(f"cannot {what} {place} at {endpoint}: there is no such bucket")
+    if status == 404 and what == "read":
+        return ObjectChanged(f"{place} changed while being read: it is gone")
+    if status == 416:
+        return ObjectChanged(f"{place} changed while being read: it is shorter than was listed")
     if status in (401, 403):
-        return StoreError(f"cannot {what} {place} at {endpoint}: refused for {identity} ({code})")
-    if status >= 500 or status == 429 or code in _BUSY:
+        return StoreError(f"cannot {what} {place} at {endpoint}: refused for {identity} ({code or status})")
+    if status >= 500 or status in (408, 429) or code in _BUSY:
         return StoreUnavailable(f"cannot {what} {place} at {endpoint}: the store answered {status} {code}")
-    return StoreError(f"cannot {what} {place} at {endpoint}: the store answered {status} {code}: {error}")
+    if 300 <= status < 400:
+        return StoreError(f"cannot {what} {place} at {endpoint}: the store answers {status}, it is elsewhere; is AWS_REGION the bucket's?")
+    return StoreError(f"cannot {what} {place} at {endpoint}: the store answered {status} {code}{detail}")

@@ -167,7 +167,8 @@ class Platform:
 
     async def _listen(self, started: AsyncExitStack, port: int, handle: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> None:
         # handler_cancellation: a client that goes away is forgotten, also while it is held.
-        runner = web.ServerRunner(web.Server(handle, access_log=None, handler_cancellation=True), shutdown_timeout=2)
+        # auto_decompress: a body is passed on as it was sent.
+        runner = web.ServerRunner(web.Server(handle, access_log=None, handler_cancellation=True, auto_decompress=False), shutdown_timeout=2)
         await runner.setup()
         started.push_async_callback(runner.cleanup)
         try:

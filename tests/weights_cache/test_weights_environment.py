@@ -125,8 +125,17 @@ def test_what_only_looks_like_that_is_still_a_misspelt_name(name: str) -> None:
 
 def test_the_weights_settings_are_read_from_their_variables() -> None:
     environ = {"WEIGHTS_URI": "s3://b/m", "WEIGHTS_CACHE_DIR": "/c", "WEIGHTS_PORT": "9000", "WEIGHTS_PART_BYTES": "1048576", "HOME": "/"}
+    environ |= {"WEIGHTS_REVALIDATE": "before", "WEIGHTS_CACHE_BYTES": "0", "WEIGHTS_BYTES_PER_SECOND": "5"}
     assert environment.read(WeightsSettings, environ, prefix="WEIGHTS_") == WeightsSettings(
-        uri="s3://b/m", cache_dir=Path("/c"), host="0.0.0.0", port=9000, connections=4, part_bytes=1 << 20
+        uri="s3://b/m",
+        cache_dir=Path("/c"),
+        host="0.0.0.0",
+        port=9000,
+        revalidate="before",
+        cache_bytes=0,
+        connections=16,
+        part_bytes=1 << 20,
+        bytes_per_second=5,
     )
 
 

@@ -1,69 +1,29 @@
 """The sidecar as a process beside a function: what its probes say, and what it does when the store is away."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support import ROOT, Reply, Server, free_port, request, running, wait_until
-from tests.weights_cache.conftest import noise
+from tests.support import ROOT, free_port, wait_until
+from tests.weights_cache.conftest import Sidecar, current, noise, push
 from tests.weights_cache.stores import Bucket, Proxy
 from weights_cache.cache import NodeCache
 from weights_cache.fetch import Puller
+from weights_cache.reader import Weights
+from weights_cache.settings import WeightsSettings
 from weights_cache.sidecar import backoff
 
 MIB = 1 << 20
 MODEL = {"config.json": b"{}", "model.safetensors": noise(3 * MIB + 777)}
+NEWER = {**MODEL, "model.safetensors": noise(3 * MIB + 777, seed=2)}
 TOTAL = sum(map(len, MODEL.values()))
-
-
-@dataclass
-class Sidecar:
-    """`python -m weights_cache serve` and its port."""
-
-    server: Server
-    port: int
-
-    def get(self, path: str) -> Reply:
-        return request(self.port, "GET", path)
-
-    def row(self) -> Any:
-        (row,) = self.get("/v1/snapshots").json()["snapshots"]
-        return row
-
-    def is_ready(self) -> bool:
-        return self.get("/readyz").status == 200
-
-
-@pytest.fixture
-def sidecar(aws: None, cache: NodeCache, tmp_path: Path) -> Iterator[Callable[..., Sidecar]]:
-    """sidecar(uri, **environment): starts one; it answers when this returns."""
-    with contextlib.ExitStack() as started:
-
-        def start(uri: str, **environ: str) -> Sidecar:
-            port = free_port()
-            ours = {
-                "WEIGHTS_URI": uri,
-                "WEIGHTS_HOST": "127.0.0.1",
-                "WEIGHTS_PORT": str(port),
-                "WEIGHTS_CACHE_DIR": str(cache.root),
-                "WEIGHTS_PART_BYTES": str(MIB),
-            }
-            command = [sys.executable, "-m", "weights_cache", "serve"]
-            log = tmp_path / f"sidecar-{port}.log"
-            found = Sidecar(started.enter_context(running(command, log, {**os.environ, **ours, **environ})), port)
-            wait_until("/healthz", lambda: found.get("/healthz").status == 200)
-            return found
-
-        yield start
 
 
 def is_complete(cache: NodeCache, uri: str) -> bool:
@@ -87,15 +47,15 @@ def test_it_is_ready_once_every_file_is_in_the_cache_and_says_where_from(
     assert (not_yet.status, not_yet.json()) == (503, {"phase": "fetching", "error": None})
     assert found.get("/healthz").status == 200
     row = found.row()
-    ref = cache.ref(bucket.uri)
-    assert ref is not None
-    assert {name: row[name] for name in ("uri", "phase", "error", "snapshot", "source", "total_bytes")} == {
+    assert {name: row[name] for name in ("uri", "phase", "error", "snapshot", "source", "total_bytes", "pulls", "checked")} == {
         "uri": bucket.uri,
         "phase": "fetching",
         "error": None,
-        "snapshot": ref.snapshot,
+        "snapshot": current(cache, bucket.uri),
         "source": "store",
         "total_bytes": TOTAL,
+        "pulls": 1,
+        "checked": True,
     }
     assert 0 < row["bytes"] == row["downloaded_bytes"] < TOTAL
     assert row["bytes_per_second"] > 0
@@ -116,12 +76,16 @@ def test_metrics_are_prometheus_text_with_the_same_numbers(bucket: Bucket, sidec
     wait_until("ready", found.is_ready)
     reply = found.get("/metrics")
     assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
-    numbers = dict(line.split() for line in reply.body.decode().splitlines() if not line.startswith("#"))
-    assert numbers == {
-        "weights_cache_ready": "1",
-        "weights_cache_bytes": str(TOTAL),
-        "weights_cache_downloaded_bytes_total": str(TOTAL),
-    }
+    numbers = found.metrics()
+    of_uri = f'{{uri="{bucket.uri}"}}'
+    assert numbers[f"weights_cache_ready{of_uri}"] == 1
+    assert numbers[f"weights_cache_present_bytes{of_uri}"] == numbers[f"weights_cache_total_bytes{of_uri}"] == TOTAL
+    assert numbers[f"weights_cache_bytes_per_second{of_uri}"] > 0
+    assert numbers['weights_cache_bytes_total{source="store"}'] == TOTAL
+    assert numbers['weights_cache_bytes_total{source="neighbour"}'] == numbers['weights_cache_bytes_total{source="cache"}'] == 0
+    assert numbers["weights_cache_misses_total"] == numbers["weights_cache_cold_start_seconds_count"] == 1
+    for name in ("hits", "failures", "waits", "wait_seconds", "evictions", "verify_failures", "stale"):
+        assert numbers[f"weights_cache_{name}_total"] == 0
 
 
 def test_what_is_in_the_cache_already_is_not_downloaded(
@@ -131,9 +95,11 @@ def test_what_is_in_the_cache_already_is_not_downloaded(
     puller(bucket.uri).run()
     sent = proxy.sent
     found = sidecar(bucket.uri)
-    wait_until("ready", found.is_ready)
+    wait_until("complete", lambda: found.row()["phase"] == "complete")
     assert (found.row()["source"], found.row()["bytes"], found.row()["downloaded_bytes"]) == ("cache", TOTAL, 0)
     assert proxy.sent == sent
+    wait_until("its metric", lambda: found.metrics()["weights_cache_hits_total"] == 1)
+    assert found.metrics()['weights_cache_bytes_total{source="cache"}'] == TOTAL
 
 
 def test_a_route_that_is_not_there_is_404_with_those_that_are(bucket: Bucket, sidecar: Callable[..., Sidecar]) -> None:
@@ -174,20 +140,72 @@ def test_what_can_never_work_stops_the_start_with_one_plain_line(proxy: Proxy, a
 # When the store is away
 
 
+@pytest.mark.parametrize("revalidate", ["after", "before"])
 def test_with_a_complete_snapshot_it_is_ready_without_the_store_and_says_so(
-    bucket: Bucket, cache: NodeCache, puller: Callable[..., Puller], sidecar: Callable[..., Sidecar]
+    bucket: Bucket, puller: Callable[..., Puller], sidecar: Callable[..., Sidecar], revalidate: str
 ) -> None:
     bucket.put(MODEL)
     snapshot = puller(bucket.uri).run()
     endpoint = f"http://127.0.0.1:{free_port()}"
-    found = sidecar(bucket.uri, AWS_ENDPOINT_URL=endpoint)
+    found = sidecar(bucket.uri, AWS_ENDPOINT_URL=endpoint, WEIGHTS_REVALIDATE=revalidate)
     wait_until("ready", found.is_ready)
-    row = found.row()
+    row = wait_until("the error", lambda: found.row()["error"] and found.row())
     assert (row["phase"], row["snapshot"], row["source"]) == ("complete", snapshot, "cache")
-    assert (row["bytes"], row["total_bytes"], row["downloaded_bytes"]) == (TOTAL, TOTAL, 0)
+    assert (row["bytes"], row["total_bytes"], row["downloaded_bytes"], row["checked"]) == (TOTAL, TOTAL, 0, True)
     assert endpoint in row["error"]
+    wait_until("its metric", lambda: found.metrics()["weights_cache_stale_total"] >= 1)
     assert "WARNING" in found.server.said()
     assert "the complete snapshot in the cache is used" in found.server.said()
+
+
+def test_a_store_that_refuses_does_not_stop_a_start_on_what_is_here(
+    bucket: Bucket, proxy: Proxy, puller: Callable[..., Puller], sidecar: Callable[..., Sidecar]
+) -> None:
+    bucket.put(MODEL)
+    puller(bucket.uri).run()
+    proxy.refusal = 403, "AccessDenied"
+    found = sidecar(bucket.uri)
+    wait_until("an error", lambda: "refused for access key AKIATEST" in (found.row()["error"] or ""))
+    assert found.is_ready()
+    assert not found.row()["checked"]
+
+
+def test_told_to_ask_first_it_is_not_ready_while_the_store_refuses(
+    bucket: Bucket, proxy: Proxy, puller: Callable[..., Puller], sidecar: Callable[..., Sidecar]
+) -> None:
+    bucket.put(MODEL)
+    puller(bucket.uri).run()
+    proxy.refusal = 403, "AccessDenied"
+    found = sidecar(bucket.uri, WEIGHTS_REVALIDATE="before")
+    wait_until("an error", lambda: "refused for access key AKIATEST" in (found.row()["error"] or ""))
+    assert not found.is_ready()
+    proxy.refusal = None
+    wait_until("ready", found.is_ready)
+    assert found.row()["checked"]
+
+
+def test_a_function_starts_on_what_is_here_without_the_store(
+    bucket: Bucket, cache: NodeCache, puller: Callable[..., Puller], sidecar: Callable[..., Sidecar]
+) -> None:
+    bucket.put(MODEL)
+    puller(bucket.uri).run()
+    found = sidecar(bucket.uri, AWS_ENDPOINT_URL=f"http://127.0.0.1:{free_port()}")
+    wait_until("ready", found.is_ready)
+    weights = Weights(WeightsSettings(uri=bucket.uri, cache_dir=cache.root, port=found.port))
+    assert weights.path("model.safetensors").read_bytes() == MODEL["model.safetensors"]
+    assert weights.restored().source == "cache"
+
+
+def test_a_pinned_snapshot_that_is_nowhere_is_an_error_that_names_both(
+    bucket: Bucket, puller: Callable[..., Puller], sidecar: Callable[..., Sidecar]
+) -> None:
+    bucket.put(MODEL)
+    held = puller(bucket.uri).run()
+    found = sidecar(f"{bucket.uri}#{'0' * 32}")
+    told = wait_until("an error", lambda: found.row()["error"])
+    assert held in told
+    assert "0" * 32 in told
+    assert not found.is_ready()
 
 
 def test_without_one_it_says_why_not_and_is_ready_soon_after_the_store_is_back(
@@ -207,6 +225,7 @@ def test_without_one_it_says_why_not_and_is_ready_soon_after_the_store_is_back(
         store.stop()
     assert is_complete(cache, bucket.uri)
     assert found.row()["error"] is None
+    assert found.metrics()["weights_cache_failures_total"] >= 1
 
 
 def test_weights_that_appear_only_later_are_fetched_then(bucket: Bucket, cache: NodeCache, sidecar: Callable[..., Sidecar]) -> None:
@@ -222,6 +241,61 @@ def test_the_pauses_between_tries_double_up_to_a_limit_and_are_never_in_step() -
     found = [next(pauses) for _ in range(8)]
     assert all(0.75 * middle <= pause <= 1.25 * middle for pause, middle in zip(found, (1, 2, 4, 8, 16, 30, 30, 30), strict=True))
     assert len(set(found)) == 8
+
+
+# When there is a new version
+
+
+def test_it_is_ready_on_the_old_weights_while_the_new_ones_are_on_their_way(
+    bucket: Bucket, proxy: Proxy, cache: NodeCache, puller: Callable[..., Puller], sidecar: Callable[..., Sidecar]
+) -> None:
+    push(bucket, MODEL)
+    old = puller(bucket.uri).run()
+    push(bucket, NEWER)
+    proxy.hold_after(2 * MIB)
+    found = sidecar(bucket.uri)
+    wait_until("the hold", proxy.is_holding)
+    assert found.is_ready()
+    ref = cache.ref(bucket.uri)
+    assert ref is not None
+    assert ref.snapshot == old
+    assert ref.next == found.row()["snapshot"]
+    weights = Weights(WeightsSettings(uri=bucket.uri, cache_dir=cache.root))
+    assert weights.path("model.safetensors").read_bytes() == MODEL["model.safetensors"]
+    proxy.release()
+    new = wait_until("the new one", lambda: current(cache, bucket.uri) != old and current(cache, bucket.uri))
+    assert new == ref.next
+    assert cache.is_complete(new)
+    later = Weights(WeightsSettings(uri=bucket.uri, cache_dir=cache.root))
+    assert later.path("model.safetensors").read_bytes() == NEWER["model.safetensors"]
+    assert weights.path("model.safetensors").read_bytes() == MODEL["model.safetensors"]
+
+
+def test_told_to_ask_first_nobody_starts_before_the_store_has_answered(
+    bucket: Bucket, proxy: Proxy, cache: NodeCache, puller: Callable[..., Puller], sidecar: Callable[..., Sidecar]
+) -> None:
+    push(bucket, MODEL)
+    old = puller(bucket.uri).run()
+    push(bucket, NEWER)
+    may_answer, is_asked = threading.Event(), threading.Event()
+
+    def hold(listing: bytes) -> bytes:
+        is_asked.set()
+        may_answer.wait(20)
+        return listing
+
+    proxy.edit_listing = hold
+    found = sidecar(bucket.uri, WEIGHTS_REVALIDATE="before")
+    weights = Weights(WeightsSettings(uri=bucket.uri, cache_dir=cache.root, port=found.port, revalidate="before"))
+    wait_until("the question", is_asked.is_set)
+    assert not found.is_ready()
+    assert not found.row()["checked"]
+    assert weights.restored().total_bytes == 0
+    may_answer.set()
+    row = wait_until("the answer", lambda: found.row()["checked"] and found.row())
+    assert row["snapshot"] != old
+    assert weights.path("model.safetensors").read_bytes() == NEWER["model.safetensors"]
+    wait_until("ready", found.is_ready)
 
 
 # Ending

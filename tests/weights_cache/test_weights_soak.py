@@ -6,35 +6,37 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.support import ROOT
-from tests.weights_cache.conftest import noise
-from tests.weights_cache.stores import Bucket, Proxy
-from weights_cache.blob import CHUNK_BYTES, ChunkMap
+from tests.weights_cache.conftest import noise, push
+from tests.weights_cache.stores import Bucket, Fault, Proxy
 from weights_cache.cache import NodeCache
+from weights_cache.chunks import CHUNK_BYTES
 from weights_cache.fetch import Puller
+from weights_cache.manifest import MANIFEST
+from weights_cache.settings import WeightsSettings
 from weights_cache.store import Store
 from weights_cache.uri import WeightsUri
 
 MIB = 1 << 20
 MODEL = {f"model-{n}.safetensors": noise(n * MIB + 77 * n, seed=n) for n in range(5)} | {"config.json": b"{}"}
-TOTAL = sum(map(len, MODEL.values()))
-KILLS = 30
+FAULTS: tuple[Fault, ...] = ("cut", "503", "no reply")
 
 
-def check_what_is_claimed(cache: NodeCache, uri: str) -> int:
+def check_what_is_claimed(cache: NodeCache, uri: str, files: Mapping[str, bytes]) -> int:
     """Every byte that the cache says it has is the store's; returns how many there are."""
     ref = cache.ref(uri)
     there = 0
     for path, blob in cache.snapshot_blobs(ref.snapshot).items() if ref else ():
-        data = MODEL[path]
+        data = files[path]
         if blob.is_complete():
             assert blob.path.read_bytes() == data, path
             there += len(data)
-        elif chunks := ChunkMap.open(blob):
+        elif chunks := blob.chunks():
             part = blob.part.read_bytes()
             assert len(part) == len(data)
             for at in range(0, len(data), CHUNK_BYTES):
@@ -63,21 +65,35 @@ def pull_and_kill(cache: NodeCache, uri: str, proxy: Proxy, after: float, pause_
     process.wait()
 
 
-@pytest.mark.soak
+def kill_over_and_over(bucket: Bucket, proxy: Proxy, folder: Path, chance: random.Random, files: Mapping[str, bytes], kills: int) -> None:
+    """Kill pulls into one cache, each at another moment and some among faults; then let one end."""
+    cache, kept, total = NodeCache(folder), 0, sum(map(len, files.values()))
+    proxy.is_spared = lambda key: key.endswith(MANIFEST)
+    for _ in range(kills):
+        proxy.faults.extend(chance.choices(FAULTS, k=chance.randrange(3)))
+        pull_and_kill(cache, bucket.uri, proxy, chance.uniform(0, 1) * (total - kept), chance.uniform(0, 0.02))
+        before, kept = kept, check_what_is_claimed(cache, bucket.uri, files)
+        assert kept >= before
+    cache.create()
+    last = Puller(Store(WeightsUri.parse(bucket.uri)), cache, WeightsSettings(part_bytes=MIB), uri=bucket.uri)
+    snapshot = last.run()
+    assert last.progress.downloaded_bytes == total - kept
+    assert check_what_is_claimed(cache, bucket.uri, files) == total
+    assert {path: cache.snapshot_path(snapshot).joinpath(path).read_bytes() for path in files} == files
+
+
 def test_a_pull_killed_at_any_moment_leaves_nothing_wrong_and_the_next_one_needs_only_the_rest(
     bucket: Bucket, proxy: Proxy, tmp_path: Path
 ) -> None:
+    kill_over_and_over(bucket, proxy, tmp_path / "cache", random.Random(7), push(bucket, MODEL), 5)
+
+
+@pytest.mark.soak
+def test_so_it_is_for_many_pulls_with_and_without_a_manifest(bucket: Bucket, proxy: Proxy, tmp_path: Path) -> None:
     bucket.put(MODEL)
     chance = random.Random(20_240_601)
-    for number in range(KILLS):
-        cache = NodeCache(tmp_path / f"cache-{number}")
-        kept = 0
-        for _ in range(chance.choice((1, 1, 2, 3))):
-            pull_and_kill(cache, bucket.uri, proxy, chance.uniform(0, 1) * (TOTAL - kept), chance.uniform(0, 0.02))
-            kept = check_what_is_claimed(cache, bucket.uri)
-        cache.create()
-        last = Puller(Store(WeightsUri.parse(bucket.uri)), cache, uri=bucket.uri, connections=4, part_bytes=MIB)
-        snapshot = last.run()
-        assert last.progress.downloaded_bytes == TOTAL - kept
-        assert check_what_is_claimed(cache, bucket.uri) == TOTAL
-        assert {path: cache.snapshot_path(snapshot).joinpath(path).read_bytes() for path in MODEL} == MODEL
+    for number in range(15):
+        kill_over_and_over(bucket, proxy, tmp_path / f"plain-{number}", chance, MODEL, chance.choice((1, 1, 2, 3)))
+    files = push(bucket, MODEL)
+    for number in range(15):
+        kill_over_and_over(bucket, proxy, tmp_path / f"pushed-{number}", chance, files, chance.choice((1, 1, 2, 3)))

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
-from botocore.exceptions import ClientError
 
 from tests.support import free_port
-from tests.weights_cache.conftest import noise
-from tests.weights_cache.stores import Bucket, Proxy
+from tests.weights_cache.stores import Bucket, Proxy, without_etags
 from weights_cache.cache import FileRef
 from weights_cache.errors import ObjectChanged, StoreError, StoreUnavailable
-from weights_cache.store import Store, _refused
+from weights_cache.store import Store, is_pinnable
 from weights_cache.uri import WeightsUri
 
 
@@ -40,16 +39,35 @@ def test_a_name_survives_the_way_to_the_store_and_back(store: Store, tmp_path: P
     store.upload(tmp_path / "file", name, lambda amount: None)
     (listed,) = store.list()
     assert listed.path == name
-    assert b"".join(store.read(listed, 1, 4)) == b"234"
+    assert store.read(listed) == b"12345"
+    with urlopen(store.address(listed)) as reply:  # noqa: S310  a loopback address
+        assert reply.read() == b"12345"
 
 
-def test_bytes_come_in_pieces_of_a_mebibyte(bucket: Bucket, store: Store) -> None:
-    data = noise((2 << 20) + 5)
-    bucket.put({"a": data})
+def test_what_is_written_is_read(bucket: Bucket, store: Store) -> None:
+    store.write("a/b", b"12345")
     (file,) = store.list()
-    pieces = list(store.read(file, 0, file.size))
-    assert [len(piece) for piece in pieces] == [1 << 20, 1 << 20, 5]
-    assert b"".join(pieces) == data
+    assert (file.path, store.read(file)) == ("a/b", b"12345")
+
+
+def test_an_address_is_signed_once_until_it_is_asked_for_afresh(bucket: Bucket, store: Store) -> None:
+    bucket.put({"a": b"1"})
+    (file,) = store.list()
+    address = store.address(file)
+    assert store.address(file) == address
+    assert "secret" not in address
+    assert "X-Amz-Signature=" in address
+    assert store.address(file, afresh=True).partition("?")[0] == address.partition("?")[0]
+
+
+def test_a_listing_without_versions_tells_them_apart_by_their_time(bucket: Bucket, store: Store, proxy: Proxy) -> None:
+    bucket.put({"a": b"1"})
+    proxy.edit_listing = without_etags
+    (file,) = store.list()
+    assert file.etag.startswith("modified 20")
+    assert not is_pinnable(file)
+    assert store.read(file) == b"1"
+    assert "if-match" not in proxy.asked[-1].headers
 
 
 def test_another_version_is_not_read(bucket: Bucket, store: Store) -> None:
@@ -57,7 +75,7 @@ def test_another_version_is_not_read(bucket: Bucket, store: Store) -> None:
     (file,) = store.list()
     bucket.put({"a": b"two"})
     with pytest.raises(ObjectChanged, match=f"^{bucket.uri}/a changed while being read$"):
-        list(store.read(file, 0, 3))
+        store.read(file)
 
 
 def test_an_object_that_is_gone_has_changed_too(bucket: Bucket, store: Store) -> None:
@@ -65,7 +83,7 @@ def test_an_object_that_is_gone_has_changed_too(bucket: Bucket, store: Store) ->
     (file,) = store.list()
     bucket.delete("a")
     with pytest.raises(ObjectChanged, match="changed while being read: it is gone"):
-        list(store.read(file, 0, 3))
+        store.read(file)
 
 
 def test_a_reply_cut_short_is_worth_another_try(bucket: Bucket, store: Store, proxy: Proxy) -> None:
@@ -73,7 +91,7 @@ def test_a_reply_cut_short_is_worth_another_try(bucket: Bucket, store: Store, pr
     (file,) = store.list()
     proxy.faults.append("cut")
     with pytest.raises(StoreUnavailable, match=f"{bucket.uri}/a"):
-        list(store.read(file, 0, 100))
+        store.read(file)
 
 
 def test_a_bucket_is_made_only_if_there_is_none(bucket: Bucket, aws: None) -> None:
@@ -150,13 +168,16 @@ def test_a_refusal_says_what_by_whom_and_for_whom(
         pytest.param(412, "PreconditionFailed", ObjectChanged, id="another version"),
         pytest.param(412, "", ObjectChanged, id="another version, without a code"),
         pytest.param(404, "NoSuchBucket", StoreError, id="no bucket"),
+        pytest.param(404, "", ObjectChanged, id="no object"),
+        pytest.param(416, "InvalidRange", ObjectChanged, id="a shorter one"),
+        pytest.param(307, "TemporaryRedirect", StoreError, id="elsewhere"),
         pytest.param(405, "MethodNotAllowed", StoreError, id="not that way"),
     ],
 )
-def test_only_what_may_pass_is_worth_another_try(status: int, code: str, kind: type[StoreError]) -> None:
-    # As botocore hands them over: it waits many seconds before it gives up on some of these.
-    error = ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")  # type: ignore[typeddict-item]
-    assert type(_refused(error, "read", "s3://bucket/model/a", "http://store", "access key AKIATEST")) is kind
+def test_only_what_may_pass_is_worth_another_try(aws: None, status: int, code: str, kind: type[StoreError]) -> None:
+    told = Store(WeightsUri("bucket", "model")).refusal(FileRef("a", 1, '"1"'), status, code)
+    assert type(told) is kind
+    assert "s3://bucket/model/a" in str(told)
 
 
 def test_a_store_that_is_not_there_is_unavailable_for_reads_and_writes_too(
@@ -166,7 +187,7 @@ def test_a_store_that_is_not_there_is_unavailable_for_reads_and_writes_too(
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     store = Store(WeightsUri.parse(bucket.uri))
     (tmp_path / "file").write_bytes(b"x")
-    for call in (lambda: list(store.read(FileRef("a", 1, '"1"'), 0, 1)), lambda: store.upload(tmp_path / "file", "a", lambda amount: None)):
+    for call in (lambda: store.read(FileRef("a", 1, '"1"')), lambda: store.upload(tmp_path / "file", "a", lambda amount: None)):
         told = refusal(call)
         assert isinstance(told, StoreUnavailable)
         assert f"{bucket.uri}/a at {endpoint}" in str(told)

@@ -1,0 +1,301 @@
+"""What keeps one WEIGHTS_URI present: a pull into the cache, or, where the cache can only be read, the node's agent asked for one.
+
+Hosts give pods a read-only view of their directories, so in such a pod the sidecar cannot fill the cache: it talks to the agent, the
+same program on the node, through a unix socket in the cache directory.
+"""
+
+import contextlib
+import http.client
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from weights_cache.cache import Lease, NodeCache
+from weights_cache.errors import CacheError, StoreError, StoreUnavailable, WeightsError
+from weights_cache.settings import WeightsSettings
+from weights_cache.uri import WeightsUri
+
+if TYPE_CHECKING:
+    from weights_cache.fetch import Puller
+
+SOCKET = "agent.sock"
+ASK_S = 0.1  # how often the agent is asked how far it is
+
+Settle = Callable[[], None]  # makes what was brought survive a power cut; takes as long as the disk does
+
+log = logging.getLogger("relight.weights")
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What one pull did, for the metrics. Bytes by where they came from; seconds since it began."""
+
+    store_bytes: int = 0
+    neighbour_bytes: int = 0
+    cached_bytes: int = 0
+    waited_s: float = 0.0
+    evicted: int = 0
+    damaged: int = 0
+    seconds: float = 0.0
+    failed: bool = False
+    stale: bool = False  # the store was away, and the cache was used without it
+
+
+class Keeper(Protocol):
+    """Brings one URI's weights into the cache, once for each `pull`."""
+
+    uri: str
+    ready: bool  # a complete snapshot is there that a function may start on
+
+    def begin(self) -> None:
+        """A pull is about to start: `row` is to be about that one from now on."""
+
+    def pull(self) -> Settle:
+        """Bring what the store has now. Raises WeightsError; afterwards `row` tells, and the weights are leased."""
+
+    def cancel(self) -> None:
+        """Make `pull` end soon, in another thread."""
+
+    def close(self) -> None:
+        """Let go of the weights."""
+
+    def row(self) -> dict[str, Any]:
+        """Where it is, as an entry of `/v1/snapshots`."""
+
+
+class Filler:
+    """A keeper that fills the cache itself."""
+
+    def __init__(self, settings: WeightsSettings, uri: str, report: Callable[[Pulled], object]) -> None:
+        """report: is told what each pull did."""
+        self.uri = uri
+        self.ready = False
+        self._pulls = 0  # begun
+        self._settings = settings
+        self._source = WeightsUri.parse(uri)
+        self._cache = NodeCache(settings.cache_dir)
+        self._report = report
+        self._puller: Puller | None = None
+        self._phase = "listing"
+        self._error: str | None = None
+        self._began = time.monotonic()
+        self._seconds: float | None = None
+
+    def begin(self) -> None:
+        """A pull is about to start: `row` is to be about that one from now on."""
+        self._pulls += 1
+        self._phase, self._began, self._seconds = "listing", time.monotonic(), None
+        if self._puller:
+            self._puller.progress.checked = False
+
+    def pull(self) -> Settle:
+        """Bring what the store has now, or if it is out of reach take what the cache has. Raises WeightsError."""
+        # Imported here: a sidecar answers its probes before all this has been read in.
+        from weights_cache.fetch import Puller
+        from weights_cache.store import Store
+
+        pulled = Pulled(failed=True)
+        try:
+            self._cache.create()
+            puller = Puller(Store(self._source), self._cache, self._settings, uri=self.uri)
+            before, self._puller = self._puller, puller
+            try:
+                pulled = self._pull(puller)
+            finally:
+                if before:
+                    before.close()  # only now, so that nobody evicts in between what is being used
+        except Exception as error:
+            self._phase, self._error = "failed", str(error) if isinstance(error, WeightsError) else repr(error)
+            raise
+        finally:
+            self._report(pulled)
+        return partial(self._settle, puller)
+
+    def _pull(self, puller: "Puller") -> Pulled:
+        ref = self._cache.ref(self.uri)
+        is_stale = False
+        if self._settings.revalidate == "after" and ref and puller.use_cached(ref.snapshot):
+            self.ready = True  # whatever the store says now is for those who come later
+        self._phase = "fetching"
+        try:
+            puller.run()
+        except StoreUnavailable as error:
+            if not (ref and puller.use_cached(ref.snapshot)):
+                raise
+            puller.progress.checked = is_stale = True
+            self._error = str(error)
+            log.warning("%s; the complete snapshot in the cache is used", error)
+        else:
+            self._error = None
+        progress = puller.progress
+        self._seconds = time.monotonic() - self._began
+        self._phase, self.ready = "complete", True
+        log.info(
+            "%s is complete: snapshot %s, %.1f MB, %.1f MB downloaded, %.2f s",
+            self.uri,
+            progress.snapshot,
+            progress.total_bytes / 1e6,
+            progress.downloaded_bytes / 1e6,
+            self._seconds,
+        )
+        return Pulled(
+            progress.downloaded_bytes,
+            max(0, progress.total_bytes - progress.cached_bytes - progress.downloaded_bytes),
+            progress.cached_bytes,
+            progress.waited_s,
+            progress.evicted,
+            progress.damaged,
+            self._seconds,
+            stale=is_stale,
+        )
+
+    def _settle(self, puller: "Puller") -> None:
+        try:
+            puller.settle()  # if it fails, what is not there after a power cut is fetched again
+        except OSError as error:
+            log.warning("%s is not on the disk yet: %s", self.uri, error)
+
+    def cancel(self) -> None:
+        """Make `pull` end soon, in another thread."""
+        if self._puller:
+            self._puller.cancel()
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        if self._puller:
+            self._puller.close()
+
+    def row(self) -> dict[str, Any]:
+        """Where it is, as an entry of `/v1/snapshots`."""
+        seconds = self._seconds if self._seconds is not None else time.monotonic() - self._began
+        row: dict[str, Any] = {
+            "uri": self.uri,
+            "phase": self._phase,
+            "error": self._error,
+            "seconds": round(seconds, 3),
+            "pulls": self._pulls,
+            "checked": False,
+            "snapshot": None,
+        }
+        if self._puller:
+            progress = self._puller.progress
+            row |= {
+                "checked": progress.checked,
+                "snapshot": progress.snapshot or None,
+                "source": progress.source,
+                "bytes": progress.bytes_there() if progress.snapshot else 0,
+                "total_bytes": progress.total_bytes,
+                "downloaded_bytes": progress.downloaded_bytes,
+                "bytes_per_second": round(progress.downloaded_bytes / seconds) if seconds else 0,
+            }
+        return row
+
+
+class Delegate:
+    """A keeper that asks the node's agent, and itself only holds the lease."""
+
+    def __init__(self, settings: WeightsSettings, uri: str, report: Callable[[Pulled], object]) -> None:
+        self.uri = uri
+        self.ready = False
+        self._cache = NodeCache(settings.cache_dir)
+        self._revalidate = settings.revalidate
+        self._report = report
+        self._lease: Lease | None = None
+        self._stopped = threading.Event()
+        self._row: dict[str, Any] = {"uri": uri, "phase": "listing", "error": None, "checked": False, "snapshot": None}
+
+    def begin(self) -> None:
+        """A pull is about to start."""
+        self._stopped.clear()
+
+    def pull(self) -> Settle:
+        """Have the agent bring what the store has now; if there is none, take what the cache has. Raises WeightsError."""
+        ref = self._cache.ref(self.uri)
+        if self._revalidate == "after" and ref:
+            self.ready = self._take(ref.snapshot)
+        began = time.monotonic()
+        pulled = Pulled(failed=True)
+        try:
+            pulls = self._ask("POST", self.uri)["pulls"]
+            while (row := self._ask("GET"))["pulls"] < pulls or row["phase"] not in ("complete", "failed"):
+                self._row = row if row["pulls"] >= pulls else self._row
+                if self._stopped.wait(ASK_S):
+                    raise StoreError("the pull was stopped")
+            self._row = row
+            if row["phase"] == "failed":
+                raise StoreError(row["error"])
+            if not self._take(row["snapshot"]):
+                raise CacheError(f"snapshot {row['snapshot']} was evicted as soon as it was complete; is WEIGHTS_CACHE_BYTES too small?")
+            self.ready = True
+            pulled = Pulled(cached_bytes=row["total_bytes"], seconds=time.monotonic() - began)
+        except WeightsError as error:
+            self._row = self._row | {"phase": "complete" if self.ready else "failed", "error": str(error), "checked": self.ready}
+            raise
+        finally:
+            self._report(pulled)
+        return lambda: None  # the agent does that
+
+    def _take(self, snapshot: str) -> bool:
+        lease = self._cache.lease(snapshot)
+        if not lease or not self._cache.is_complete(snapshot):
+            return False
+        self.close()
+        self._lease = lease
+        return True
+
+    def _ask(self, method: str, uri: str | None = None) -> Any:
+        connection = _UnixConnection(self._cache.root / SOCKET)
+        try:
+            with contextlib.closing(connection):
+                connection.request(method, "/v1/snapshots", json.dumps({"uri": uri}) if uri else None, {"Content-Type": "application/json"})
+                reply = connection.getresponse()
+                document = json.loads(reply.read())
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise StoreUnavailable(
+                f"{self._cache.root} can only be read here, and the node's agent does not answer in {SOCKET}: {error}; "
+                "run `python -m weights_cache serve --agent` with this directory on the node"
+            ) from error
+        if reply.status != 200:
+            raise StoreError(f"the node's agent refused {self.uri}: {document['error']['message']}")
+        return next((row for row in document["snapshots"] if row["uri"] == self.uri), self._row | {"pulls": -1})
+
+    def cancel(self) -> None:
+        """Make `pull` end soon, in another thread."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        if self._lease:
+            self._lease.close()
+
+    def row(self) -> dict[str, Any]:
+        """What the agent says."""
+        return self._row
+
+
+def make_keeper(settings: WeightsSettings, uri: str, report: Callable[[Pulled], object]) -> Keeper:
+    """The one that fits: a filler wherever the cache can be written."""
+    root = settings.cache_dir
+    is_read_only = root.is_dir() and not os.access(root, os.W_OK)
+    return Delegate(settings, uri, report) if is_read_only else Filler(settings, uri, report)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP through a socket in the file system."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=10)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
