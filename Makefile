@@ -58,8 +58,10 @@ lint: setup ## Check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: setup ## Measure the cold start beside its parts
+bench: setup ## Measure: the cold start beside its parts, fetching and loading weights beside the usual tools (fetching needs nginx)
 	@$(BIN)/python bench/cold_start.py
+	@$(BIN)/python bench/load.py
+	@$(BIN)/python bench/fetch.py --sizes 270M
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) $(STATE_DIR) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
