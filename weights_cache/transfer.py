@@ -1,7 +1,7 @@
 """Fill blobs from the store: ranges in parallel, each chunk checked before anybody can see it.
 
 Parts (ranges of several chunks) are handed out in file order to workers, each with a connection of its own. A worker reads into a
-small buffer that stays in the processor's cache, takes the digest there and writes to the file: measured, that beats a mapping
+buffer that stays in the processor's cache, takes the digest there and writes to the file: measured, that beats a mapping
 (fresh pages are cleared before they are filled) and splice (the digest would have to fetch everything from memory again).
 An object whose ranges cannot be trusted is read as a whole, through boto3: slower, and right with any store.
 How many workers there are is found out while it runs: more for as long as that brings more, fewer when the store asks for it.
@@ -38,12 +38,14 @@ ATTEMPTS = 8  # in a row that bring nothing; the wait between them doubles from 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
 LONGEST_RETRY_AFTER_S = 30.0
-FIRST_CONNECTIONS = 4
-BUFFER_BYTES = 512 * 1024
-LOOK_S = 0.1
-STEP_S = 0.25  # how long a number of connections is watched, and how many bytes it has to bring before it is judged
+FIRST_CONNECTIONS = 2
+BUFFER_BYTES = CHUNK_BYTES  # filled in one call: fewer of them wake and switch threads more often
+LARGE_BUFFERS = 4  # workers that have such a one; the others, of whom there may be many, have a quarter of it
+LOOK_S = 0.05
+STEP_S = 0.1  # how long a number of connections is watched, and how many bytes it has to bring before it is judged
 STEP_BYTES = 1 << 20
-WORTH_IT = 1.2  # what twice as many have to bring
+WORTH_IT = 1.05  # what twice as many have to bring
+WORSE = 0.8  # what they have to bring to be kept at the start, when one look says little
 BUSY = 0.4  # of all cores
 HOLD_S = 10.0  # before more are tried again
 SLOW_S = 3.0  # a connection that brings for so long less than a tenth of what the best one does is made anew
@@ -118,6 +120,7 @@ class _Growth:
         self._cores = cores
         self._before = self.allowed  # how many there were before the last step
         self._rate = 0.0  # what those brought, bytes per second
+        self._needed = WORSE  # times as much, for more to be kept
         self._seen = (0, 0.0, 0.0)
         self._hold_until = 0.0
 
@@ -132,12 +135,15 @@ class _Growth:
         else:
             window_s = seconds - seconds_before
             rate, busy = (total - bytes_before) / window_s, (cpu_seconds - cpu_before) / window_s
-            if rate > self._rate * WORTH_IT and busy < BUSY * self._cores:
+            is_busy = busy > BUSY * self._cores
+            if rate > self._rate * WORTH_IT and not is_busy:
                 self._before, self._rate = self.allowed, rate
                 self.allowed = min(self._limit, 2 * self.allowed)
             else:
-                self.allowed, self._rate = self._before, 0.0  # no better: as it was, until it is time to try again
-                self._hold_until = seconds + HOLD_S
+                if is_busy or rate < self._rate * self._needed:
+                    self.allowed = self._before
+                self._before, self._rate, self._needed = self.allowed, 0.0, WORTH_IT
+                self._hold_until = seconds + HOLD_S  # until it is time to try again
         self._seen = total, seconds, cpu_seconds
         return self.allowed
 
@@ -225,7 +231,7 @@ class Transfer:
 
     def _work(self, worker: _Worker) -> None:
         try:
-            buffer = memoryview(bytearray(min(BUFFER_BYTES, CHUNK_BYTES)))
+            buffer = memoryview(bytearray(BUFFER_BYTES if worker.number < LARGE_BUFFERS else BUFFER_BYTES // 4))
             while part := self._next(worker):
                 self._fetch(worker, buffer, *part)
         except BaseException as error:  # noqa: BLE001  it is raised again, by `run`

@@ -51,17 +51,23 @@ def grown(growth: _Growth, rate_with: Callable[[int], float], seconds: float, bu
 def test_there_are_more_connections_for_as_long_as_that_brings_more() -> None:
     found = grown(_Growth(64, 2), lambda count: 1e6 * min(count, 10), 9)
     assert found[0] == transfer.FIRST_CONNECTIONS
-    assert found[:-1] == sorted(set(found[:-1]))
-    assert 10 <= found[-1] < max(found)  # it was tried whether still more bring more, and they did not
+    assert found == sorted(set(found))
+    assert 10 <= found[-1] < 64  # it was tried whether still more bring more, and they did not
     assert grown(_Growth(10, 2), lambda count: 1e6 * count, 9)[-1] == 10
     assert grown(_Growth(1, 2), lambda count: 1e6 * count, 9) == [1]
 
 
-def test_where_more_bring_nothing_they_go_again_and_are_tried_again_after_a_while() -> None:
-    first, more, *then = grown(_Growth(64, 2), lambda count: 1e6, 3 * transfer.HOLD_S)
+def test_more_that_bring_less_go_again_and_are_tried_again_after_a_while() -> None:
+    first, more, *then = grown(_Growth(64, 2), lambda count: 1e7 / count, 3 * transfer.HOLD_S)
     assert first == transfer.FIRST_CONNECTIONS < more
     assert then[:3] == [first, more, first]
-    assert grown(_Growth(64, 2), lambda count: 1e6, transfer.HOLD_S) == [first, more, first]
+
+
+def test_more_that_bring_the_same_are_kept_once() -> None:
+    first, more, *then = grown(_Growth(64, 2), lambda count: 1e6, 3 * transfer.HOLD_S)
+    assert first == transfer.FIRST_CONNECTIONS < more
+    assert then[:3] == [2 * more, more, 2 * more]
+    assert grown(_Growth(64, 2), lambda count: 1e6, transfer.HOLD_S) == [first, more]
 
 
 def test_where_the_processor_is_what_is_busy_there_are_not_more() -> None:
