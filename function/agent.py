@@ -12,32 +12,53 @@
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from function.errors import BadInput
 from weights_cache.errors import SettingsError
 from weights_cache.reader import Weights
 
-__all__ = ["BadInput", "InferenceAgent", "Weights", "load_agent"]
+__all__ = ["BadInput", "InferenceAgent", "TensorSpec", "Weights", "load_agent"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of the Open Inference Protocol. datatype: BOOL, INT8 … UINT64, FP16, FP32, FP64, BYTES; shape: -1 where any size will do."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
 
 
 class InferenceAgent(Protocol):
     """Prepares inputs, calls the model, shapes outputs. All its methods are called from one and the same thread.
 
-    An agent may also have `warm_up(self) -> None`, called once after `load` and before the first request.
+    An agent may also have
+
+    - `warm_up(self) -> None`: called once after `load` and before the first request;
+    - `stream(self, input) -> Iterator`: the pieces of one answer as they are made; or, better,
+    - `start(self, input) -> sequence` and `step(self, sequences) -> list`: a sequence is an answer being made, an object of the agent's
+      own; `step` makes the next piece of each, None at its end, so that all share a forward pass. Sequences come and go between steps. Of
+      a sequence that has them, `prompt_tokens`, `completion_tokens` and `finish_reason` ("stop", "length") are told to the caller;
+    - `inputs` and `outputs`, lists of TensorSpec: what `/v2/models/<name>` says; without them one BYTES tensor each, one row an input.
     """
 
     def load(self, weights: Weights, device: str) -> None:
         """Bind the model's tensors; called once, before the function is ready. device: `cpu`, `cuda:0`."""
 
     def predict(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        """One output for each input, in the same order; outputs are what JSON can hold. Raises BadInput for an input it cannot use."""
+        """One output for each input, in the same order; outputs are what JSON can hold.
+
+        Raises BadInput for an input it cannot use. It must have no side effects: when it raises for several inputs it is called again
+        with one at a time, so that only the culprit fails.
+        """
 
 
 def load_agent(name: str) -> InferenceAgent:
     """Import and construct the agent `package.module:Class`.
 
-    Raises SettingsError if there is no such class or it lacks `load` or `predict`; what its module raises on import passes through.
+    Raises SettingsError if there is no such class or it lacks a method; what its module raises on import passes through.
     """
     module_name, _, class_name = name.partition(":")
     if not module_name or not class_name.isidentifier():
@@ -51,7 +72,9 @@ def load_agent(name: str) -> InferenceAgent:
     agent_class = getattr(module, class_name, None)
     if agent_class is None:
         raise SettingsError(f"FUNCTION_AGENT={name!r}: module {module_name!r} has no {class_name!r}")
-    for method in ("load", "predict"):
+    needed = ["load", "predict"]
+    needed += ["start", "step"] if hasattr(agent_class, "start") or hasattr(agent_class, "step") else []
+    for method in needed:
         if not callable(getattr(agent_class, method, None)):
             raise SettingsError(f"FUNCTION_AGENT={name!r}: the class has no method {method!r}; see function/agent.py for the contract")
     agent: InferenceAgent = agent_class()

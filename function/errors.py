@@ -1,6 +1,12 @@
-"""What a caller can be told: request → parse (BadRequest, TooLarge, UnsupportedMediaType) → queue (Unavailable) → agent (AgentFailed,
-TimedOut) → reply. Each error knows its HTTP status; only these reach the caller, anything else stays in the log.
+"""What a caller can be told.
+
+request → parse (BadInput, NotFound, TooLarge, UnsupportedMediaType) → admit (Unavailable) → agent (AgentFailed, TimedOut, CannotStream)
+→ reply. Each error knows its HTTP status; only these reach the caller, anything else stays in the log.
 """
+
+import logging
+
+log = logging.getLogger("relight.function")
 
 
 class FunctionError(Exception):
@@ -16,6 +22,12 @@ class BadInput(FunctionError):
 
     status = 400
     type = "bad_input"
+
+
+class CannotStream(BadInput):
+    """The agent makes its answers in one go."""
+
+    type = "cannot_stream"
 
 
 class NotFound(FunctionError):
@@ -46,7 +58,7 @@ class AgentFailed(FunctionError):
 
 
 class Unavailable(FunctionError):
-    """The function cannot take the request now: it is not ready, or its queue is full."""
+    """The function cannot take the request now: it is not ready, its queue is full, or its breaker is open."""
 
     status = 503
     type = "unavailable"
@@ -56,8 +68,23 @@ class Unavailable(FunctionError):
         self.retry_after_s = retry_after_s
 
 
+class ClientGone(FunctionError):
+    """Nobody waits for the answer any more; nobody reads this either."""
+
+    status = 499
+    type = "client_gone"
+
+
 class TimedOut(FunctionError):
     """The answer was not there by the request's deadline."""
 
     status = 504
     type = "timed_out"
+
+
+def told(error: Exception) -> FunctionError:
+    """What the caller is told of what the agent raised; the log has the rest."""
+    if isinstance(error, FunctionError):
+        return error
+    log.error("the agent failed", exc_info=error)
+    return AgentFailed("the model failed on this request; the function's log says why")

@@ -1,19 +1,20 @@
 """What the function tells Prometheus."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from function.model import Model
+from function.model import Model, Observer
 
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
-class Metrics:
-    """One registry for one function."""
+class Metrics(Observer):
+    """One registry for one function; it watches the model."""
 
     def __init__(self, model: Model, model_name: str) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter that nobody asks for
@@ -24,6 +25,34 @@ class Metrics:
             "function_request_seconds", "Seconds to answer a request.", ["route"], buckets=_SECONDS, registry=self._registry
         )
         self.instances = Counter("function_instances", "Inputs handed to the model.", registry=self._registry)
+        self.first_piece = Histogram(
+            "function_first_piece_seconds",
+            "Seconds from a request to the first piece of its stream.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._batch_inputs = Histogram("function_batch_inputs", "Inputs in a batch.", buckets=_SIZES, registry=self._registry)
+        self._model_seconds = Histogram("function_model_seconds", "Seconds of a batch.", buckets=_SECONDS, registry=self._registry)
+        self._queue_seconds = Histogram(
+            "function_queue_seconds", "Seconds that a call waited for the model.", buckets=_SECONDS, registry=self._registry
+        )
+        self._steps = Histogram("function_step_sequences", "Streams that shared a step.", buckets=_SIZES, registry=self._registry)
+        self._step_seconds = Counter("function_step_seconds", "Seconds spent in steps.", registry=self._registry)
+        self._pieces = Counter("function_pieces", "Pieces of streams that were made.", registry=self._registry)
+        model.observer = self
+
+    def batch(self, inputs: int, seconds: float, waited_s: Sequence[float]) -> None:
+        """The model predicted."""
+        self._batch_inputs.observe(inputs)
+        self._model_seconds.observe(seconds)
+        for wait_s in waited_s:
+            self._queue_seconds.observe(wait_s)
+
+    def step(self, sequences: int, seconds: float) -> None:
+        """The model made a piece of each of these streams."""
+        self._steps.observe(sequences)
+        self._step_seconds.inc(seconds)
+        self._pieces.inc(sequences)
 
     def text(self) -> bytes:
         """The exposition in Prometheus' text format."""
@@ -41,6 +70,17 @@ class _ModelCollector(Collector):
         status: dict[str, Any] = self._model.status()
         yield _gauge("function_ready", "Whether the function takes traffic.", [({"model": self._name}, status["phase"] == "ready")])
         yield _gauge("function_weights_bytes", "Bytes of the weights that are there.", [({"model": self._name}, status["restored_bytes"])])
+        yield _gauge("function_waiting", "Requests that wait for the model.", [({"model": self._name}, self._model.batcher.waiting())])
+        yield _gauge("function_active_streams", "Streams that are being made.", [({"model": self._name}, self._model.active_streams())])
+        state = self._model.breaker.state
+        yield _gauge(
+            "function_breaker_state",
+            "1 for the state the breaker is in.",
+            [({"model": self._name, "state": name}, state == name) for name in ("closed", "open", "half-open")],
+        )
+        trips = CounterMetricFamily("function_breaker_trips", "Times the breaker opened.", labels=["model"])
+        trips.add_metric([self._name], self._model.breaker.trips)
+        yield trips
         yield _gauge(
             "function_cold_start_seconds",
             "Seconds from the process's start to the end of each stage.",

@@ -1,47 +1,63 @@
 """The model: one agent, the thread that owns it, and the phases it goes through from an open port to an answer.
 
-importing → restoring → loading → warming → ready → draining. The stages it leaves behind are the cold start's break-down.
+importing → restoring → loading → warming → ready (or tripped) → draining. The stages it leaves behind are the cold start's break-down.
 """
 
 import logging
 import os
-import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from function.agent import InferenceAgent, load_agent
-from function.errors import AgentFailed, FunctionError, TimedOut, Unavailable
+from function.agent import InferenceAgent, TensorSpec, load_agent
+from function.batcher import Ask, Batcher, Call, Opening, Slice
+from function.breaker import Breaker
+from function.errors import CannotStream, ClientGone, FunctionError, TimedOut, Unavailable, told
 from function.settings import FunctionSettings
+from function.streams import Stream, Streams
 from weights_cache.errors import WeightsError
 from weights_cache.reader import Weights
 
 log = logging.getLogger("relight.function")
 
+STUCK = 2.0  # times the deadline that one call of the agent may take before the process is given up
 
-@dataclass
-class _Call:
-    inputs: Sequence[Any]
-    deadline: float
-    reply: "Future[Sequence[Any]]" = field(default_factory=Future)
+
+class Observer:
+    """Is told what the model does, in the model's thread; this one does nothing with it."""
+
+    def batch(self, inputs: int, seconds: float, waited_s: Sequence[float]) -> None:
+        """The agent predicted. waited_s: each call's wait in the queue."""
+
+    def step(self, sequences: int, seconds: float) -> None:
+        """The agent made a piece of each of these."""
 
 
 class Model:
-    """Runs one agent in a thread of its own; `predict` may be called from any thread."""
+    """Runs one agent in a thread of its own; `predict` and `stream` may be called from any thread."""
 
     def __init__(self, settings: FunctionSettings, weights: Weights, *, started_at: float) -> None:
         """started_at: when the process started, on `time.monotonic`'s clock; stages count from there."""
         self.stages: dict[str, float] = {}  # seconds from the process's start to the end of each stage
+        self.breaker = Breaker(settings.breaker_threshold, settings.breaker_reset_s)
+        self.batcher = Batcher(max_batch=settings.max_batch, wait_s=settings.batch_wait_ms / 1000, limit=settings.queue_limit)
+        self.observer = Observer()
+        self.can_stream = False
+        self.inputs = [TensorSpec("input", "BYTES", (-1,))]
+        self.outputs = [TensorSpec("output", "BYTES", (-1,))]
         self._settings = settings
         self._weights = weights
         self._started_at = started_at
         self._phase = "importing"
-        self._calls: queue.Queue[_Call] = queue.Queue(settings.queue_limit)
+        self._streams: Streams | None = None
+        self._calling_since: float | None = None  # the agent, after it became ready
+        self._is_lost = False
+        self._seconds_per_input = 0.0  # of late
         self._on_failure: Callable[[], object] = lambda: None
 
     def start(self, on_failure: Callable[[], object]) -> None:
@@ -56,7 +72,22 @@ class Model:
         """Where it is on the way from importing to draining."""
         if self._phase == "loading" and not self._weights.is_empty() and self._weights.restored().seconds is None:
             return "restoring"  # the agent is binding tensors as they arrive
-        return self._phase
+        return "tripped" if self._phase == "ready" and self.breaker.state == "open" else self._phase
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the process is about to end."""
+        return self._phase == "draining"
+
+    def is_alive(self) -> bool:
+        """False, for good, once a call of the agent has taken so long that it cannot be expected back."""
+        since = self._calling_since
+        self._is_lost = self._is_lost or (since is not None and time.monotonic() - since > STUCK * self._settings.timeout_s)
+        return not self._is_lost
+
+    def active_streams(self) -> int:
+        """How many streams are being made."""
+        return self._streams.active if self._streams else 0
 
     def drain(self) -> None:
         """No new calls are wanted; those that wait are still answered."""
@@ -75,24 +106,70 @@ class Model:
             }
         return document
 
-    def predict(self, inputs: Sequence[Any]) -> Sequence[Any]:
+    def check(self) -> None:
+        """Raises Unavailable if a call that came now would be refused."""
+        phase = self.phase
+        if phase not in ("ready", "draining", "tripped"):
+            raise Unavailable(f"the function is not ready yet ({phase})", retry_after_s=1)
+        self.breaker.check()
+        if self.batcher.is_full():
+            raise self._full()
+
+    def _full(self) -> Unavailable:
+        return Unavailable(
+            f"{self._settings.queue_limit} requests are waiting already (FUNCTION_QUEUE_LIMIT)",
+            retry_after_s=self.batcher.waiting_inputs() * self._seconds_per_input,
+        )
+
+    def predict(self, inputs: Sequence[Any], ask: Ask) -> list[Any]:
         """One output for each input.
 
-        Raises BadInput (the agent's word), AgentFailed, TimedOut at the deadline, Unavailable when not ready or when the queue is full.
+        Raises BadInput (the agent's word), AgentFailed, TimedOut at the deadline, ClientGone, Unavailable when not ready, when the queue is
+        full or when the breaker is open.
         """
-        phase = self.phase
-        if phase not in ("ready", "draining"):
-            raise Unavailable(f"the function is not ready yet ({phase})", retry_after_s=1)
-        call = _Call(inputs, time.monotonic() + self._settings.timeout_s)
+        self.check()
+        call = Call(inputs, ask, time.monotonic())
+        with self._admitted(ask):
+            if not self.batcher.put(call):
+                raise self._full()
+            try:
+                return call.reply.result(ask.timeout_s)
+            except FutureTimeout:
+                call.reply.cancel()
+            except TimedOut:
+                pass  # by the model's thread, in the same moment
+            raise TimedOut(f"no answer within {ask.timeout_s:g} s" + (" (FUNCTION_TIMEOUT_S)" if ask.is_own_deadline else ""))
+
+    def stream(self, input: Any, ask: Ask) -> Stream:  # noqa: A002  the contract's word
+        """An answer piece by piece, once its first piece is there. Close it. Raises what `predict` does, and CannotStream."""
+        self.check()
+        if not self.can_stream:
+            raise CannotStream(f"{self._settings.agent} makes its answers in one go; ask without streaming")
+        stream = Stream(ask, on_timeout=lambda: self.breaker.ended(is_trial=False, in_time=False))
+        with self._admitted(ask):
+            if not self.batcher.put(Opening(input, ask, time.monotonic(), stream)):
+                raise self._full()
+            stream.begin()
+        return stream
+
+    @contextmanager
+    def _admitted(self, ask: Ask) -> Iterator[None]:
+        """Around a call: the breaker lets it in, and learns how it ended."""
+        is_trial = self.breaker.admit()
+        in_time: bool | None = None
         try:
-            self._calls.put_nowait(call)
-        except queue.Full:
-            raise Unavailable(f"{self._settings.queue_limit} requests are waiting already", retry_after_s=1) from None
-        try:
-            return call.reply.result(self._settings.timeout_s)
-        except TimeoutError:
-            call.reply.cancel()
-            raise TimedOut(f"no answer within {self._settings.timeout_s:g} s (FUNCTION_TIMEOUT_S)") from None
+            yield
+            in_time = True
+        except TimedOut:
+            in_time = False if ask.is_own_deadline else None
+            raise
+        except (ClientGone, Unavailable):
+            raise
+        except FunctionError:
+            in_time = True  # it did come back
+            raise
+        finally:
+            self.breaker.ended(is_trial=is_trial, in_time=in_time)
 
     def mark(self, stage: str) -> None:
         """Note that a stage of the cold start is over."""
@@ -110,13 +187,24 @@ class Model:
             self._on_failure()
             return
         log.info("ready after %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages.items()))
+        streams = self._streams = Streams(agent, self._settings.max_batch)
         while True:
-            call = self._calls.get()
-            if call.deadline > time.monotonic() and call.reply.set_running_or_notify_cancel():
-                self._answer(agent, call)
+            if not streams.active:
+                self.batcher.wait()
+            if slices := self.batcher.batch(may_wait=not streams.active):
+                self._predict(agent, slices)
+            for opening in self.batcher.openings(streams.room):
+                with self._calling():
+                    streams.begin(opening)
+            if streams.active:
+                began, active = time.monotonic(), streams.active
+                with self._calling():
+                    streams.step()
+                self.observer.step(active, time.monotonic() - began)
 
     def _bring_up(self) -> InferenceAgent:
         agent = load_agent(self._settings.agent)
+        self.can_stream = hasattr(agent, "step") or hasattr(agent, "stream")
         self._limit_threads()
         self.mark("import")
         self._phase = "loading"
@@ -126,6 +214,7 @@ class Model:
             began_s = self.stages["listen"]  # the weights are opened when the port is
             seconds = self._weights.restored().seconds
             self.stages["restore"] = round(min(began_s + seconds, self.stages["load"]), 4) if seconds is not None else self.stages["load"]
+        self.inputs, self.outputs = list(getattr(agent, "inputs", self.inputs)), list(getattr(agent, "outputs", self.outputs))
         self._phase = "warming"
         if warm_up := getattr(agent, "warm_up", None):
             warm_up()
@@ -134,30 +223,55 @@ class Model:
         self.mark("ready")
         return agent
 
-    def _answer(self, agent: InferenceAgent, call: _Call) -> None:
+    def _predict(self, agent: InferenceAgent, slices: Sequence[Slice]) -> None:
+        """Run one batch. If that fails, run its inputs one at a time, so that only the culprit's caller hears of it."""
+        began = time.monotonic()
+        inputs = [item for part in slices for item in part.inputs]
         try:
-            outputs = agent.predict(call.inputs)
-            if len(outputs) != len(call.inputs):
-                raise ValueError(f"predict gave {len(outputs)} outputs for {len(call.inputs)} inputs")
-        except FunctionError as error:
-            _settle(call.reply.set_exception, error)
-        except Exception:
-            log.exception("predict failed")
-            _settle(call.reply.set_exception, AgentFailed("the model failed on this request; the function's log says why"))
+            outputs = self._outputs(agent, inputs)
+        except Exception as error:  # noqa: BLE001  told apart below
+            if len(slices) == 1:
+                slices[0].call.fail(told(error))
+            else:
+                self._predict_apart(agent, slices)
         else:
-            _settle(call.reply.set_result, outputs)
+            at = 0
+            for part in slices:
+                part.call.add(outputs[at : at + len(part.inputs)])
+                at += len(part.inputs)
+        seconds = time.monotonic() - began
+        self._seconds_per_input += 0.2 * (seconds / len(inputs) - self._seconds_per_input)
+        self.observer.batch(len(inputs), seconds, [began - part.call.arrived for part in slices])
+
+    def _predict_apart(self, agent: InferenceAgent, slices: Sequence[Slice]) -> None:
+        for part in slices:
+            for item in part.inputs:
+                if part.call.is_over(time.monotonic()):
+                    break
+                try:
+                    part.call.add(self._outputs(agent, [item]))
+                except Exception as error:  # noqa: BLE001  see told
+                    part.call.fail(told(error))
+
+    def _outputs(self, agent: InferenceAgent, inputs: Sequence[Any]) -> Sequence[Any]:
+        with self._calling():
+            outputs = agent.predict(inputs)
+        if len(outputs) != len(inputs):
+            raise ValueError(f"predict gave {len(outputs)} outputs for {len(inputs)} inputs")
+        return outputs
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        self._calling_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._calling_since = None
 
     def _limit_threads(self) -> None:
         """More torch threads than cores make a busy machine several times slower."""
         if torch := sys.modules.get("torch"):
             torch.set_num_threads(self._settings.threads or _cpu_limit())
-
-
-def _settle(settle: Callable[[Any], None], value: object) -> None:
-    try:
-        settle(value)
-    except InvalidStateError:
-        pass  # the caller gave up meanwhile
 
 
 def _cpu_limit() -> int:

@@ -18,17 +18,38 @@ class FunctionSettings:
     device: str = setting("FUNCTION_DEVICE", "cpu", text="where the model runs: `cpu`, `cuda:0`")
     host: str = setting("FUNCTION_HOST", "0.0.0.0", text="the address the function listens on")  # noqa: S104  a pod's own network
     port: int = setting("PORT", 8080, minimum=0, maximum=65535, text="the port the function listens on; Knative sets it")
-    http_threads: int = setting(
-        "FUNCTION_HTTP_THREADS", 64, minimum=1, maximum=1024, text="connections served at the same time; keep it above containerConcurrency"
+    max_batch: int = setting(
+        "FUNCTION_MAX_BATCH", 32, minimum=1, maximum=4096, text="inputs handed to the model at a time, and streams that share a step"
+    )
+    batch_wait_ms: float = setting(
+        "FUNCTION_BATCH_WAIT_MS", 5.0, minimum=0, maximum=1000, text="the longest wait for more inputs, while more are likely"
     )
     queue_limit: int = setting(
-        "FUNCTION_QUEUE_LIMIT", 128, minimum=1, text="requests that may wait for the model; beyond it callers get 503"
+        "FUNCTION_QUEUE_LIMIT", 128, minimum=1, maximum=4096, text="requests that may wait for the model; beyond it callers get 503"
     )
-    timeout_s: float = setting("FUNCTION_TIMEOUT_S", 30.0, minimum=0.001, maximum=3600, text="seconds until a request is answered 504")
+    timeout_s: float = setting(
+        "FUNCTION_TIMEOUT_S",
+        30.0,
+        minimum=0.001,
+        maximum=3600,
+        text="seconds until a request is answered 504; for a stream, to each next piece",
+    )
+    breaker_threshold: int = setting(
+        "FUNCTION_BREAKER_THRESHOLD", 5, minimum=1, maximum=1000, text="time-outs in a row after which callers get 503 at once"
+    )
+    breaker_reset_s: float = setting(
+        "FUNCTION_BREAKER_RESET_S", 30.0, minimum=0.001, maximum=86400, text="seconds until a call is tried again after that"
+    )
     max_body_bytes: int = setting("FUNCTION_MAX_BODY_BYTES", 16 << 20, minimum=1, text="largest request body; beyond it callers get 413")
+    max_inputs: int = setting("FUNCTION_MAX_INPUTS", 1024, minimum=1, text="inputs that one request may hold; beyond it callers get 400")
     threads: int = setting(
         "FUNCTION_TORCH_THREADS", 0, minimum=0, maximum=1024, text="torch's threads; 0 takes the container's CPU limit, or 1 without one"
     )
+
+    @property
+    def http_threads(self) -> int:
+        """Enough for all that may wait and all that may be worked on, and some to spare for those that are being read or answered."""
+        return self.queue_limit + 2 * self.max_batch + 16
 
 
 def from_environment() -> tuple[FunctionSettings, WeightsSettings]:

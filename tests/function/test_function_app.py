@@ -235,7 +235,8 @@ def test_a_draining_function_is_not_ready(tmp_path: Path) -> None:
 
 def test_models_are_listed_and_described(make_client: MakeClient) -> None:
     client = make_client()
-    assert client.get("/v1/models").json == {"models": ["probe"]}
+    card = {"id": "probe", "object": "model", "created": 0, "owned_by": "relight"}
+    assert client.get("/v1/models").json == {"object": "list", "data": [card], "models": ["probe"]}
     assert client.get("/v1/models/probe").json == {"name": "probe", "ready": True}
 
 

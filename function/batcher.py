@@ -1,0 +1,170 @@
+"""What waits for the model, and which of it is next.
+
+Calls wait in two classes, interactive and batch; a batch of inputs is made of one class only, interactive while there is any, so that
+batch work delays an interactive caller by the one batch that is running at most. A long call is taken in pieces of a batch each. Nobody
+is waited for unless company is likely: if the last batch held several calls, its callers are about to ask again (adaptive batching as
+in Clipper, NSDI 2017).
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Any
+
+from function.errors import ClientGone, TimedOut
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a request says beside its input."""
+
+    timeout_s: float
+    is_own_deadline: bool = True  # the server's own; False if the caller asked for a shorter one
+    is_batch: bool = False
+    is_gone: Callable[[], bool] = lambda: False  # whether the caller has hung up
+
+
+@dataclass(eq=False)
+class Call:
+    """Inputs that want outputs."""
+
+    inputs: Sequence[Any]
+    ask: Ask
+    arrived: float
+    outputs: list[Any] = field(default_factory=list)
+    taken: int = 0  # inputs that were handed to the model, or are about to be
+    reply: "Future[list[Any]]" = field(default_factory=Future)
+
+    def is_over(self, now: float) -> bool:
+        """Whether nobody waits for it any more; says so to whoever does."""
+        if self.reply.done():
+            return True
+        if self.ask.is_gone():
+            self.fail(ClientGone("the caller has hung up"))
+        elif now >= self.arrived + self.ask.timeout_s:
+            self.fail(TimedOut("it waited too long"))  # its thread says more
+        return self.reply.done()
+
+    def add(self, outputs: Sequence[Any]) -> None:
+        """The next outputs; with the last one the caller is answered."""
+        self.outputs.extend(outputs)
+        if len(self.outputs) == len(self.inputs):
+            try:
+                self.reply.set_result(self.outputs)
+            except InvalidStateError:
+                pass  # it gave up meanwhile
+
+    def fail(self, error: Exception) -> None:
+        """Tell the caller, if it has not given up."""
+        try:
+            self.reply.set_exception(error)
+        except InvalidStateError:
+            pass
+
+
+@dataclass(eq=False)
+class Opening:
+    """An input that wants a stream."""
+
+    input: Any
+    ask: Ask
+    arrived: float
+    stream: Any
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of a call that is in a batch."""
+
+    call: Call
+    inputs: Sequence[Any]
+
+
+class Batcher:
+    """The queue in front of one model: filled from any thread, emptied by the model's."""
+
+    def __init__(self, *, max_batch: int, wait_s: float, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """max_batch: inputs; wait_s: the longest wait for company; limit: calls and openings that may wait."""
+        self._max_batch = max_batch
+        self._wait_s = wait_s
+        self._limit = limit
+        self._clock = clock
+        self._lock = threading.Condition()  # guards what follows
+        self._calls: tuple[deque[Call], deque[Call]] = deque(), deque()  # interactive, batch
+        self._openings: tuple[deque[Opening], deque[Opening]] = deque(), deque()
+        self._inputs = 0  # that wait
+        self._company = 1  # calls in the last batch
+        self._is_closed = False
+
+    def put(self, item: Call | Opening) -> bool:
+        """Queue it; False if too many wait already."""
+        with self._lock:
+            if self.is_full():
+                return False
+            if isinstance(item, Call):
+                self._calls[item.ask.is_batch].append(item)
+                self._inputs += len(item.inputs)
+            else:
+                self._openings[item.ask.is_batch].append(item)
+            self._lock.notify_all()
+            return True
+
+    def is_full(self) -> bool:
+        """Whether no more may wait."""
+        return self.waiting() >= self._limit
+
+    def waiting(self) -> int:
+        """Calls and openings that wait."""
+        return sum(map(len, self._calls)) + sum(map(len, self._openings))
+
+    def waiting_inputs(self) -> int:
+        """Inputs of the calls that wait, and openings."""
+        return self._inputs + sum(map(len, self._openings))
+
+    def wait(self) -> None:
+        """Until something is there."""
+        with self._lock:
+            self._lock.wait_for(lambda: any(self._calls) or any(self._openings))
+
+    def batch(self, *, may_wait: bool) -> list[Slice]:
+        """The next inputs for the model, empty if none wait. may_wait: for company, if it is likely."""
+        with self._lock:
+            if may_wait and self._company > 1 and self._wait_s and any(self._calls):
+                oldest = min(queue[0].arrived for queue in self._calls if queue)
+                expected = self._company
+                self._lock.wait_for(
+                    lambda: sum(map(len, self._calls)) >= expected or self._inputs >= self._max_batch,
+                    max(0.0, oldest + self._wait_s - self._clock()),
+                )
+            slices = list(self._slices(self._calls[0])) or list(self._slices(self._calls[1]))
+            if slices:
+                self._company = len(slices)
+            return slices
+
+    def _slices(self, queue: deque[Call]) -> Iterator[Slice]:
+        room, now = self._max_batch, self._clock()
+        while queue and room:
+            call = queue[0]
+            if call.is_over(now):
+                self._inputs -= len(call.inputs) - call.taken
+                queue.popleft()
+                continue
+            start, call.taken = call.taken, min(call.taken + room, len(call.inputs))
+            inputs = call.inputs[start : call.taken]
+            room -= len(inputs)
+            self._inputs -= len(inputs)
+            if call.taken == len(call.inputs):
+                queue.popleft()
+            yield Slice(call, inputs)
+
+    def openings(self, room: int) -> list[Opening]:
+        """The next streams to begin, `room` at most."""
+        with self._lock:
+            taken: list[Opening] = []
+            for queue in self._openings:
+                while queue and len(taken) < room:
+                    taken.append(queue.popleft())
+            return taken

@@ -1,0 +1,180 @@
+"""What all protocols share: reading a request within bounds, answering in JSON or in server-sent events."""
+
+import math
+import re
+import select
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import flask
+import orjson
+
+from function.batcher import Ask
+from function.errors import BadInput, FunctionError, NotFound, TooLarge, UnsupportedMediaType, told
+from function.metrics import Metrics
+from function.model import Model
+from function.settings import FunctionSettings
+from function.streams import Stream
+
+HEARTBEAT_S = 10.0  # a comment line when the model is silent for so long, so that nothing in between takes the connection for dead
+URGENCY_OF_BATCH = 5  # RFC 9218; below it is interactive
+
+
+@dataclass(frozen=True)
+class Function:
+    """The model and what its routes need besides."""
+
+    settings: FunctionSettings
+    model: Model
+    metrics: Metrics
+
+    def known(self, name: Any) -> None:
+        """Raises NotFound unless it is our model's name."""
+        if name != self.settings.model_name:
+            raise NotFound(f"there is no model {name!r} here; this function serves {self.settings.model_name!r}")
+
+    def predict(self, inputs: list[Any], ask: Ask | None = None) -> list[Any]:
+        """One output for each input. Raises what Model.predict does, and BadInput when there are too many."""
+        if len(inputs) > self.settings.max_inputs:
+            raise BadInput(f"{len(inputs)} inputs in one request; at most {self.settings.max_inputs} (FUNCTION_MAX_INPUTS)")
+        self.metrics.instances.inc(len(inputs))
+        return self.model.predict(inputs, ask or self.ask())
+
+    def stream(self, item: Any) -> Stream:
+        """The answer to one input, piece by piece, once its first piece is there. Raises what Model.stream does."""
+        self.metrics.instances.inc()
+        with self.metrics.first_piece.time():
+            return self.model.stream(item, self.ask())
+
+    def ask(self, urgency: int | None = None) -> Ask:
+        """What the request says of its deadline and its priority. urgency: said elsewhere than in the Priority header."""
+        headers, own_s = flask.request.headers, self.settings.timeout_s
+        said = headers.get("X-Request-Timeout-Ms")
+        timeout_s = own_s if said is None else min(own_s, _milliseconds(said) / 1000)
+        if urgency is None:
+            urgency = _urgency(headers.get("Priority", ""))
+        return Ask(timeout_s, timeout_s == own_s, urgency >= URGENCY_OF_BATCH, _is_gone(flask.request.environ.get("gunicorn.socket")))
+
+    def json_body(self) -> Any:
+        """The request's body, parsed. Raises what `body` does, and BadInput."""
+        request = flask.request
+        if request.mimetype and request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
+            raise UnsupportedMediaType(
+                f"a body of type {request.mimetype!r} is not understood here; send JSON with Content-Type: application/json"
+            )
+        return parse_json(self.body())
+
+    def json_object(self) -> dict[str, Any]:
+        """The same where it has to be an object."""
+        document = self.json_body()
+        if not isinstance(document, dict):
+            raise BadInput(f"the body must be a JSON object, not {_kind(document)}")
+        return document
+
+    def body(self) -> bytes:
+        """The request's body.
+
+        Raises Unavailable, before anything is read, if the request would be refused anyway, and TooLarge: it reads one byte past the limit
+        instead of trusting Content-Length, as a chunked body has none.
+        """
+        self.model.check()
+        limit, length = self.settings.max_body_bytes, flask.request.content_length or 0
+        body: bytes = flask.request.stream.read(limit + 1) if length <= limit else b""
+        if max(length, len(body)) > limit:
+            raise TooLarge(f"the body is larger than {limit} bytes (FUNCTION_MAX_BODY_BYTES)")
+        return body
+
+
+def parse_json(text: bytes) -> Any:
+    """What it says. Raises BadInput."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise BadInput(f"the body is not JSON: {error}") from None
+
+
+def reply(document: Any, status: int = 200) -> flask.Response:
+    """A JSON answer. Raises TypeError for what JSON cannot say."""
+    return flask.Response(dumps(document), status, content_type="application/json")
+
+
+def dumps(document: Any) -> bytes:
+    """JSON; numpy's arrays and numbers are fine."""
+    try:
+        return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    except TypeError as error:
+        raise TypeError(f"the agent's output is not JSON: {error}") from error
+
+
+def refusal(status: int, kind: str, message: str, retry_after_s: float | None = None) -> flask.Response:
+    """An error in our own shape; Retry-After in whole seconds, at least one."""
+    response = reply({"error": {"type": kind, "message": message}}, status)
+    if retry_after_s is not None:
+        response.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+    return response
+
+
+def events(stream: Stream, shape: Callable[[Any], Any], last: Callable[[], list[bytes]] = list) -> flask.Response:
+    """Server-sent events: each piece as `shape` makes it, then what `last` gives, which may ask `stream.sequence` how it ended.
+
+    An error half-way is told in an event, since the status is out already. The stream ends when the client leaves.
+    """
+
+    def lines() -> Iterator[bytes]:
+        try:
+            for piece in stream.pieces(HEARTBEAT_S):
+                yield b": still working\n\n" if piece is None else event(shape(piece))
+            yield from last()
+        except Exception as error:  # noqa: BLE001  `told` logs it
+            found = error if isinstance(error, FunctionError) else told(error)
+            yield event({"error": {"type": found.type, "message": str(found)}})
+        finally:
+            stream.close()
+
+    return flask.Response(
+        lines(), content_type="text/event-stream; charset=utf-8", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    )
+
+
+def event(document: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + dumps(document) + b"\n\n"
+
+
+def _milliseconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise BadInput(f"X-Request-Timeout-Ms: {text!r} is not a number of milliseconds above 0")
+    return found
+
+
+def _urgency(priority: str) -> int:
+    """The urgency in a Priority header (RFC 9218): 0 to 7, 3 if there is none that makes sense."""
+    found = re.search(r"(?:^|,)\s*u=([0-7])\s*(?:[,;]|$)", priority)
+    return int(found[1]) if found else 3
+
+
+def _is_gone(sock: Any) -> Callable[[], bool]:
+    """Asks the kernel whether the other side of a connection has hung up."""
+    if sock is None:
+        return lambda: False
+
+    def ask() -> bool:
+        try:
+            poll = select.poll()
+            poll.register(sock, select.POLLRDHUP)
+            return bool(poll.poll(0))
+        except (OSError, ValueError):  # closed here meanwhile
+            return True
+
+    return ask
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}.get(
+        type(value), "null"
+    )

@@ -1,0 +1,1 @@
+"""What callers speak: each module adds the routes of one protocol to the app."""

@@ -1,0 +1,199 @@
+"""Answers that are made piece by piece, as the caller's thread and the model's see them.
+
+The model's thread runs all sequences together, a step at a time (iteration-level scheduling as in Orca, OSDI 2022): they join and leave
+between steps.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from function.batcher import Ask, Opening
+from function.errors import ClientGone, FunctionError, TimedOut, told
+
+log = logging.getLogger("relight.function")
+
+_END = object()
+
+
+class Stream:
+    """One answer; iterate over it for its pieces, and close it. The caller's side."""
+
+    def __init__(self, ask: Ask, on_timeout: Callable[[], object] = lambda: None) -> None:
+        """on_timeout: is called when the server's own deadline ends it between two pieces."""
+        self.ask = ask
+        self.sequence: Any = None  # the agent's own object, from its start on; None for an agent that streams one caller at a time
+        self._pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._on_timeout = on_timeout
+        self._first: Any = None
+
+    def begin(self) -> None:
+        """Wait for the first piece. Raises what `pieces` does."""
+        self._first = self._next(self.ask.timeout_s)
+
+    def pieces(self, gap_s: float | None = None) -> Iterator[Any]:
+        """What the agent makes, as it is made; None whenever nothing came for `gap_s` seconds. Call it once, after `begin`.
+
+        Raises AgentFailed, BadInput or, when a piece takes longer than the deadline, TimedOut.
+        """
+        piece = self._first
+        while piece is not _END:
+            yield piece
+            left_s = self.ask.timeout_s
+            while gap_s and left_s > gap_s:
+                try:
+                    piece = self._next(gap_s, is_deadline=False)
+                    break
+                except queue.Empty:
+                    left_s -= gap_s
+                    yield None
+            else:
+                try:
+                    piece = self._next(left_s)
+                except TimedOut:
+                    if self.ask.is_own_deadline:
+                        self._on_timeout()
+                    raise
+
+    def _next(self, timeout_s: float, *, is_deadline: bool = True) -> Any:
+        """The next piece, or _END. Raises its error, and at the deadline TimedOut; queue.Empty if it is not the deadline."""
+        try:
+            piece = self._pieces.get(timeout=timeout_s)
+        except queue.Empty:
+            if not is_deadline:
+                raise
+            self.close()
+            raise TimedOut(
+                f"no piece within {self.ask.timeout_s:g} s" + (" (FUNCTION_TIMEOUT_S)" if self.ask.is_own_deadline else "")
+            ) from None
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
+
+    def close(self) -> None:
+        """No more pieces are wanted; its place is free before the next step."""
+        self._closed.set()
+
+    # The model's side
+
+    def is_wanted(self) -> bool:
+        """Whether somebody still reads."""
+        return not (self._closed.is_set() or self.ask.is_gone())
+
+    def put(self, piece: Any) -> None:
+        """Hand over a piece."""
+        self._pieces.put(piece)
+
+    def end(self, error: Exception | None = None) -> None:
+        """That was all."""
+        self._pieces.put(error or _END)
+
+
+class Streams:
+    """The streams that are being made; used by the model's thread alone."""
+
+    def __init__(self, agent: Any, limit: int) -> None:
+        """limit: of sequences that share a step."""
+        self._agent = agent
+        self._shared = hasattr(agent, "step")
+        self._limit = limit if self._shared else 1
+        self._active: list[tuple[Stream, Any]] = []  # with the agent's sequence, or the iterator that `stream` gave
+
+    @property
+    def room(self) -> int:
+        """How many more may begin."""
+        return self._limit - len(self._active)
+
+    @property
+    def active(self) -> int:
+        """How many are being made."""
+        return len(self._active)
+
+    def begin(self, opening: Opening) -> None:
+        """Let one join."""
+        stream: Stream = opening.stream
+        if not stream.is_wanted():
+            stream.end(ClientGone("the caller has hung up"))
+            return
+        if time.monotonic() >= opening.arrived + opening.ask.timeout_s:
+            stream.end(TimedOut("it waited too long"))
+            return
+        try:
+            if self._shared:
+                stream.sequence = self._agent.start(opening.input)
+                self._active.append((stream, stream.sequence))
+            else:
+                self._active.append((stream, iter(self._agent.stream(opening.input))))
+        except Exception as error:  # noqa: BLE001  it is told apart there
+            stream.end(told(error))
+
+    def step(self) -> None:
+        """One piece more for each."""
+        self._drop_unwanted()
+        if not self._active:
+            return
+        if not self._shared:
+            self._advance()
+            return
+        try:
+            pieces = self._step([sequence for _, sequence in self._active])
+        except Exception as error:  # noqa: BLE001  see told
+            if len(self._active) == 1:
+                self._active.pop()[0].end(told(error))
+            else:
+                self._step_apart()
+            return
+        self._hand_over(pieces)
+
+    def _step_apart(self) -> None:
+        """Find the culprit: what one sequence does is no business of the others."""
+        log.warning("a step of %d sequences failed; taking them one at a time", len(self._active))
+        pieces: list[Any] = []
+        for _, sequence in self._active:
+            try:
+                pieces += self._step([sequence])
+            except Exception as error:  # noqa: BLE001  see told
+                pieces.append(told(error))
+        self._hand_over(pieces)
+
+    def _step(self, sequences: Sequence[Any]) -> Sequence[Any]:
+        pieces: Sequence[Any] = self._agent.step(list(sequences))
+        if len(pieces) != len(sequences):
+            raise ValueError(f"step gave {len(pieces)} pieces for {len(sequences)} sequences")
+        return pieces
+
+    def _hand_over(self, pieces: Sequence[Any]) -> None:
+        going_on = []
+        for (stream, sequence), piece in zip(self._active, pieces, strict=True):
+            if piece is None or isinstance(piece, FunctionError):
+                stream.end(piece)
+            else:
+                stream.put(piece)
+                going_on.append((stream, sequence))
+        self._active = going_on
+
+    def _advance(self) -> None:
+        ((stream, iterator),) = self._active
+        try:
+            piece = next(iterator, _END)
+        except Exception as error:  # noqa: BLE001  see told
+            stream.end(told(error))
+            self._active.clear()
+            return
+        if piece is _END:
+            stream.end()
+            self._active.clear()
+        else:
+            stream.put(piece)
+
+    def _drop_unwanted(self) -> None:
+        for stream, made in self._active:
+            if not stream.is_wanted():
+                stream.end(ClientGone("the caller has hung up"))
+                if close := getattr(made, "close", None):  # a generator's, so that what it holds is freed now
+                    close()
+        self._active = [(stream, made) for stream, made in self._active if stream.is_wanted()]
