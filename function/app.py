@@ -6,11 +6,11 @@ import time
 import flask
 from werkzeug.exceptions import HTTPException
 
-from function.errors import FunctionError, TooLarge
+from function.errors import FunctionError, TooLarge, TooSlow
 from function.http import Function, refusal, reply
 from function.metrics import Metrics
 from function.model import Model
-from function.protocols import plain, v1
+from function.protocols import openai, plain, v1
 from function.settings import FunctionSettings
 
 log = logging.getLogger("relight.function")
@@ -21,7 +21,7 @@ def create_app(settings: FunctionSettings, model: Model) -> flask.Flask:
     app = flask.Flask("function", static_folder=None)
     metrics = Metrics(model, settings.model_name)
     function = Function(settings, model, metrics)
-    for protocol in (plain, v1):
+    for protocol in (plain, v1, openai):
         protocol.add_routes(app, function)
 
     @app.get("/healthz")
@@ -53,7 +53,7 @@ def create_app(settings: FunctionSettings, model: Model) -> flask.Flask:
     @app.errorhandler(FunctionError)
     def ours(error: FunctionError) -> flask.Response:
         response = refusal(error.status, error.type, str(error), error.retry_after_s)
-        if isinstance(error, TooLarge):
+        if isinstance(error, TooLarge | TooSlow):
             response.headers["Connection"] = "close"  # the rest of the body is not read
         return response
 

@@ -1,7 +1,7 @@
 """What a caller can be told.
 
-request → parse (BadInput, NotFound, TooLarge, UnsupportedMediaType) → admit (Unavailable) → agent (AgentFailed, TimedOut, CannotStream)
-→ reply. Each error knows its HTTP status; only these reach the caller, anything else stays in the log.
+request → parse (BadInput, NotFound, TooLarge, TooSlow, UnsupportedMediaType) → admit (Unavailable) → agent (AgentFailed, TimedOut,
+CannotStream) → reply. Each error knows its HTTP status; only these reach the caller, anything else stays in the log.
 """
 
 import logging
@@ -42,6 +42,13 @@ class TooLarge(FunctionError):
 
     status = 413
     type = "too_large"
+
+
+class TooSlow(FunctionError):
+    """The body stopped coming."""
+
+    status = 408
+    type = "too_slow"
 
 
 class UnsupportedMediaType(FunctionError):

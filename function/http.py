@@ -3,15 +3,16 @@
 import math
 import re
 import select
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import flask
 import orjson
+from gunicorn.http.errors import ParseException
 
 from function.batcher import Ask
-from function.errors import BadInput, FunctionError, NotFound, TooLarge, UnsupportedMediaType, told
+from function.errors import BadInput, ClientGone, FunctionError, NotFound, TooLarge, TooSlow, UnsupportedMediaType, told
 from function.metrics import Metrics
 from function.model import Model
 from function.settings import FunctionSettings
@@ -80,7 +81,14 @@ class Function:
         """
         self.model.check()
         limit, length = self.settings.max_body_bytes, flask.request.content_length or 0
-        body: bytes = flask.request.stream.read(limit + 1) if length <= limit else b""
+        try:
+            body: bytes = flask.request.stream.read(limit + 1) if length <= limit else b""
+        except BlockingIOError:  # the kernel's time-out, which the worker sets
+            raise TooSlow("the body did not come") from None
+        except OSError as error:
+            raise ClientGone("the connection ended within the body") from error
+        except ParseException as error:
+            raise BadInput(f"the body is not framed as HTTP has it: {error}") from None
         if max(length, len(body)) > limit:
             raise TooLarge(f"the body is larger than {limit} bytes (FUNCTION_MAX_BODY_BYTES)")
         return body
@@ -108,21 +116,29 @@ def dumps(document: Any) -> bytes:
 
 
 def refusal(status: int, kind: str, message: str, retry_after_s: float | None = None) -> flask.Response:
-    """An error in our own shape; Retry-After in whole seconds, at least one."""
+    """An error in our own shape."""
     response = reply({"error": {"type": kind, "message": message}}, status)
     if retry_after_s is not None:
-        response.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+        response.headers["Retry-After"] = retry_after(retry_after_s)
     return response
 
 
-def events(stream: Stream, shape: Callable[[Any], Any], last: Callable[[], list[bytes]] = list) -> flask.Response:
-    """Server-sent events: each piece as `shape` makes it, then what `last` gives, which may ask `stream.sequence` how it ended.
+def retry_after(seconds: float) -> str:
+    """The header's value: whole seconds, at least one."""
+    return str(max(1, math.ceil(seconds)))
+
+
+def events(
+    stream: Stream, shape: Callable[[Any], Any], last: Callable[[], list[bytes]] = list, first: Sequence[bytes] = ()
+) -> flask.Response:
+    """Server-sent events: `first`, each piece as `shape` makes it, and what `last` gives, which may ask `stream.sequence` how it ended.
 
     An error half-way is told in an event, since the status is out already. The stream ends when the client leaves.
     """
 
     def lines() -> Iterator[bytes]:
         try:
+            yield from first
             for piece in stream.pieces(HEARTBEAT_S):
                 yield b": still working\n\n" if piece is None else event(shape(piece))
             yield from last()

@@ -54,6 +54,10 @@ class Metrics(Observer):
         self._step_seconds.inc(seconds)
         self._pieces.inc(sequences)
 
+    def refused(self) -> None:
+        """A request was refused before anybody looked at it."""
+        self.requests.labels("*", "503").inc()
+
     def text(self) -> bytes:
         """The exposition in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -37,6 +37,9 @@ class Observer:
     def step(self, sequences: int, seconds: float) -> None:
         """The agent made a piece of each of these."""
 
+    def refused(self) -> None:
+        """A request was refused before anybody looked at it."""
+
 
 class Model:
     """Runs one agent in a thread of its own; `predict` and `stream` may be called from any thread."""
@@ -114,6 +117,14 @@ class Model:
         self.breaker.check()
         if self.batcher.is_full():
             raise self._full()
+
+    def refusal(self) -> Unavailable | None:
+        """Why a call that came now would be refused, None if it would not."""
+        try:
+            self.check()
+        except Unavailable as error:
+            return error
+        return None
 
     def _full(self) -> Unavailable:
         return Unavailable(

@@ -1,10 +1,11 @@
-"""gunicorn, configured for one model: one worker process that owns the device, threads for the connections.
+"""gunicorn, configured for one model: one worker process that owns the device, threads for the requests.
 
 The port is open, and `/readyz` answers, before the worker imports torch; the model is built in the worker, after the fork, because a
 CUDA context does not survive one.
 """
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -14,11 +15,11 @@ from typing import Any
 
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
-from gunicorn.workers.gthread import ThreadWorker
 
 from function.app import create_app
 from function.model import Model
 from function.settings import FunctionSettings, from_environment
+from function.worker import FunctionWorker
 from weights_cache.errors import SettingsError
 from weights_cache.reader import Weights
 from weights_cache.settings import WeightsSettings
@@ -44,11 +45,11 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
         config = {
             "bind": f"{settings.host}:{settings.port}",
             "workers": 1,
-            "worker_class": "gthread",
+            "worker_class": FunctionWorker,
             "threads": settings.http_threads,
             "worker_connections": settings.http_threads + 1000,
             "timeout": 0,  # a busy worker is the platform's to judge, by its probes
-            "graceful_timeout": int(settings.timeout_s) + 1,
+            "graceful_timeout": math.ceil(settings.drain_s),
             "keepalive": 75,  # longer than any proxy in front, so that it is the proxy that closes an idle connection
             "worker_tmp_dir": "/dev/shm" if Path("/dev/shm").is_dir() else None,  # noqa: S108  a read-only root has no other place
             "control_socket_disable": True,
@@ -63,7 +64,7 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
         self._model = Model(self._settings, Weights(self._weights), started_at=self._started_at)
         return create_app(self._settings, self._model)
 
-    def _start_model(self, worker: ThreadWorker) -> None:
+    def _start_model(self, worker: FunctionWorker) -> None:
         model = self._model
         assert model is not None
 
@@ -71,6 +72,8 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
             model.drain()
             worker.handle_exit(number, frame)
 
+        worker.refusal = model.refusal
+        worker.on_refused = model.observer.refused
         signal.signal(signal.SIGTERM, on_term)
         # gunicorn ends, instead of trying again for ever, when a worker leaves with this status; the platform then sees the failure.
         model.start(on_failure=lambda: os._exit(Arbiter.WORKER_BOOT_ERROR))

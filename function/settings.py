@@ -34,6 +34,9 @@ class FunctionSettings:
         maximum=3600,
         text="seconds until a request is answered 504; for a stream, to each next piece",
     )
+    drain_s: float = setting(
+        "FUNCTION_DRAIN_S", 60.0, minimum=0, maximum=3600, text="seconds that running requests and streams have after SIGTERM"
+    )
     breaker_threshold: int = setting(
         "FUNCTION_BREAKER_THRESHOLD", 5, minimum=1, maximum=1000, text="time-outs in a row after which callers get 503 at once"
     )

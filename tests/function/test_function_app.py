@@ -237,7 +237,7 @@ def test_models_are_listed_and_described(make_client: MakeClient) -> None:
     client = make_client()
     card = {"id": "probe", "object": "model", "created": 0, "owned_by": "relight"}
     assert client.get("/v1/models").json == {"object": "list", "data": [card], "models": ["probe"]}
-    assert client.get("/v1/models/probe").json == {"name": "probe", "ready": True}
+    assert client.get("/v1/models/probe").json == {"name": "probe", "ready": True, **card}
 
 
 def test_metrics_count_requests_by_route_and_code(make_client: MakeClient) -> None:

@@ -1,0 +1,158 @@
+"""Which calls are next, and who is waited for."""
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from function.batcher import Ask, Batcher, Call, Opening
+from function.errors import ClientGone, TimedOut
+from tests.support import wait_until
+
+
+def queue(max_batch: int = 4, wait_s: float = 0.0, limit: int = 1000) -> Batcher:
+    return Batcher(max_batch=max_batch, wait_s=wait_s, limit=limit)
+
+
+def call(*inputs: Any, timeout_s: float = 60.0, **ask: Any) -> Call:
+    return Call(inputs, Ask(timeout_s, **ask), time.monotonic())
+
+
+def batches(batcher: Batcher) -> list[list[Any]]:
+    """What the model is given, until nothing is left; each input is answered with itself."""
+    found = []
+    while slices := batcher.batch(may_wait=False):
+        found.append([item for part in slices for item in part.inputs])
+        for part in slices:
+            part.call.add(part.inputs)
+    return found
+
+
+def test_inputs_are_counted_not_calls() -> None:
+    batcher = queue(max_batch=4)
+    for item in (call(1, 2, 3), call(4, 5), call(6)):
+        assert batcher.put(item)
+    assert batches(batcher) == [[1, 2, 3, 4], [5, 6]]
+
+
+def test_a_long_call_is_taken_in_pieces_and_answered_whole() -> None:
+    batcher, long = queue(max_batch=4), call(*range(10))
+    batcher.put(long)
+    assert batches(batcher) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert long.reply.result(0) == list(range(10))
+    assert batcher.waiting_inputs() == 0
+
+
+def test_interactive_callers_come_before_batch_work_and_do_not_share_with_it() -> None:
+    batcher = queue(max_batch=4)
+    for item in (call("b1", "b2", "b3", is_batch=True), call("i1"), call("b4", is_batch=True), call("i2")):
+        batcher.put(item)
+    assert batches(batcher) == [["i1", "i2"], ["b1", "b2", "b3", "b4"]]
+
+
+def test_an_interactive_caller_waits_for_one_batch_of_a_long_batch_call_at_most() -> None:
+    batcher = queue(max_batch=4)
+    batcher.put(call(*range(12), is_batch=True))
+    batcher.batch(may_wait=False)
+    batcher.put(call("i"))
+    assert batches(batcher)[0] == ["i"]
+
+
+def test_what_waits_is_bounded() -> None:
+    batcher = queue(limit=2)
+    assert batcher.put(call(1))
+    assert batcher.put(Opening("s", Ask(1), time.monotonic(), None))
+    assert batcher.is_full()
+    assert not batcher.put(call(2))
+    assert batcher.waiting() == 2
+
+
+def test_nobody_computes_for_callers_who_have_left_or_whose_time_is_up() -> None:
+    batcher = queue()
+    gone, late, given_up, kept = call(1, is_gone=lambda: True), call(2, timeout_s=0.0), call(3), call(4)
+    for item in (gone, late, given_up, kept):
+        batcher.put(item)
+    given_up.reply.cancel()
+    assert batches(batcher) == [[4]]
+    assert batcher.waiting_inputs() == 0
+    with pytest.raises(ClientGone):
+        gone.reply.result(0)
+    with pytest.raises(TimedOut):
+        late.reply.result(0)
+
+
+def test_a_lone_call_is_not_held_up() -> None:
+    batcher = queue(wait_s=5.0)
+    for _ in range(2):
+        batcher.put(call(1))
+        began = time.monotonic()
+        assert len(batcher.batch(may_wait=True)) == 1
+        assert time.monotonic() - began < 1
+
+
+def test_after_a_batch_with_company_as_much_company_is_waited_for() -> None:
+    batcher = queue(max_batch=8, wait_s=30.0)
+    for item in range(2):
+        batcher.put(call(item))
+    assert len(batcher.batch(may_wait=True)) == 2
+    batcher.put(call("first"))
+    found: list[Sequence[Any]] = []
+    waiting = threading.Thread(target=lambda: found.append(batcher.batch(may_wait=True)))
+    waiting.start()
+    time.sleep(0.05)
+    assert not found
+    batcher.put(call("second"))
+    wait_until("the batch", lambda: found, 10)
+    waiting.join()
+    assert [part.inputs for part in found[0]] == [("first",), ("second",)]
+
+
+def test_company_that_does_not_come_is_not_waited_for_twice() -> None:
+    batcher = queue(wait_s=0.2)
+    for item in range(2):
+        batcher.put(call(item))
+    batcher.batch(may_wait=True)
+    took = []
+    for _ in range(2):
+        batcher.put(call("alone"))
+        began = time.monotonic()
+        assert len(batcher.batch(may_wait=True)) == 1
+        took.append(time.monotonic() - began)
+    assert took[0] >= 0.15
+    assert took[1] < 0.15
+
+
+def test_a_full_batch_is_not_held_up_either() -> None:
+    batcher = queue(max_batch=2, wait_s=30.0)
+    for item in range(2):
+        batcher.put(call(item))
+    batcher.batch(may_wait=True)
+    batcher.put(call(1, 2, 3))
+    assert [len(part.inputs) for part in batcher.batch(may_wait=True)] == [2]
+
+
+def test_streams_begin_interactive_ones_first() -> None:
+    batcher = queue()
+    openings = [Opening(name, Ask(1, is_batch=name.startswith("b")), time.monotonic(), None) for name in ("b1", "i1", "i2")]
+    for opening in openings:
+        batcher.put(opening)
+    assert [opening.input for opening in batcher.openings(2)] == ["i1", "i2"]
+    assert [opening.input for opening in batcher.openings(2)] == ["b1"]
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), max_size=30), st.integers(1, 7))
+def test_each_call_gets_its_own_outputs_in_order_and_no_batch_is_too_large_or_mixed(calls: list[tuple[int, bool]], max_batch: int) -> None:
+    batcher = queue(max_batch=max_batch)
+    made = [call(*((number, at) for at in range(size)), is_batch=is_batch) for number, (size, is_batch) in enumerate(calls)]
+    for item in made:
+        batcher.put(item)
+    given_to_model = batches(batcher)
+    assert all(0 < len(batch) <= max_batch for batch in given_to_model)
+    assert all(len({calls[number][1] for number, _ in batch}) == 1 for batch in given_to_model)
+    for item in made:
+        assert item.reply.result(0) == list(item.inputs)
+    assert batcher.waiting() == batcher.waiting_inputs() == 0

@@ -1,0 +1,265 @@
+"""Streams through the model: shared steps, joining and leaving, deadlines, hang-ups, errors. In one process, without HTTP."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from function.agent import BadInput, Weights
+from function.batcher import Ask
+from function.errors import AgentFailed, CannotStream, TimedOut, Unavailable
+from function.model import Model
+from function.settings import FunctionSettings
+from tests.support import wait_until
+from weights_cache.settings import WeightsSettings
+
+
+class Counter:
+    """Counts up to what it is given, all together; a step waits for its turn if somebody holds the gate."""
+
+    gate = threading.Event()
+    together: ClassVar[list[int]] = []
+
+    def load(self, weights: Weights, device: str) -> None:
+        type(self).together = []
+        type(self).gate.set()
+
+    def predict(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        return [f"predicted {item}" for item in inputs]
+
+    def start(self, input: Any) -> list[Any]:
+        if input == "bad":
+            raise BadInput("'bad' is not a number")
+        return [input, 0]
+
+    def step(self, sequences: list[list[Any]]) -> list[Any]:
+        self.gate.wait(10)
+        self.together.append(len(sequences))
+        pieces: list[Any] = []
+        for sequence in sequences:
+            if sequence[0] == "crash":
+                raise RuntimeError("secret detail")
+            sequence[1] += 1
+            pieces.append(sequence[1] if sequence[1] <= sequence[0] else None)
+        return pieces
+
+
+class Plain:
+    """Streams one caller at a time."""
+
+    closed = threading.Event()
+
+    def load(self, weights: Weights, device: str) -> None:
+        type(self).closed = threading.Event()
+
+    def predict(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        return inputs
+
+    def stream(self, input: Any) -> Iterator[Any]:
+        try:
+            for piece in count() if input == "endless" else range(input):
+                yield piece
+                time.sleep(0.001)
+            if input == 3:
+                raise RuntimeError("secret detail")
+        finally:
+            self.closed.set()
+
+
+class Mute:
+    """Cannot stream."""
+
+    def load(self, weights: Weights, device: str) -> None:
+        pass
+
+    def predict(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        return inputs
+
+
+MakeModel = Callable[..., Model]
+
+
+@pytest.fixture
+def make_model(tmp_path: Path) -> MakeModel:
+    def make(agent: str = "Counter", **settings: Any) -> Model:
+        found = FunctionSettings(agent=f"{__name__}:{agent}", **settings)
+        model = Model(found, Weights(WeightsSettings(cache_dir=tmp_path)), started_at=time.monotonic())
+        model.start(on_failure=lambda: None)
+        wait_until("ready", lambda: model.phase == "ready", 10)
+        return model
+
+    return make
+
+
+def ask(timeout_s: float = 10.0, **more: Any) -> Ask:
+    return Ask(timeout_s, **more)
+
+
+def together(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    found: list[Any] = [None] * len(calls)
+
+    def run(number: int) -> None:
+        found[number] = calls[number]()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return found
+
+
+def open_when(model: Model, streams: int) -> threading.Thread:
+    """Opens the gate when so many wait, or have begun."""
+
+    def run() -> None:
+        wait_until("all", lambda: model.batcher.waiting() + model.active_streams() == streams)
+        Counter.gate.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def test_a_stream_has_its_pieces_in_order_and_ends(make_model: MakeModel) -> None:
+    stream = make_model().stream(3, ask())
+    assert list(stream.pieces()) == [1, 2, 3]
+    assert stream.sequence == [3, 4]
+
+
+def test_an_answer_without_pieces_is_one(make_model: MakeModel) -> None:
+    assert list(make_model().stream(0, ask()).pieces()) == []
+
+
+def test_streams_share_steps_and_leave_when_they_are_done(make_model: MakeModel) -> None:
+    model = make_model()
+    Counter.gate.clear()
+    wanted = [5, 1, 3, 5]
+    threads = open_when(model, streams=4)
+    found = together([lambda number=number: list(model.stream(number, ask()).pieces()) for number in wanted])  # type: ignore[misc]
+    threads.join()
+    assert found == [list(range(1, number + 1)) for number in wanted]
+    assert max(Counter.together) == 4
+    assert sum(Counter.together) == sum(number + 1 for number in wanted)
+    wait_until("nothing left", lambda: model.active_streams() == 0)
+
+
+def test_no_more_share_a_step_than_fit_and_the_others_wait(make_model: MakeModel) -> None:
+    model = make_model(max_batch=2)
+    found = together([lambda: list(model.stream(4, ask()).pieces()) for _ in range(5)])
+    assert found == [[1, 2, 3, 4]] * 5
+    assert max(Counter.together) <= 2
+
+
+def test_predictions_go_on_between_the_steps(make_model: MakeModel) -> None:
+    model = make_model()
+    stream = model.stream(10**9, ask())
+    assert model.predict(["a"], ask()) == ["predicted a"]
+    assert next(stream.pieces()) == 1
+    stream.close()
+
+
+@pytest.mark.parametrize("agent", ["Counter", "Plain"])
+def test_who_closes_a_stream_frees_its_place_at_once(make_model: MakeModel, agent: str) -> None:
+    model = make_model(agent, max_batch=1)
+    stream = model.stream(10**9 if agent == "Counter" else "endless", ask())
+    pieces = stream.pieces()
+    next(pieces)
+    assert model.active_streams() == 1
+    stream.close()
+    wait_until("the place", lambda: model.active_streams() == 0)
+    if agent == "Plain":
+        assert Plain.closed.is_set()
+    assert len(list(model.stream(2, ask()).pieces())) == 2
+
+
+def test_who_hangs_up_frees_the_place_too(make_model: MakeModel) -> None:
+    model, gone = make_model(), threading.Event()
+    model.stream(10**9, ask(is_gone=gone.is_set))
+    gone.set()
+    wait_until("the place", lambda: model.active_streams() == 0)
+
+
+def test_a_bad_input_is_told_before_anything_is_streamed(make_model: MakeModel) -> None:
+    with pytest.raises(BadInput, match="'bad' is not a number"):
+        make_model().stream("bad", ask())
+
+
+def test_a_sequence_that_makes_a_step_fail_fails_alone(make_model: MakeModel) -> None:
+    model = make_model()
+    Counter.gate.clear()
+    opener = open_when(model, streams=3)
+
+    def crash() -> str:
+        with pytest.raises(AgentFailed) as found:
+            list(model.stream("crash", ask()).pieces())
+        return str(found.value)
+
+    said, *others = together([crash, *(lambda: list(model.stream(3, ask()).pieces()) for _ in range(2))])
+    opener.join()
+    assert others == [[1, 2, 3]] * 2
+    assert "secret" not in said
+
+
+def test_an_agent_that_fails_half_way_ends_the_stream_with_an_error(make_model: MakeModel) -> None:
+    pieces = make_model("Plain").stream(3, ask()).pieces()
+    assert [next(pieces) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(AgentFailed):
+        next(pieces)
+
+
+def test_the_deadline_runs_to_the_first_piece_and_then_between_pieces(make_model: MakeModel) -> None:
+    model = make_model()
+    Counter.gate.clear()
+    with pytest.raises(TimedOut, match=r"no piece within 0\.2 s"):
+        model.stream(3, ask(0.2))
+    Counter.gate.set()
+    pieces = model.stream(10**9, ask(0.2)).pieces()
+    for _ in range(5):
+        next(pieces)
+    Counter.gate.clear()
+    with pytest.raises(TimedOut):
+        list(pieces)
+    Counter.gate.set()
+
+
+def test_silence_is_told_so_that_a_heartbeat_can_be_sent(make_model: MakeModel) -> None:
+    model = make_model()
+    pieces = model.stream(10**9, ask(30)).pieces(0.05)
+    next(pieces)
+    Counter.gate.clear()
+    assert next(piece for piece in pieces if piece is None) is None
+    assert next(pieces) is None
+    Counter.gate.set()
+    assert next(piece for piece in pieces if piece is not None) > 1
+
+
+def test_time_outs_of_streams_trip_the_breaker_too(make_model: MakeModel) -> None:
+    model = make_model(breaker_threshold=2, breaker_reset_s=600)
+    Counter.gate.clear()
+    for _ in range(2):
+        with pytest.raises(TimedOut):
+            model.stream(3, ask(0.1))
+    with pytest.raises(Unavailable, match="the last 2 calls of the model timed out"):
+        model.stream(3, ask())
+    assert model.phase == "tripped"
+    Counter.gate.set()
+
+
+def test_a_shorter_deadline_of_the_callers_does_not(make_model: MakeModel) -> None:
+    model = make_model(breaker_threshold=1)
+    Counter.gate.clear()
+    with pytest.raises(TimedOut):
+        model.stream(3, ask(0.1, is_own_deadline=False))
+    Counter.gate.set()
+    assert model.phase == "ready"
+    assert list(model.stream(1, ask()).pieces()) == [1]
+
+
+def test_an_agent_that_cannot_stream_says_so(make_model: MakeModel) -> None:
+    with pytest.raises(CannotStream, match="makes its answers in one go"):
+        make_model("Mute").stream(1, ask())
