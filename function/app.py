@@ -1,26 +1,30 @@
 """The HTTP face of the function: the protocols' routes, health, metrics, and what an error looks like."""
 
 import logging
-import time
 
 import flask
 from werkzeug.exceptions import HTTPException
 
-from function.errors import FunctionError, TooLarge, TooSlow
+from function.access import Access
+from function.errors import FunctionError, TooLarge, TooSlow, Unauthorized
 from function.http import Function, refusal, reply
+from function.keys import Keys
 from function.metrics import Metrics
 from function.model import Model
 from function.protocols import openai, plain, v1
 from function.settings import FunctionSettings
 
+OPEN = ("/healthz", "/readyz")  # need no key
+
 log = logging.getLogger("relight.function")
 
 
-def create_app(settings: FunctionSettings, model: Model) -> flask.Flask:
-    """The Flask app for one model."""
+def create_app(settings: FunctionSettings, model: Model, metrics: Metrics | None = None) -> flask.Flask:
+    """The Flask app for one model. metrics: those that it counts in; of its own by default."""
     app = flask.Flask("function", static_folder=None)
-    metrics = Metrics(model, settings.model_name)
+    metrics = metrics or Metrics(model, settings.model_name)
     function = Function(settings, model, metrics)
+    Access(app, metrics, is_logged=settings.access_log)
     for protocol in (plain, v1, openai):
         protocol.add_routes(app, function)
 
@@ -39,20 +43,19 @@ def create_app(settings: FunctionSettings, model: Model) -> flask.Flask:
     def prometheus() -> flask.Response:
         return flask.Response(metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.before_request
-    def begin() -> None:
-        flask.g.began = time.perf_counter()
+    if settings.api_keys_file:
+        keys = Keys(settings.api_keys_file)
 
-    @app.after_request
-    def count(response: flask.Response) -> flask.Response:
-        route = flask.request.url_rule.rule if flask.request.url_rule else "none"
-        metrics.requests.labels(route, str(response.status_code)).inc()
-        metrics.seconds.labels(route).observe(time.perf_counter() - flask.g.began)
-        return response
+        @app.before_request
+        def authorize() -> None:
+            if flask.request.path not in OPEN:
+                keys.check(flask.request.headers.get("Authorization", ""))
 
     @app.errorhandler(FunctionError)
     def ours(error: FunctionError) -> flask.Response:
         response = refusal(error.status, error.type, str(error), error.retry_after_s)
+        if isinstance(error, Unauthorized):
+            response.headers["WWW-Authenticate"] = "Bearer"
         if isinstance(error, TooLarge | TooSlow):
             response.headers["Connection"] = "close"  # the rest of the body is not read
         return response

@@ -25,6 +25,7 @@ class Ask:
     is_own_deadline: bool = True  # the server's own; False if the caller asked for a shorter one
     is_batch: bool = False
     is_gone: Callable[[], bool] = lambda: False  # whether the caller has hung up
+    timing: dict[str, float] = field(default_factory=dict)  # seconds in the queue and in the model, noted as they pass
 
 
 @dataclass(eq=False)

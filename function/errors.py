@@ -1,7 +1,7 @@
 """What a caller can be told.
 
-request → parse (BadInput, NotFound, TooLarge, TooSlow, UnsupportedMediaType) → admit (Unavailable) → agent (AgentFailed, TimedOut,
-CannotStream) → reply. Each error knows its HTTP status; only these reach the caller, anything else stays in the log.
+request → parse (Unauthorized, BadInput, NotFound, TooLarge, TooSlow, UnsupportedMediaType) → admit (Unavailable) → agent (AgentFailed,
+TimedOut, CannotStream) → reply. Each error knows its HTTP status; only these reach the caller, anything else stays in the log.
 """
 
 import logging
@@ -28,6 +28,13 @@ class CannotStream(BadInput):
     """The agent makes its answers in one go."""
 
     type = "cannot_stream"
+
+
+class Unauthorized(FunctionError):
+    """The request has no key that is known here."""
+
+    status = 401
+    type = "unauthorized"
 
 
 class NotFound(FunctionError):

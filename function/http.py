@@ -55,7 +55,13 @@ class Function:
         timeout_s = own_s if said is None else min(own_s, _milliseconds(said) / 1000)
         if urgency is None:
             urgency = _urgency(headers.get("Priority", ""))
-        return Ask(timeout_s, timeout_s == own_s, urgency >= URGENCY_OF_BATCH, _is_gone(flask.request.environ.get("gunicorn.socket")))
+        return Ask(
+            timeout_s,
+            timeout_s == own_s,
+            urgency >= URGENCY_OF_BATCH,
+            _is_gone(flask.request.environ.get("gunicorn.socket")),
+            flask.g.timing,
+        )
 
     def json_body(self) -> Any:
         """The request's body, parsed. Raises what `body` does, and BadInput."""

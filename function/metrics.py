@@ -18,27 +18,27 @@ class Metrics(Observer):
 
     def __init__(self, model: Model, model_name: str) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter that nobody asks for
-        self._registry = CollectorRegistry()
-        self._registry.register(_ModelCollector(model, model_name))
-        self.requests = Counter("function_requests", "Requests answered.", ["route", "code"], registry=self._registry)
+        self.registry = CollectorRegistry()
+        self.registry.register(_ModelCollector(model, model_name))
+        self.requests = Counter("function_requests", "Requests answered.", ["route", "code"], registry=self.registry)
         self.seconds = Histogram(
-            "function_request_seconds", "Seconds to answer a request.", ["route"], buckets=_SECONDS, registry=self._registry
+            "function_request_seconds", "Seconds to answer a request.", ["route"], buckets=_SECONDS, registry=self.registry
         )
-        self.instances = Counter("function_instances", "Inputs handed to the model.", registry=self._registry)
+        self.instances = Counter("function_instances", "Inputs handed to the model.", registry=self.registry)
         self.first_piece = Histogram(
             "function_first_piece_seconds",
             "Seconds from a request to the first piece of its stream.",
             buckets=_SECONDS,
-            registry=self._registry,
+            registry=self.registry,
         )
-        self._batch_inputs = Histogram("function_batch_inputs", "Inputs in a batch.", buckets=_SIZES, registry=self._registry)
-        self._model_seconds = Histogram("function_model_seconds", "Seconds of a batch.", buckets=_SECONDS, registry=self._registry)
+        self._batch_inputs = Histogram("function_batch_inputs", "Inputs in a batch.", buckets=_SIZES, registry=self.registry)
+        self._model_seconds = Histogram("function_model_seconds", "Seconds of a batch.", buckets=_SECONDS, registry=self.registry)
         self._queue_seconds = Histogram(
-            "function_queue_seconds", "Seconds that a call waited for the model.", buckets=_SECONDS, registry=self._registry
+            "function_queue_seconds", "Seconds that a call waited for the model.", buckets=_SECONDS, registry=self.registry
         )
-        self._steps = Histogram("function_step_sequences", "Streams that shared a step.", buckets=_SIZES, registry=self._registry)
-        self._step_seconds = Counter("function_step_seconds", "Seconds spent in steps.", registry=self._registry)
-        self._pieces = Counter("function_pieces", "Pieces of streams that were made.", registry=self._registry)
+        self._steps = Histogram("function_step_sequences", "Streams that shared a step.", buckets=_SIZES, registry=self.registry)
+        self._step_seconds = Counter("function_step_seconds", "Seconds spent in steps.", registry=self.registry)
+        self._pieces = Counter("function_pieces", "Pieces of streams that were made.", registry=self.registry)
         model.observer = self
 
     def batch(self, inputs: int, seconds: float, waited_s: Sequence[float]) -> None:
@@ -60,7 +60,7 @@ class Metrics(Observer):
 
     def text(self) -> bytes:
         """The exposition in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
 
 class _ModelCollector(Collector):

@@ -246,6 +246,7 @@ class Model:
             else:
                 self._predict_apart(agent, slices)
         else:
+            self._note(slices, began)
             at = 0
             for part in slices:
                 part.call.add(outputs[at : at + len(part.inputs)])
@@ -253,6 +254,14 @@ class Model:
         seconds = time.monotonic() - began
         self._seconds_per_input += 0.2 * (seconds / len(inputs) - self._seconds_per_input)
         self.observer.batch(len(inputs), seconds, [began - part.call.arrived for part in slices])
+
+    def _note(self, slices: Sequence[Slice], began: float) -> None:
+        """What the callers are told of where their time went."""
+        seconds = time.monotonic() - began
+        for part in slices:
+            timing = part.call.ask.timing
+            timing.setdefault("queue", began - part.call.arrived)
+            timing["model"] = timing.get("model", 0.0) + seconds
 
     def _predict_apart(self, agent: InferenceAgent, slices: Sequence[Slice]) -> None:
         for part in slices:

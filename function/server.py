@@ -15,8 +15,11 @@ from typing import Any
 
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
+from prometheus_client import start_http_server
 
 from function.app import create_app
+from function.keys import Keys
+from function.metrics import Metrics
 from function.model import Model
 from function.settings import FunctionSettings, from_environment
 from function.worker import FunctionWorker
@@ -62,16 +65,19 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
     def load(self) -> Any:
         """The WSGI app; called by gunicorn in the worker, after the fork."""
         self._model = Model(self._settings, Weights(self._weights), started_at=self._started_at)
-        return create_app(self._settings, self._model)
+        self._metrics = Metrics(self._model, self._settings.model_name)
+        return create_app(self._settings, self._model, self._metrics)
 
     def _start_model(self, worker: FunctionWorker) -> None:
         model = self._model
-        assert model is not None
+        assert model
 
         def on_term(number: int, frame: object) -> None:
             model.drain()
             worker.handle_exit(number, frame)
 
+        if self._settings.metrics_port:
+            start_http_server(self._settings.metrics_port, self._settings.host, self._metrics.registry)
         worker.refusal = model.refusal
         worker.on_refused = model.observer.refused
         signal.signal(signal.SIGTERM, on_term)
@@ -85,6 +91,8 @@ def main() -> None:
     try:
         settings, weights = from_environment()
         Weights(weights)  # says now what is wrong with WEIGHTS_URI
+        if settings.api_keys_file:
+            Keys(settings.api_keys_file)
     except SettingsError as error:
         sys.exit(_complain(str(error)))
     logging.getLogger("gunicorn.error").addFilter(_is_news)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from weights_cache import environment
 from weights_cache.environment import setting
@@ -45,6 +46,13 @@ class FunctionSettings:
     )
     max_body_bytes: int = setting("FUNCTION_MAX_BODY_BYTES", 16 << 20, minimum=1, text="largest request body; beyond it callers get 413")
     max_inputs: int = setting("FUNCTION_MAX_INPUTS", 1024, minimum=1, text="inputs that one request may hold; beyond it callers get 400")
+    api_keys_file: Path | None = setting(
+        "FUNCTION_API_KEYS_FILE", None, text="a file of keys, one a line; with it callers need `Authorization: Bearer <key>`, probes do not"
+    )
+    metrics_port: int = setting(
+        "FUNCTION_METRICS_PORT", 0, minimum=0, maximum=65535, text="a port that has `/metrics` alone, and asks for no key; 0 is none"
+    )
+    access_log: bool = setting("FUNCTION_ACCESS_LOG", True, text="one JSON line on stderr for each request, probes excepted")
     threads: int = setting(
         "FUNCTION_TORCH_THREADS", 0, minimum=0, maximum=1024, text="torch's threads; 0 takes the container's CPU limit, or 1 without one"
     )

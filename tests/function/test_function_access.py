@@ -1,0 +1,104 @@
+"""Who may ask, and what is noted of it: keys, request ids, the log's lines, Server-Timing, the metrics' own port."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import BIN, Server, clean_environment, free_port, request, running, wait_until
+
+StartFunction = Callable[..., Server]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[StartFunction]:
+    with ExitStack() as stack:
+
+        def begin(**settings: Any) -> Server:
+            port = free_port()
+            env = clean_environment(
+                PORT=str(port), FUNCTION_HOST="127.0.0.1", FUNCTION_AGENT="function.agents.echo:Echo", FUNCTION_MODEL_NAME="m"
+            )
+            env |= {name: str(value) for name, value in settings.items()}
+            return stack.enter_context(running([str(BIN / "python"), "-m", "function"], tmp_path / f"{port}.log", env, port))
+
+        yield begin
+
+
+def lines(function: Server) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in function.said().splitlines() if line.startswith("{")]
+
+
+def test_each_request_has_an_id_and_a_line_in_the_log(start: StartFunction) -> None:
+    function = start().ready()
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    told = request(function.port, "POST", "/", "a", {"X-Request-Id": "mine", "traceparent": trace})
+    assert told.headers["x-request-id"] == "mine"
+    made = request(function.port, "POST", "/nowhere", "a", {"X-Request-Id": "not one"})
+    assert re.fullmatch("[0-9a-f]{32}", made.headers["x-request-id"])
+    request(function.port, "GET", "/metrics")
+    first, second = wait_until("both lines", lambda: len(found := lines(function)) == 2 and found)
+    assert (first["request_id"], first["traceparent"], first["method"], first["path"], first["status"]) == ("mine", trace, "POST", "/", 200)
+    assert first["total_s"] >= first["queue_s"] + first["model_s"] > 0
+    assert (second["request_id"], second["status"], second["traceparent"]) == (made.headers["x-request-id"], 404, None)
+
+
+def test_callers_are_told_where_their_time_went(start: StartFunction) -> None:
+    reply = request(start().ready().port, "POST", "/", "a")
+    assert re.fullmatch(r"queue;dur=[\d.]+, model;dur=[\d.]+, total;dur=[\d.]+", reply.headers["server-timing"])
+
+
+def test_the_log_can_be_silent(start: StartFunction) -> None:
+    function = start(FUNCTION_ACCESS_LOG="false").ready()
+    assert request(function.port, "POST", "/", "a").status == 200
+    assert lines(function) == []
+
+
+def test_with_keys_everything_but_the_probes_needs_one(start: StartFunction, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# ours\nfirst-key\n\nsecond-key\n")
+    port = start(FUNCTION_API_KEYS_FILE=keys).ready().port
+    assert request(port, "GET", "/healthz").status == 200
+    for path in ("/metrics", "/v1/models", "/nowhere"):
+        assert request(port, "GET", path).status == 401
+    for value in ("", "Bearer", "Bearer ", "Bearer wrong", "Basic first-key", "first-key", "Bearer # ours"):
+        refused = request(port, "POST", "/", "a", {"Authorization": value} if value else {})
+        assert (refused.status, refused.headers["www-authenticate"]) == (401, "Bearer")
+        assert refused.json()["error"]["type"] == "unauthorized"
+    for key in ("first-key", "second-key"):
+        assert request(port, "POST", "/", "a", {"Authorization": f"Bearer {key}"}).status == 200
+
+
+def test_keys_may_be_changed_while_it_runs(start: StartFunction, tmp_path: Path) -> None:
+    keys, draft = tmp_path / "keys", tmp_path / "draft"
+    keys.write_text("old\n")
+    port = start(FUNCTION_API_KEYS_FILE=keys).ready().port
+    draft.write_text("new\n")
+    draft.rename(keys)
+    statuses = [request(port, "POST", "/", "a", {"Authorization": f"Bearer {key}"}).status for key in ("old", "new")]
+    assert statuses == [401, 200]
+    keys.unlink()  # on its way to be replaced
+    assert request(port, "POST", "/", "a", {"Authorization": "Bearer new"}).status == 200
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "No such file or directory"), ("# none\n", "holds no key")])
+def test_a_file_without_keys_stops_the_start_with_one_line(start: StartFunction, tmp_path: Path, content: str | None, said: str) -> None:
+    keys = tmp_path / "keys"
+    if content:
+        keys.write_text(content)
+    function = start(FUNCTION_API_KEYS_FILE=keys)
+    assert function.wait() == 2
+    assert function.said().startswith(f"function: FUNCTION_API_KEYS_FILE='{keys}': {said}")
+    assert function.said().count("\n") == 1
+
+
+def test_metrics_have_a_port_of_their_own_that_needs_no_key(start: StartFunction, tmp_path: Path) -> None:
+    keys, metrics_port = tmp_path / "keys", free_port()
+    keys.write_text("key\n")
+    port = start(FUNCTION_API_KEYS_FILE=keys, FUNCTION_METRICS_PORT=metrics_port).ready().port
+    request(port, "POST", "/", "a", {"Authorization": "Bearer key"})
+    assert 'function_requests_total{code="200",route="/"} 1.0' in request(metrics_port, "GET", "/metrics").body.decode()
