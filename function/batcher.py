@@ -3,9 +3,10 @@
 Calls wait in two classes, interactive and batch; a batch of inputs is made of one class only, interactive while there is any, so that
 batch work delays an interactive caller by the one batch that is running at most. A long call is taken in pieces of a batch each. Nobody
 is waited for unless company is likely: if the last batch held several calls, its callers are about to ask again (adaptive batching as
-in Clipper, NSDI 2017).
+in Clipper, NSDI 2017); and never for longer than a batch takes.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -98,7 +99,7 @@ class Batcher:
         self._openings: tuple[deque[Opening], deque[Opening]] = deque(), deque()
         self._inputs = 0  # that wait
         self._company = 1  # calls in the last batch
-        self._is_closed = False
+        self.took_s = math.inf  # the last batch, in the model; a wait is never worth more than that
 
     def put(self, item: Call | Opening) -> bool:
         """Queue it; False if too many wait already."""
@@ -133,12 +134,12 @@ class Batcher:
     def batch(self, *, may_wait: bool) -> list[Slice]:
         """The next inputs for the model, empty if none wait. may_wait: for company, if it is likely."""
         with self._lock:
-            if may_wait and self._company > 1 and self._wait_s and any(self._calls):
+            if may_wait and self._company > 1 and any(self._calls):
                 oldest = min(queue[0].arrived for queue in self._calls if queue)
                 expected = self._company
                 self._lock.wait_for(
                     lambda: sum(map(len, self._calls)) >= expected or self._inputs >= self._max_batch,
-                    max(0.0, oldest + self._wait_s - self._clock()),
+                    max(0.0, oldest + min(self._wait_s, self.took_s) - self._clock()),
                 )
             slices = list(self._slices(self._calls[0])) or list(self._slices(self._calls[1]))
             if slices:

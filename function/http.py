@@ -3,6 +3,7 @@
 import math
 import re
 import select
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,11 @@ from function.settings import FunctionSettings
 from function.streams import Stream
 
 HEARTBEAT_S = 10.0  # a comment line when the model is silent for so long, so that nothing in between takes the connection for dead
+MAX_DEPTH = 200  # levels of lists and objects; an answer may add some to its input, and 254 are the most that orjson writes
 URGENCY_OF_BATCH = 5  # RFC 9218; below it is interactive
+
+
+_SETTLED_S = 0.01  # who asked so lately is there; the look costs more than it would save
 
 
 @dataclass(frozen=True)
@@ -103,9 +108,22 @@ class Function:
 def parse_json(text: bytes) -> Any:
     """What it says. Raises BadInput."""
     try:
-        return orjson.loads(text)
+        document = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise BadInput(f"the body is not JSON: {error}") from None
+    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _is_deeper(document, MAX_DEPTH):
+        raise BadInput(f"the body is nested more than {MAX_DEPTH} levels deep")
+    return document
+
+
+def _is_deeper(document: Any, limit: int) -> bool:
+    level = [document] if isinstance(document, dict | list) else []
+    for _ in range(limit):
+        children = (child for item in level for child in (item.values() if isinstance(item, dict) else item))
+        level = [child for child in children if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def reply(document: Any, status: int = 200) -> flask.Response:
@@ -181,11 +199,15 @@ def _urgency(priority: str) -> int:
 
 
 def _is_gone(sock: Any) -> Callable[[], bool]:
-    """Asks the kernel whether the other side of a connection has hung up."""
+    """Asks the kernel whether the other side of a connection has hung up, of a request that has been waiting for a moment."""
     if sock is None:
         return lambda: False
 
+    asked_first = time.monotonic() + _SETTLED_S
+
     def ask() -> bool:
+        if time.monotonic() < asked_first:
+            return False
         try:
             poll = select.poll()
             poll.register(sock, select.POLLRDHUP)

@@ -251,7 +251,7 @@ class Model:
             for part in slices:
                 part.call.add(outputs[at : at + len(part.inputs)])
                 at += len(part.inputs)
-        seconds = time.monotonic() - began
+        seconds = self.batcher.took_s = time.monotonic() - began
         self._seconds_per_input += 0.2 * (seconds / len(inputs) - self._seconds_per_input)
         self.observer.batch(len(inputs), seconds, [began - part.call.arrived for part in slices])
 

@@ -1,9 +1,12 @@
-"""The gunicorn worker: gunicorn's gthread, where that falls short for a model function.
+"""The gunicorn worker: gunicorn's threads and parser, in a loop of our own.
 
-- A connection takes a thread only once a request's head is there; slow clients wait with the poller.
+Where gunicorn's gthread falls short for a model function:
+
+- A connection takes a thread only once a request's head is there; slow clients wait with the kernel's poller.
 - Probes have threads of their own: they answer in milliseconds however many callers wait for the model.
-- What would be refused anyway is refused from the main loop, before a thread is taken and without looking at the body.
-- A thread that has answered looks for the connection's next request for a moment: two thread switches less for a caller who asks on.
+- What would be refused anyway is refused from the loop, before a thread is taken and without looking at the body.
+- A thread that has answered hands its connection back to the poller itself, and looks for the next request for a moment before: a thread
+  switch less for each request, two for a caller who asks on.
 - Told to end, it goes on listening, so that callers get a 503 rather than a connection that nobody answers; it leaves as soon as the last
   running request is answered.
 """
@@ -12,14 +15,13 @@ import logging
 import os
 import re
 import select
-import selectors
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import flask
@@ -32,36 +34,32 @@ from function.http import reply, retry_after
 
 log = logging.getLogger("relight.function")
 
-HOT_S = 0.002  # how long a thread stays with a connection that has just been answered
+HOT_S = 0.002  # how long a thread stays with a connection that it has just answered
 HEAD_S = 20.0  # for a request's head to come
 STALL_S = 30  # without a byte of a body, or with nothing read of an answer
+LINGER_S = 2.0  # for a client to read what it was told, although it has not sent everything
 HEAD_BYTES = 64 * 1024  # then gunicorn says what is wrong with it
-LINGER_S = 2.0  # for a client to read a refusal while it is still sending
+TICK_S = 1.0
 _READ_BYTES = 64 * 1024
+_ONCE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
 _PROBES = re.compile(rb"(?:GET|HEAD) /(?:healthz|readyz|metrics|v2/health/live|v2/health/ready)[ ?]")
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)[ \t]*\r\n", re.IGNORECASE)
-
 _STATUSES = {http.errors.LimitRequestLine: 414, http.errors.ExpectationFailed: 417, http.errors.LimitRequestHeaders: 431}
 
 Refusal = Callable[[], Unavailable | None]
 
 
 class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
-    """One client's; `head` is what has come of its next request while the poller had it."""
+    """One client's. It is with the poller, or with one thread."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.parser: Any
-        self.head = b""
-        self.since = time.monotonic()  # it last became idle, or the head began
-
-    def hand_over(self) -> None:
-        """Let gunicorn's parser have what has come, and go on from there."""
-        if self.parser is None:
-            self.initialized = True
-            self.parser = http.get_parser(self.cfg, self.sock, self.client)
-        self.parser.unreader.unread(self.head)
-        self.head = b""
+        self.sock.setblocking(True)  # the loop says for each read that it does not want to wait
+        self.parser = http.get_parser(self.cfg, self.sock, self.client)
+        self.head = b""  # what has come of the next request while the poller had it
+        self.is_registered = False
+        self.is_ending = False  # whatever still comes is thrown away
+        self.expires = 0.0
 
 
 class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
@@ -73,102 +71,119 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._probes = ThreadPoolExecutor(2, "probe")
-        self._waiting: dict[Connection, None] = {}  # with the poller, oldest first
+        self._epoll = select.epoll()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._polled: dict[int, Connection] = {}  # by file descriptor: those that are with the poller
+        self._lock = threading.Lock()  # guards the two counts
         self._busy = 0  # requests that have a thread, or wait for one
-        self._looked_at = 0.0
+        self._open = 0  # connections
 
     # The loop
 
     def run(self) -> None:
         """Serve until told to end, then until the last running request is answered."""
-        self.poller.register(self.method_queue.fileno(), selectors.EVENT_READ, self.method_queue.run_callbacks)
-        self.set_accept_enabled(True)
+        listeners = {listener.fileno(): listener for listener in self.sockets}
+        for fd, listener in listeners.items():
+            listener.setblocking(False)
+            self._epoll.register(fd, select.EPOLLIN)
+        self._epoll.register(self._wake, select.EPOLLIN)
         deadline: float | None = None
+        ticked = 0.0
         while deadline is None or (self._busy and time.monotonic() < deadline):
-            self.notify()
-            self.wait_for_and_dispatch_events(timeout=1.0)
-            if not self.is_parent_alive():
-                break
-            self._close_expired()
+            for fd, _ in self._epoll.poll(TICK_S):
+                if fd in listeners:
+                    self._accept(listeners[fd])
+                elif fd == self._wake:
+                    os.eventfd_read(self._wake)
+                elif conn := self._polled.pop(fd, None):
+                    self._on_readable(conn)
+            now = time.monotonic()
+            if now - ticked >= TICK_S:
+                ticked = now
+                self.notify()
+                if not self.is_parent_alive():
+                    break
+                self._close_expired(now)
             if not self.alive and deadline is None:
-                deadline = time.monotonic() + self.cfg.graceful_timeout
+                deadline = now + self.cfg.graceful_timeout
         logging.shutdown()
         sys.stderr.flush()
         os._exit(0)  # the model's thread may be in a call that never returns, and the interpreter would wait for its threads
 
-    def accept(self, listener: socket.socket) -> None:
-        """Called by the loop."""
+    def handle_exit(self, sig: int, frame: object) -> None:
+        """SIGTERM: serve what is there, and leave."""
+        self.alive = False
+        os.eventfd_write(self._wake, 1)
+
+    def _accept(self, listener: socket.socket) -> None:
         try:
             client, address = listener.accept()
         except OSError:
             return
-        if self.nr_conns >= self.worker_connections:
+        if self._open >= self.worker_connections:
             client.close()
             return
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # the kernel's, as gunicorn resets Python's
             client.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", STALL_S, 0))
-        self.nr_conns += 1
-        self._await(Connection(self.cfg, client, address, listener.getsockname()))
+        with self._lock:
+            self._open += 1
+        self._poll(Connection(self.cfg, client, address, listener.getsockname()), HEAD_S)
 
-    def _await(self, conn: Connection) -> None:
-        conn.sock.setblocking(False)
-        conn.since = time.monotonic()
-        self._waiting[conn] = None
-        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._on_readable, conn))
-
-    def _leave(self, conn: Connection) -> None:
-        self._waiting.pop(conn, None)
-        self.poller.unregister(conn.sock)
+    def _poll(self, conn: Connection, seconds: float) -> None:
+        """Leave a connection to the poller until something comes, so long at most. Called from any thread, as the last thing."""
+        conn.expires = time.monotonic() + seconds
+        fd = conn.sock.fileno()
+        self._polled[fd] = conn
+        if conn.is_registered:
+            self._epoll.modify(fd, _ONCE)
+        else:
+            conn.is_registered = True
+            self._epoll.register(fd, _ONCE)
 
     def _drop(self, conn: Connection) -> None:
-        self.nr_conns -= 1
+        with self._lock:
+            self._open -= 1
         conn.close()
 
-    def _on_readable(self, conn: Connection, _: socket.socket) -> None:
+    def _close_expired(self, now: float) -> None:
+        for fd, conn in list(self._polled.items()):
+            if conn.expires < now:
+                del self._polled[fd]  # by this thread alone; the others only add to it
+                self._drop(conn)
+
+    def _on_readable(self, conn: Connection) -> None:
         try:
-            data = conn.sock.recv(_READ_BYTES)
+            data = conn.sock.recv(_READ_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
+            self._poll(conn, conn.expires - time.monotonic())
             return
         except OSError:
             data = b""
         if not data:
-            self._leave(conn)
             self._drop(conn)
             return
-        if not conn.head:
-            conn.since = time.monotonic()
+        left_s = conn.expires - time.monotonic() if conn.head or conn.is_ending else HEAD_S
+        if conn.is_ending:
+            self._poll(conn, left_s)
+            return
         conn.head += data
         if b"\r\n\r\n" in conn.head or len(conn.head) > HEAD_BYTES:
-            self._leave(conn)
             self._dispatch(conn)
-
-    def _close_expired(self) -> None:
-        now = time.monotonic()
-        if now - self._looked_at < 1:
-            return
-        self._looked_at = now
-        expired = [
-            conn for conn in self._waiting if now - conn.since > (HEAD_S if conn.head or not conn.initialized else self.cfg.keepalive)
-        ]
-        for conn in expired:
-            self._leave(conn)
-            self._drop(conn)
+        else:
+            self._poll(conn, left_s)
 
     # A request whose head is there
 
     def _dispatch(self, conn: Connection) -> None:
         if _PROBES.match(conn.head):
-            self._submit(self._probes, conn)
+            self._probes.submit(self._serve, conn)
         elif refusal := self._refusal(conn):
             self._refuse(conn, refusal)
         else:
-            self._busy += 1
-            self._submit(self.tpool, conn)
-
-    def _submit(self, pool: ThreadPoolExecutor, conn: Connection) -> None:
-        future = pool.submit(self.handle, conn)
-        future.add_done_callback(lambda done: self.method_queue.defer(self._finish, conn, done, pool))
+            with self._lock:
+                self._busy += 1
+            self.tpool.submit(self._serve_call, conn)
 
     def _refusal(self, conn: Connection) -> Unavailable | None:
         if not self.alive:
@@ -180,90 +195,98 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         return self.refusal()
 
     def _refuse(self, conn: Connection, refusal: Unavailable) -> None:
-        """Say no from the loop; the connection is used again if all of the request has come."""
+        """Say no at once; the connection is used again if all of the request has come."""
         head, _, rest = conn.head.partition(b"\r\n\r\n")
         length = _LENGTH.search(head + b"\r\n")
         is_whole = self.alive and b"chunked" not in head.lower() and len(rest) == (int(length[1]) if length else 0)
         path = head.split(b" ", 2)[1].decode("latin-1") if head.count(b" ") > 1 else "/"
-        said = refusal_reply(path, refusal, close=not is_whole)
         conn.head = b""
         self.on_refused()
         try:
-            conn.sock.send(said)  # it fits into the socket's buffer, which is empty: one request at a time
+            # It fits into the socket's buffer, which is empty: one request at a time.
+            conn.sock.send(refusal_reply(path, refusal, close=not is_whole), socket.MSG_DONTWAIT)
         except OSError:
             self._drop(conn)
             return
         if is_whole:
-            conn.initialized = True
-            conn.parser = conn.parser or http.get_parser(conn.cfg, conn.sock, conn.client)
-            self._await(conn)
+            self._poll(conn, self.cfg.keepalive)
         else:
             self._linger(conn)
 
     def _linger(self, conn: Connection) -> None:
-        """Close so that the client can still read what it was told, although it has not sent everything."""
+        """Close so that the client can still read what it was told."""
         try:
             conn.sock.shutdown(socket.SHUT_WR)
         except OSError:
             self._drop(conn)
             return
-        conn.initialized, conn.head = False, b""
-        conn.since = time.monotonic() - HEAD_S + LINGER_S
-        self._waiting[conn] = None
+        conn.is_ending = True
+        self._poll(conn, LINGER_S)
 
-        def swallow(_: object) -> None:
-            try:
-                if conn.sock.recv(_READ_BYTES):
-                    return
-            except BlockingIOError:
-                return
-            except OSError:
-                pass
-            self._leave(conn)
-            self._drop(conn)
+    # In a thread
 
-        self.poller.register(conn.sock, selectors.EVENT_READ, swallow)
-
-    def handle(self, conn: Connection) -> bool:
-        """Serve the connection's requests for as long as they come at once; returns whether it can be used on. Runs in a thread."""
-        while True:
-            conn.hand_over()
-            is_open = bool(super().handle(conn))
-            if not (is_open and self.alive) or conn.parser.unreader.buf.getvalue():
-                return is_open
-            poll = select.poll()
-            poll.register(conn.sock, select.POLLIN)
-            if self._busy > 1 or not poll.poll(HOT_S * 1000):
-                return True
-
-    def _finish(self, conn: Connection, done: "Future[bool]", pool: ThreadPoolExecutor) -> None:
-        """A thread is done with a connection. Runs in the loop."""
-        if pool is self.tpool:
-            self._busy -= 1
+    def _serve_call(self, conn: Connection) -> None:
         try:
-            is_open = done.result()
-        except Exception:
-            self.log.exception("a connection failed")
-            is_open = False
+            self._serve(conn)
+        finally:
+            if not self.alive:
+                os.eventfd_write(self._wake, 1)
+
+    def _serve(self, conn: Connection) -> None:
+        """Answer the connection's request, and more for as long as they come at once; then leave it to the poller."""
+        is_call = not _PROBES.match(conn.head)
+        poll: select.poll | None = None
+        while True:
+            is_open = self._answer(conn) and self.alive
+            conn.head = conn.parser.unreader.take_buffered()  # the next request's, if it came with the last
+            if is_open and not conn.head and is_call and self._busy <= 1:
+                if poll is None:
+                    poll = select.poll()
+                    poll.register(conn.sock, select.POLLIN)
+                if poll.poll(HOT_S * 1000):
+                    continue
+            break
+        if is_call:
+            with self._lock:
+                self._busy -= 1
         if not is_open:
             self._linger(conn)
-            return
-        conn.head = conn.parser.unreader.take_buffered()  # the next request's, if it came with the last
-        if b"\r\n\r\n" in conn.head:
+        elif b"\r\n\r\n" in conn.head:
             self._dispatch(conn)
         else:
-            self._await(conn)
+            self._poll(conn, HEAD_S if conn.head else self.cfg.keepalive)
+
+    def _answer(self, conn: Connection) -> bool:
+        """One request, whose head may be in `conn.head`; returns whether another one can follow."""
+        request = None
+        try:
+            if conn.head:
+                conn.parser.unreader.unread(conn.head)
+                conn.head = b""
+            request = next(conn.parser)
+            if not (request and self.handle_request(request, conn)):
+                return False
+            body = request.body.reader
+            return getattr(body, "length", None) == 0 or self._keepalive_after(conn, True)
+        except StopIteration:
+            return False
+        except OSError as error:  # gunicorn's NoMoreData is one, too
+            log.debug("a connection ended: %s", error)
+            return False
+        except Exception as error:  # noqa: BLE001  told there
+            self.handle_error(request, conn.sock, conn.client, error)
+            return False
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, error: Exception) -> None:
-        """Called by gunicorn for what is no HTTP request, and for what went wrong in itself."""
+        """What is no HTTP request, and what went wrong in gunicorn or the app."""
         if isinstance(error, http.errors.ParseException):
             status = _STATUSES.get(type(error), 400)
-            reply = whole_reply(shaped(status, "bad_request", f"this is not an HTTP request that is understood here: {error}"), close=True)
+            said = shaped(status, "bad_request", f"this is not an HTTP request that is understood here: {error}")
         else:
             log.error("a request failed", exc_info=error)
-            reply = whole_reply(shaped(500, "internal_error", "the function failed on this request; its log says why"), close=True)
+            said = shaped(500, "internal_error", "the function failed on this request; its log says why")
         try:
-            client.sendall(reply)
+            client.sendall(whole_reply(said, close=True))
         except OSError:
             pass  # it is not there any more
 

@@ -1,23 +1,21 @@
-"""`POST /`, the function's own URL: JSON in, JSON out."""
+"""`POST /`, the function's own URL: JSON in, JSON out; or events."""
 
-from typing import Any
+import os
 
 import flask
 
 from function.http import Function, reply
-from function.protocols.v1 import instances
+from function.protocols import events
+from function.protocols.events import Question
 
 
 def add_routes(app: flask.Flask, function: Function) -> None:
     """Add `POST /`."""
+    source = events.own_source(function.settings.model_name, os.environ.get("K_SERVICE"))
 
     @app.post("/")
     def call() -> flask.Response:
-        return reply(answer(function, function.json_body()))
-
-
-def answer(function: Function, document: Any) -> Any:
-    """{"instances": [...]} is answered as in V1; any other value is one input, answered bare."""
-    if isinstance(document, dict) and "instances" in document:
-        return {"predictions": function.predict(instances(document))}
-    return function.predict([document])[0]
+        if events.are_here(flask.request):
+            return events.answer(function, source)
+        question = Question.of(function.json_body())
+        return reply(question.answer(function.predict(question.inputs)))

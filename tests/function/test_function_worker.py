@@ -97,16 +97,16 @@ def post(body: str, *headers: str, path: str = "/") -> bytes:
 
 def answer(connection: socket.socket) -> Reply:
     """One reply, whose length is told."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        piece = connection.recv(65536)
-        assert piece, f"closed after {data!r}"
-        data += piece
-    head, _, body = data.partition(b"\r\n\r\n")
-    status, *lines = head.decode().split("\r\n")
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):  # byte by byte, as more than one reply may have come
+        piece = connection.recv(1)
+        assert piece, f"closed after {head!r}"
+        head += piece
+    status, *lines = head.decode().rstrip().split("\r\n")
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    body = b""
     while len(body) < int(headers["content-length"]):
-        body += connection.recv(65536)
+        body += connection.recv(int(headers["content-length"]) - len(body))
     return Reply(int(status.split()[1]), headers, body)
 
 
@@ -220,6 +220,7 @@ def test_nothing_is_computed_for_a_caller_who_has_hung_up(start: StartFunction, 
     with connected(port) as connection:
         connection.sendall(post('"gone"'))
         wait_until("it is in the queue", lambda: gauge(port, "function_waiting") == 1)
+    time.sleep(0.05)  # nobody is taken to have left within the first moment
     gate.touch()
     assert running_one.result().status == 200
     assert request(port, "POST", "/", "seen").json() == ["wait"]
@@ -348,6 +349,7 @@ def test_who_wants_to_be_asked_for_the_body_is(function: Server) -> None:
         (b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000 + b"\r\n\r\n", 431),
         (post('"' + "a" * 200_000 + '"'), 413),
         (post("[" * 5000), 400),
+        (post("[" * 201 + "]" * 201), 400),
         (post('"\\ud800"'), 400),
         (post("NaN"), 400),
     ],
