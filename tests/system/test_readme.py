@@ -15,11 +15,16 @@ from weights_cache.settings import WeightsSettings
 README = (ROOT / "README.md").read_text()
 
 
+def said(default: Any) -> str:
+    """A default as one writes it into an environment variable."""
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
 def rows(settings: type[Any]) -> list[str]:
     """The table's rows for a settings class."""
     made = []
     for field in dataclasses.fields(settings):
-        default = "required" if field.default is dataclasses.MISSING else "" if field.default is None else f"`{field.default}`"
+        default = "required" if field.default is dataclasses.MISSING else "" if field.default is None else f"`{said(field.default)}`"
         made.append(f"| `{field.metadata['env']}` | {default} | {field.metadata['text']} |".replace("|  |", "| |"))
     return made
 
