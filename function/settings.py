@@ -26,7 +26,7 @@ class FunctionSettings:
         "FUNCTION_BATCH_WAIT_MS", 5.0, minimum=0, maximum=1000, text="the longest wait for more inputs, while more are likely"
     )
     queue_limit: int = setting(
-        "FUNCTION_QUEUE_LIMIT", 128, minimum=1, maximum=4096, text="requests that may wait for the model; beyond it callers get 503"
+        "FUNCTION_QUEUE_LIMIT", 64, minimum=1, maximum=4096, text="requests that may wait for the model; beyond it callers get 503"
     )
     timeout_s: float = setting(
         "FUNCTION_TIMEOUT_S",

@@ -4,13 +4,15 @@ Where gunicorn's gthread falls short for a model function:
 
 - A connection takes a thread only once a request's head is there; slow clients wait with the kernel's poller.
 - Probes have threads of their own: they answer in milliseconds however many callers wait for the model.
-- What would be refused anyway is refused from the loop, before a thread is taken and without looking at the body.
+- What would be refused anyway is refused from the loop, before a thread is taken and without looking at the body: at once, but not more
+  than a thousand a second, since who is refused and asks again at once takes the processor from those who are served.
 - A thread that has answered hands its connection back to the poller itself, and looks for the next request for a moment before: a thread
   switch less for each request, two for a caller who asks on.
 - Told to end, it goes on listening, so that callers get a 503 rather than a connection that nobody answers; it leaves as soon as the last
   running request is answered.
 """
 
+import functools
 import logging
 import os
 import re
@@ -20,6 +22,7 @@ import struct
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -37,6 +40,8 @@ log = logging.getLogger("relight.function")
 HOT_S = 0.002  # how long a thread stays with a connection that it has just answered
 HEAD_S = 20.0  # for a request's head to come
 STALL_S = 30  # without a byte of a body, or with nothing read of an answer
+REFUSALS_PER_S = 1000.0
+REFUSALS_AT_ONCE = 100
 LINGER_S = 2.0  # for a client to read what it was told, although it has not sent everything
 HEAD_BYTES = 64 * 1024  # then gunicorn says what is wrong with it
 TICK_S = 1.0
@@ -74,6 +79,8 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._polled: dict[int, Connection] = {}  # by file descriptor: those that are with the poller
+        self._refused: deque[tuple[Connection, Unavailable]] = deque()  # who is still to be told
+        self._tellable = 0.0  # how many may be told now
         self._lock = threading.Lock()  # guards the two counts
         self._busy = 0  # requests that have a thread, or wait for one
         self._open = 0  # connections
@@ -88,9 +95,9 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
             self._epoll.register(fd, select.EPOLLIN)
         self._epoll.register(self._wake, select.EPOLLIN)
         deadline: float | None = None
-        ticked = 0.0
+        ticked = told = time.monotonic()
         while deadline is None or (self._busy and time.monotonic() < deadline):
-            for fd, _ in self._epoll.poll(TICK_S):
+            for fd, _ in self._epoll.poll(0.01 if self._refused else TICK_S):
                 if fd in listeners:
                     self._accept(listeners[fd])
                 elif fd == self._wake:
@@ -98,6 +105,9 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
                 elif conn := self._polled.pop(fd, None):
                     self._on_readable(conn)
             now = time.monotonic()
+            self._tellable = min(self._tellable + (now - told) * REFUSALS_PER_S, REFUSALS_AT_ONCE)
+            told = now
+            self._tell(int(self._tellable))
             if now - ticked >= TICK_S:
                 ticked = now
                 self.notify()
@@ -106,6 +116,7 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
                 self._close_expired(now)
             if not self.alive and deadline is None:
                 deadline = now + self.cfg.graceful_timeout
+        self._tell(len(self._refused))
         logging.shutdown()
         sys.stderr.flush()
         os._exit(0)  # the model's thread may be in a call that never returns, and the interpreter would wait for its threads
@@ -179,7 +190,9 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         if _PROBES.match(conn.head):
             self._probes.submit(self._serve, conn)
         elif refusal := self._refusal(conn):
-            self._refuse(conn, refusal)
+            self._refused.append((conn, refusal))
+            if threading.current_thread() is not threading.main_thread():
+                os.eventfd_write(self._wake, 1)
         else:
             with self._lock:
                 self._busy += 1
@@ -194,8 +207,13 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
             return Unavailable(f"{self._busy} requests are being worked on already", retry_after_s=1)
         return self.refusal()
 
+    def _tell(self, count: int) -> None:
+        for _ in range(min(count, len(self._refused))):
+            self._tellable -= 1
+            self._refuse(*self._refused.popleft())
+
     def _refuse(self, conn: Connection, refusal: Unavailable) -> None:
-        """Say no at once; the connection is used again if all of the request has come."""
+        """Say no; the connection is used again if all of the request has come."""
         head, _, rest = conn.head.partition(b"\r\n\r\n")
         length = _LENGTH.search(head + b"\r\n")
         is_whole = self.alive and b"chunked" not in head.lower() and len(rest) == (int(length[1]) if length else 0)
@@ -204,7 +222,8 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         self.on_refused()
         try:
             # It fits into the socket's buffer, which is empty: one request at a time.
-            conn.sock.send(refusal_reply(path, refusal, close=not is_whole), socket.MSG_DONTWAIT)
+            said = refusal_reply(str(refusal), retry_after(refusal.retry_after_s or 1), is_v2=path.startswith("/v2/"), close=not is_whole)
+            conn.sock.send(said, socket.MSG_DONTWAIT)
         except OSError:
             self._drop(conn)
             return
@@ -291,13 +310,11 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
             pass  # it is not there any more
 
 
-def refusal_reply(path: str, refusal: Unavailable, *, close: bool) -> bytes:
-    """A whole HTTP reply, in the shape that the path's protocol has for errors."""
-    if path.startswith("/v2/"):
-        response = reply({"error": str(refusal)}, refusal.status)
-        response.headers["Retry-After"] = retry_after(refusal.retry_after_s or 1)
-    else:
-        response = shaped(refusal.status, refusal.type, str(refusal), refusal.retry_after_s)
+@functools.lru_cache(64)
+def refusal_reply(message: str, retry_after_s: str, *, is_v2: bool, close: bool) -> bytes:
+    """A whole HTTP reply; is_v2: in the shape that the Open Inference Protocol has for errors."""
+    response = reply({"error": message}, Unavailable.status) if is_v2 else shaped(Unavailable.status, Unavailable.type, message)
+    response.headers["Retry-After"] = retry_after_s
     return whole_reply(response, close=close)
 
 
