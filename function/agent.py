@@ -22,13 +22,20 @@ from weights_cache.reader import Weights
 __all__ = ["BadInput", "InferenceAgent", "TensorSpec", "Weights", "load_agent"]
 
 
+DATATYPES = ("BOOL", *(f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)), "FP16", "FP32", "FP64", "BYTES")
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of the Open Inference Protocol. datatype: BOOL, INT8 … UINT64, FP16, FP32, FP64, BYTES; shape: -1 where any size will do."""
+    """A tensor of the Open Inference Protocol. datatype: one of DATATYPES; shape: -1 where any size will do."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.datatype not in DATATYPES:
+            raise ValueError(f"tensor {self.name!r}: there is no datatype {self.datatype!r}; known are {', '.join(DATATYPES)}")
 
 
 class InferenceAgent(Protocol):

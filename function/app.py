@@ -11,7 +11,7 @@ from function.http import Function, refusal, reply
 from function.keys import Keys
 from function.metrics import Metrics
 from function.model import Model
-from function.protocols import openai, plain, v1
+from function.protocols import openai, openapi, plain, v1, v2
 from function.settings import FunctionSettings
 
 OPEN = ("/healthz", "/readyz")  # need no key
@@ -25,7 +25,7 @@ def create_app(settings: FunctionSettings, model: Model, metrics: Metrics | None
     metrics = metrics or Metrics(model, settings.model_name)
     function = Function(settings, model, metrics)
     Access(app, metrics, is_logged=settings.access_log)
-    for protocol in (plain, v1, openai):
+    for protocol in (plain, v1, v2, openai, openapi):
         protocol.add_routes(app, function)
 
     @app.get("/healthz")

@@ -90,6 +90,8 @@ class Function:
         Raises Unavailable, before anything is read, if the request would be refused anyway, and TooLarge: it reads one byte past the limit
         instead of trusting Content-Length, as a chunked body has none.
         """
+        if (encoding := flask.request.headers.get("Content-Encoding", "identity")) != "identity":
+            raise UnsupportedMediaType(f"a body with Content-Encoding {encoding!r} is not understood here; send it as it is")
         self.model.check()
         limit, length = self.settings.max_body_bytes, flask.request.content_length or 0
         try:
@@ -153,11 +155,15 @@ def retry_after(seconds: float) -> str:
 
 
 def events(
-    stream: Stream, shape: Callable[[Any], Any], last: Callable[[], list[bytes]] = list, first: Sequence[bytes] = ()
+    stream: Stream,
+    shape: Callable[[Any], Any],
+    last: Callable[[], list[bytes]] = list,
+    first: Sequence[bytes] = (),
+    failure: Callable[[FunctionError], Any] = lambda error: {"error": {"type": error.type, "message": str(error)}},
 ) -> flask.Response:
     """Server-sent events: `first`, each piece as `shape` makes it, and what `last` gives, which may ask `stream.sequence` how it ended.
 
-    An error half-way is told in an event, since the status is out already. The stream ends when the client leaves.
+    An error half-way is told in an event, as `failure` makes it, since the status is out already. The stream ends when the client leaves.
     """
 
     def lines() -> Iterator[bytes]:
@@ -168,7 +174,7 @@ def events(
             yield from last()
         except Exception as error:  # noqa: BLE001  `told` logs it
             found = error if isinstance(error, FunctionError) else told(error)
-            yield event({"error": {"type": found.type, "message": str(found)}})
+            yield event(failure(found))
         finally:
             stream.close()
 

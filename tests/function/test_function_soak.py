@@ -52,12 +52,24 @@ KINDS = (
     "x",
 )
 BODIES = (
-    '{"instances": ["a"]}', '{"instances": []}', "[]", "{}", '"a"', "null", "{", "\xff", "[" * 300,
-    '{"inputs": [{"name": "input", "shape": [1], "datatype": "BYTES", "data": ["a"]}]}', '{"model": "m", "messages": [{"role": "user", "content": "a"}], "stream": true}',
+    '{"instances": ["a"]}',
+    '{"instances": []}',
+    "[]",
+    "{}",
+    '"a"',
+    "null",
+    "{",
+    "\xff",
+    "[" * 300,
+    '{"inputs": [{"name": "input", "shape": [1], "datatype": "BYTES", "data": ["a"]}]}',
+    '{"model": "m", "messages": [{"role": "user", "content": "a"}], "stream": true}',
     "",
-    '{"model": "m", "prompt": "a", "max_tokens": 1e99}', '{"text_input": "a", "parameters": {"x": 1}}', '{"model": "m", "input": ["a", 1]}',
-    '{"specversion": "1.0", "id": "1", "source": "/s", "type": "t", "data": {"instances": ["a"]}}', '{"specversion": "1.0", "id": ""}',
-)  # fmt: skip
+    '{"model": "m", "prompt": "a", "max_tokens": 1e99}',
+    '{"text_input": "a", "parameters": {"x": 1}}',
+    '{"model": "m", "input": ["a", 1]}',
+    '{"specversion": "1.0", "id": "1", "source": "/s", "type": "t", "data": {"instances": ["a"]}}',
+    '{"specversion": "1.0", "id": ""}',
+)
 HEADERS = (
     "Priority: u=9",
     "X-Request-Timeout-Ms: -1",

@@ -1,0 +1,233 @@
+"""The Open Inference Protocol (KServe's V2, Triton's), with binary tensor data and the generate extension.
+
+One row of the input tensors is one input of the agent; its outputs become the rows of the output tensors.
+"""
+
+import functools
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import flask
+
+from function.agent import TensorSpec
+from function.errors import BadInput, NotFound, TimedOut, Unavailable, UnsupportedMediaType
+from function.http import Function, dumps, events, parse_json, reply
+from function.protocols import tensors
+from function.protocols.tensors import Tensor
+
+VERSION = "1"  # of the model; there is never another beside it
+HEADER_LENGTH = "Inference-Header-Content-Length"
+_ANY_INPUT = [TensorSpec("input", "BYTES", (-1,))]  # what the model says for an agent that declares nothing
+_ANY_OUTPUT = [TensorSpec("output", "BYTES", (-1,))]
+_LOOK_S = 0.1  # how often a whole answer's deadline is looked at while its pieces are made
+
+
+def add_routes(app: flask.Flask, function: Function) -> None:
+    """Add `/v2…`."""
+    model = function.model
+
+    @app.get("/v2")
+    def v2_server() -> flask.Response:
+        return reply({"name": "relight", "version": _version(), "extensions": ["binary_tensor_data", "generate"]})
+
+    @app.get("/v2/health/live")
+    def v2_live() -> flask.Response:
+        is_live = model.is_alive()
+        return reply({"live": is_live}, 200 if is_live else 503)
+
+    @app.get("/v2/health/ready")
+    def v2_ready() -> flask.Response:
+        is_ready = model.phase == "ready"
+        return reply({"ready": is_ready}, 200 if is_ready else 503)
+
+    @app.get("/v2/models/<name>")
+    @app.get("/v2/models/<name>/versions/<version>")
+    def v2_model(name: str, version: str = VERSION) -> flask.Response:
+        _known(function, name, version)
+        if model.phase in ("importing", "restoring", "loading"):
+            raise Unavailable(f"what the model takes is not known yet ({model.phase})", retry_after_s=1)
+        described = {"inputs": _described(model.inputs), "outputs": _described(model.outputs)}
+        return reply({"name": name, "versions": [VERSION], "platform": "relight", **described})
+
+    @app.get("/v2/models/<name>/ready")
+    @app.get("/v2/models/<name>/versions/<version>/ready")
+    def v2_model_ready(name: str, version: str = VERSION) -> flask.Response:
+        _known(function, name, version)
+        is_ready = model.phase == "ready"
+        return reply({"name": name, "ready": is_ready}, 200 if is_ready else 503)
+
+    @app.post("/v2/models/<name>/infer")
+    @app.post("/v2/models/<name>/versions/<version>/infer")
+    def v2_infer(name: str, version: str = VERSION) -> flask.Response:
+        _known(function, name, version)
+        return infer(function)
+
+    @app.post("/v2/models/<name>/generate")
+    @app.post("/v2/models/<name>/versions/<version>/generate")
+    def v2_generate(name: str, version: str = VERSION) -> flask.Response:
+        _known(function, name, version)
+        return reply(_text_output(name, generate(function, _prompt(function.json_object()))))
+
+    @app.post("/v2/models/<name>/generate_stream")
+    @app.post("/v2/models/<name>/versions/<version>/generate_stream")
+    def v2_generate_stream(name: str, version: str = VERSION) -> flask.Response:
+        _known(function, name, version)
+        stream = function.stream(_prompt(function.json_object()))
+        return events(stream, lambda piece: _text_output(name, piece), failure=lambda error: {"error": str(error)})
+
+    @app.after_request
+    def v2_error(response: flask.Response) -> flask.Response:
+        """Every error below `/v2`, whoever made it, as this protocol has it: {"error": message}."""
+        if response.status_code >= 400 and (flask.request.path + "/").startswith("/v2/") and response.is_json:
+            error = response.get_json().get("error")
+            if isinstance(error, dict):
+                response.set_data(dumps({"error": error["message"]}))
+        return response
+
+
+def infer(function: Function) -> flask.Response:
+    """The answer to an inference request. Raises what Function.predict does, and BadInput."""
+    document, binary = _read(function)
+    wanted = document.get("outputs") or []
+    if not isinstance(wanted, list):
+        raise BadInput('"outputs" must be a list')
+    is_binary = _asked(tensors.parameters(document, "the request"), "binary_data_output", default=False)
+    outputs_said = list(function.model.outputs)
+    in_binary = _wanted(wanted, [spec.name for spec in outputs_said], is_binary)
+    request_id = document.get("id", "")
+    if not isinstance(request_id, str):
+        raise BadInput('"id" must be a string')
+
+    given = tensors.read(document.get("inputs"), binary)
+    inputs_said = list(function.model.inputs)
+    if inputs_said != _ANY_INPUT:
+        tensors.fit(given, inputs_said)
+    found = {tensor.name: tensor for tensor in _outputs(function.predict(tensors.rows(given)), outputs_said)}
+
+    head = {"model_name": function.settings.model_name, "model_version": VERSION} | ({"id": request_id} if request_id else {})
+    return _answer(head, [(found[name], as_bytes) for name, as_bytes in in_binary.items()])
+
+
+def generate(function: Function, item: dict[str, Any]) -> Any:
+    """The whole answer to one prompt, made among the streams where the agent can stream, so that it shares their forward passes.
+
+    Raises what Function.predict and Function.stream do.
+    """
+    if not function.model.can_stream:
+        return function.predict([item])[0]
+    began = time.monotonic()
+    stream = function.stream(item)
+    pieces: list[Any] = []
+    try:
+        for piece in stream.pieces(_LOOK_S):
+            if time.monotonic() - began > stream.ask.timeout_s:
+                raise TimedOut(f"the answer was not complete within {stream.ask.timeout_s:g} s; ask for a stream, or for less")
+            if piece is not None:
+                pieces.append(piece)
+    finally:
+        stream.close()
+    return "".join(pieces) if all(isinstance(piece, str) for piece in pieces) else pieces
+
+
+def _known(function: Function, name: str, version: str) -> None:
+    function.known(name)
+    if version != VERSION:
+        raise NotFound(f"there is no version {version!r} of model {name!r} here, only {VERSION!r}")
+
+
+@functools.cache
+def _version() -> str:
+    try:
+        return metadata.version("relight")
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return "0"
+
+
+def _described(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
+    return [{"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)} for spec in specs]
+
+
+def _read(function: Function) -> tuple[dict[str, Any], bytes | None]:
+    """The request's JSON, and the bytes behind it, None if it does not say where the JSON ends."""
+    said = flask.request.headers.get(HEADER_LENGTH)
+    if said is None:
+        return function.json_object(), None
+    kind = flask.request.mimetype
+    if kind and kind not in ("application/octet-stream", "application/json"):
+        raise UnsupportedMediaType(f"a body of type {kind!r} is not understood here; send binary data as application/octet-stream")
+    body = function.body()
+    if not (said.isascii() and said.isdigit()) or len(said) > 18 or int(said) > len(body):
+        raise BadInput(f"{HEADER_LENGTH}: {said[:40]!r} is not a length within the body's {len(body)} bytes")
+    document = parse_json(body[: int(said)])
+    if not isinstance(document, dict):
+        raise BadInput("the JSON before the binary data must be an object")
+    return document, body[int(said) :]
+
+
+def _wanted(entries: list[Any], known: list[str], is_binary: bool) -> dict[str, bool]:
+    """The names of the outputs to send, and whether each is wanted in binary."""
+    if not entries:
+        return dict.fromkeys(known, is_binary)
+    names: list[str] = []
+    in_binary: list[bool] = []
+    for index, entry in enumerate(entries):
+        where = f"outputs[{index}]"
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            raise BadInput(f'{where} must be an object with "name", a string')
+        if name not in known:
+            raise BadInput(f"{where}: there is no output {name[:100]!r}; this model has {', '.join(map(repr, known))}")
+        asked = tensors.parameters(entry, where)
+        if "classification" in asked:
+            raise BadInput(f"{where}: classification is not supported")
+        names.append(name)
+        in_binary.append(_asked(asked, "binary_data", default=is_binary))
+    tensors.once(names, "outputs")
+    return dict(zip(names, in_binary, strict=True))
+
+
+def _asked(parameters: dict[str, Any], name: str, *, default: bool) -> bool:
+    found = parameters.get(name, default)
+    if not isinstance(found, bool):
+        raise BadInput(f'the parameter "{name}" must be true or false')
+    return found
+
+
+def _outputs(outputs: list[Any], specs: Sequence[TensorSpec]) -> list[Tensor]:
+    """The agent's outputs as tensors. Raises ValueError or KeyError if they are not what the agent declares."""
+    if specs == _ANY_OUTPUT:
+        return [tensors.inferred("output", outputs)]
+    if len(specs) == 1:
+        return [tensors.from_outputs(outputs, specs[0])]
+    return [tensors.from_outputs([output[spec.name] for output in outputs], spec) for spec in specs]
+
+
+def _answer(head: dict[str, Any], outputs: list[tuple[Tensor, bool]]) -> flask.Response:
+    """The reply with these tensors, each as JSON or in binary."""
+    documents: list[dict[str, Any]] = []
+    binary: list[bytes] = []
+    for tensor, as_bytes in outputs:
+        if as_bytes:
+            binary.append(tensor.to_bytes())
+            documents.append({**tensor.document(), "parameters": {"binary_data_size": len(binary[-1])}})
+        else:
+            documents.append({**tensor.document(), "data": tensor.data()})
+    text = dumps({**head, "outputs": documents})
+    if not binary:
+        return flask.Response(text, content_type="application/json")
+    return flask.Response(b"".join([text, *binary]), content_type="application/octet-stream", headers={HEADER_LENGTH: str(len(text))})
+
+
+def _prompt(document: dict[str, Any]) -> dict[str, Any]:
+    """What the agent is handed. Properties beside "parameters" are parameters too, as the generate extension has it."""
+    text = document.get("text_input")
+    if not isinstance(text, str):
+        raise BadInput('the body must be {"text_input": "...", "parameters": {...}}; "text_input" is missing or not a string')
+    beside = {name: value for name, value in document.items() if name not in ("text_input", "parameters", "id")}
+    return {"text_input": text, "parameters": beside | tensors.parameters(document, "the request")}
+
+
+def _text_output(name: str, piece: Any) -> dict[str, Any]:
+    return {"model_name": name, "model_version": VERSION, "text_output": piece}
