@@ -38,7 +38,7 @@ class Function:
     def known(self, name: Any) -> None:
         """Raises NotFound unless it is our model's name."""
         if name != self.settings.model_name:
-            raise NotFound(f"there is no model {name!r} here; this function serves {self.settings.model_name!r}")
+            raise NotFound(f"there is no model {name!r:.100} here; this function serves {self.settings.model_name!r}")
 
     def predict(self, inputs: list[Any], ask: Ask | None = None) -> list[Any]:
         """One output for each input. Raises what Model.predict does, and BadInput when there are too many."""

@@ -283,18 +283,17 @@ def add_routes(app: flask.Flask, function: Function) -> None:
     @routes.after_request
     def in_their_shape(response: flask.Response) -> flask.Response:
         """Errors as OpenAI words them, whoever raised them; status and headers stay."""
-        if response.status_code >= 400:
-            status, said = response.status_code, response.get_json()["error"]
-            document = {
-                "message": said["message"],
-                "type": "invalid_request_error" if status < 500 else "server_error",
-                "param": flask.g.get("param"),
-                "code": "model_not_found" if status == 404 else said["type"],
-            }
-            response.set_data(dumps({"error": document}))
+        if response.status_code >= 400 and response.is_json:
+            said = response.get_json()["error"]
+            response.set_data(dumps(_error(response.status_code, said["type"], said["message"], flask.g.get("param"))))
         return response
 
     app.register_blueprint(routes)
+
+
+def _error(status: int, kind: str, message: str, param: str | None = None) -> dict[str, Any]:
+    said = {"message": message, "type": "invalid_request_error" if status < 500 else "server_error"}
+    return {"error": {**said, "param": param, "code": "model_not_found" if status == 404 else kind}}
 
 
 def _wrong(name: str, message: str) -> BadInput:
@@ -396,7 +395,13 @@ def _streamed(stream: Stream, head: dict[str, Any], shape: Shape, *, with_usage:
         return [*chunks, b"data: [DONE]\n\n"]
 
     first = [event(chunk(shape.opening))] if shape.opening else []
-    return events(stream, lambda piece: chunk(shape.part(text_of(piece))), last, first)
+    return events(
+        stream,
+        lambda piece: chunk(shape.part(text_of(piece))),
+        last,
+        first,
+        failure=lambda error: _error(error.status, error.type, str(error)),
+    )
 
 
 def _vector(output: Any) -> list[float]:

@@ -20,7 +20,7 @@ SSE = "text/event-stream; charset=utf-8"
 BINARY = "application/octet-stream"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
-# What a request can come to. The last four are answered by all routes that ask the model.
+# What a request can come to, if not to an answer.
 REASONS = {
     400: "The request or an input in it is not what it should be; the message says what and why.",
     401: "No key that is known here: send `Authorization: Bearer <key>`.",
@@ -32,7 +32,7 @@ REASONS = {
     503: "Not now: not ready yet, too many requests wait already, or the model has stopped answering. Retry-After says when.",
     504: "No answer by the deadline.",
 }
-READING, RUNNING = (400, 408, 413, 415), (500, 503, 504)
+READING, RUNNING = (400, 408, 413, 415), (500, 503, 504)  # a body; the model
 
 
 def add_routes(app: flask.Flask, function: Function) -> None:

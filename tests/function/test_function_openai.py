@@ -393,8 +393,9 @@ def test_a_client_that_leaves_while_an_answer_in_one_go_is_made_frees_its_place_
 def test_what_goes_wrong_half_way_ends_the_stream_with_an_error(talker: OpenAI) -> None:
     with talker.chat.completions.create(model="m", messages=user("so far crash"), stream=True) as stream:
         assert [next(stream).choices[0].delta.content for _ in range(3)] == ["", "so ", "far "]
-        with pytest.raises(openai.APIError, match="the model failed on this request"):
+        with pytest.raises(openai.APIError, match="the model failed on this request") as caught:
             next(stream)
+    assert (caught.value.type, caught.value.code, caught.value.param) == ("server_error", "agent_failed", None)
 
 
 # Errors
