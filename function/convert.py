@@ -96,7 +96,7 @@ class Source:
         return found
 
     def text(self, key: str, default: str | None = None) -> str:
-        """A string of the metadata. Raises ConvertError, as the next three do, if it is not there or something else."""
+        """A string of the metadata. Raises ConvertError, as the others do, if it is not there or something else."""
         return self._get(key, str, default)
 
     def number(self, key: str, default: int | None = None) -> int:
@@ -105,6 +105,10 @@ class Source:
         if isinstance(found, bool) or found < 0:
             raise ConvertError(f"{self.path}: {key!r} in its metadata is {found}")
         return found
+
+    def flag(self, key: str) -> bool:
+        """A boolean of the metadata, False if it is not there."""
+        return self._get(key, bool, False)
 
     def real(self, key: str) -> float:
         """A float32 of the metadata, as the decimal number that was meant: 1e-05, not 9.999999747378752e-06."""
@@ -171,7 +175,8 @@ def _original_order(rows: "Array", heads: int) -> "Array":
     """Undo llama.cpp's permutation: it keeps the two halves of each head interleaved, the original one after the other."""
     if not heads or rows.shape[0] % (2 * heads):
         raise ConvertError(f"{rows.shape[0]} rows of a projection cannot belong to {heads} heads")
-    return rows.reshape(heads, rows.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+    found: Array = rows.reshape(heads, rows.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+    return found
 
 
 def config(source: Source, dtype: str) -> dict[str, Any]:
@@ -223,8 +228,8 @@ def tokenizer(source: Source) -> str:
         raise ConvertError(f"{source.path}: its tokenizer is damaged: {error}") from error
     # Each digit by itself, then the words and marks of GPT-2's pattern, as bytes.
     split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    made.pre_tokenizer = pre_tokenizers.Sequence(split)  # type: ignore[assignment]
-    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    made.pre_tokenizer = pre_tokenizers.Sequence(split)
+    made.decoder = decoders.ByteLevel()
     types = source.items("tokenizer.ggml.token_type")
     for token, type_ in zip(tokens, types, strict=False):
         if type_ == _CONTROL:
@@ -240,7 +245,7 @@ def tokenizer_config(source: Source) -> dict[str, Any]:
     found: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": source.number("llama.context_length"),
-        "add_bos_token": source._get("tokenizer.ggml.add_bos_token", bool, False),
+        "add_bos_token": source.flag("tokenizer.ggml.add_bos_token"),
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
     }
@@ -274,7 +279,8 @@ def write_tensors(source: Source, file: BinaryIO, dtype: str, progress: Callable
 def _bfloat16(numbers: "Array") -> "Array":
     """The bits of finite float32 numbers as bfloat16, to the nearest, to the even one of two: numpy has no such type."""
     bits = numbers.astype("<f4").view("<u4")
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    found: Array = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    return found
 
 
 def convert(path: Path, directory: Path, dtype: str, progress: Callable[[int], object], total: Callable[[int], object]) -> None:
@@ -300,7 +306,7 @@ def _json(document: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _replacing(directory: Path, names: list[str]) -> Iterator[dict[str, BinaryIO]]:
+def _replacing(directory: Path, names: list[str]) -> Iterator[Mapping[str, BinaryIO]]:
     """Files to write, under temporary names; they get their own when all went well, and otherwise go away."""
     made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)

@@ -170,7 +170,8 @@ def events(
         try:
             yield from first
             for piece in stream.pieces(HEARTBEAT_S):
-                yield b": still working\n\n" if piece is None else event(shape(piece))
+                if piece != "":  # a sign of life, of text that is held back
+                    yield b": still working\n\n" if piece is None else event(shape(piece))
             yield from last()
         except Exception as error:  # noqa: BLE001  `told` logs it
             found = error if isinstance(error, FunctionError) else told(error)

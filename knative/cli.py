@@ -9,6 +9,7 @@ _COMMANDS = {
     "push": ("weights_cache.cli", "push", "Upload a directory of weights to object storage."),
     "pull": ("weights_cache.cli", "pull", "Bring weights into a node's cache."),
     "cache": ("weights_cache.cli", "cache_group", "See what is in a node's cache, check it, make room."),
+    "convert": ("function.convert", "command", "Convert a llama model from GGUF to safetensors."),
 }
 
 
