@@ -12,6 +12,7 @@ from function.keys import Keys
 from function.metrics import Metrics
 from function.model import Model
 from function.protocols import openai, openapi, plain, v1, v2
+from function.protocols.events import are_here
 from function.settings import FunctionSettings
 
 OPEN = ("/healthz", "/readyz")  # need no key
@@ -43,13 +44,23 @@ def create_app(settings: FunctionSettings, model: Model, metrics: Metrics | None
     def prometheus() -> flask.Response:
         return flask.Response(metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
-    if settings.api_keys_file:
-        keys = Keys(settings.api_keys_file)
+    keys = Keys(settings.api_keys_file) if settings.api_keys_file else None
+    senders = None
+    if settings.oidc_audience:
+        from function.oidc import Senders  # an extra, which not every function has
+
+        senders = Senders(settings)
+    if keys or senders:
 
         @app.before_request
         def authorize() -> None:
-            if flask.request.path not in OPEN:
-                keys.check(flask.request.headers.get("Authorization", ""))
+            request = flask.request
+            authorization = request.headers.get("Authorization", "")
+            if senders and request.url_rule and request.url_rule.rule == "/" and are_here(request):
+                if not keys or not _has_key(keys, authorization):
+                    senders.check(authorization)
+            elif keys and request.path not in OPEN:
+                keys.check(authorization)
 
     @app.errorhandler(FunctionError)
     def ours(error: FunctionError) -> flask.Response:
@@ -76,3 +87,11 @@ def create_app(settings: FunctionSettings, model: Model, metrics: Metrics | None
         return refusal(500, "internal_error", "the function failed on this request; its log says why")
 
     return app
+
+
+def _has_key(keys: Keys, authorization: str) -> bool:
+    try:
+        keys.check(authorization)
+    except Unauthorized:
+        return False
+    return True

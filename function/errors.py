@@ -1,7 +1,8 @@
 """What a caller can be told.
 
-request → parse (Unauthorized, BadInput, NotFound, TooLarge, TooSlow, UnsupportedMediaType) → admit (Unavailable) → agent (AgentFailed,
-TimedOut, CannotStream) → reply. Each error knows its HTTP status; only these reach the caller, anything else stays in the log.
+request → parse (Unauthorized, Forbidden, BadInput, NotFound, TooLarge, TooSlow, UnsupportedMediaType) → admit (Unavailable) → agent
+(AgentFailed, TimedOut, CannotStream) → reply. Each error knows its HTTP status; only these reach the caller, anything else stays in the
+log.
 """
 
 import logging
@@ -31,10 +32,17 @@ class CannotStream(BadInput):
 
 
 class Unauthorized(FunctionError):
-    """The request has no key that is known here."""
+    """The request has no key that is known here; an event, no good token of its sender."""
 
     status = 401
     type = "unauthorized"
+
+
+class Forbidden(FunctionError):
+    """Who asks is known, and not let in."""
+
+    status = 403
+    type = "forbidden"
 
 
 class NotFound(FunctionError):

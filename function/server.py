@@ -93,6 +93,10 @@ def main() -> None:
         Weights(weights)  # says now what is wrong with WEIGHTS_URI
         if settings.api_keys_file:
             Keys(settings.api_keys_file)
+        if settings.oidc_audience:
+            from function.oidc import Senders
+
+            Senders(settings)
     except SettingsError as error:
         sys.exit(_complain(str(error)))
     logging.getLogger("gunicorn.error").addFilter(_is_news)

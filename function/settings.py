@@ -9,6 +9,8 @@ from weights_cache import environment
 from weights_cache.environment import setting
 from weights_cache.settings import WeightsSettings
 
+CLUSTER_ISSUER = "https://kubernetes.default.svc"  # where the cluster that a pod is in answers, however it calls itself
+
 
 @dataclass(frozen=True)
 class FunctionSettings:
@@ -48,6 +50,13 @@ class FunctionSettings:
     max_inputs: int = setting("FUNCTION_MAX_INPUTS", 1024, minimum=1, text="inputs that one request may hold; beyond it callers get 400")
     api_keys_file: Path | None = setting(
         "FUNCTION_API_KEYS_FILE", None, text="a file of keys, one a line; with it callers need `Authorization: Bearer <key>`, probes do not"
+    )
+    oidc_audience: str | None = setting(
+        "FUNCTION_OIDC_AUDIENCE", None, text="the audience that tokens of event senders are for; with it events at `POST /` need one"
+    )
+    oidc_issuer: str = setting("FUNCTION_OIDC_ISSUER", CLUSTER_ISSUER, text="who issues them; the default is the cluster itself")
+    oidc_subjects: str | None = setting(
+        "FUNCTION_OIDC_SUBJECTS", None, text="the senders that are let in, as `system:serviceaccount:namespace:name,…`; all if empty"
     )
     metrics_port: int = setting(
         "FUNCTION_METRICS_PORT", 0, minimum=0, maximum=65535, text="a port that has `/metrics` alone, and asks for no key; 0 is none"

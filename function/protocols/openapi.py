@@ -24,6 +24,7 @@ METRICS = "text/plain; version=0.0.4; charset=utf-8"
 REASONS = {
     400: "The request or an input in it is not what it should be; the message says what and why.",
     401: "No key that is known here: send `Authorization: Bearer <key>`.",
+    403: "The sender of the event is not let in (FUNCTION_OIDC_SUBJECTS).",
     404: "There is no model of this name here.",
     408: "The body stopped coming.",
     413: "The body is larger than FUNCTION_MAX_BODY_BYTES.",
@@ -53,6 +54,9 @@ def describe(settings: FunctionSettings) -> dict[str, Any]:
         if settings.api_keys_file and path not in ("/healthz", "/readyz"):
             operation["responses"]["401"] = _refusal(401, _ref("schemas", "V2Error" if path.startswith("/v2") else "Error"))
             operation["security"] = [{"key": []}]
+        if settings.oidc_audience and path == "/":
+            for status in (401, 403):
+                operation["responses"][str(status)] = _refusal(status, _ref("schemas", "Error"))
         paths.setdefault(path, {})[method] = operation
     in_path = {"model": settings.model_name, "version": v2.VERSION}
     return {

@@ -20,7 +20,7 @@ class Echo:
     def start(self, input): return iter(range(3))
     def step(self, sequences): return [next(sequence, None) for sequence in sequences]
 """
-PATHS = (
+PATHS: tuple[str, ...] = (
     "/",
     "/v1/models",
     "/v1/models/m:predict",
@@ -70,7 +70,7 @@ BODIES = (
     '{"specversion": "1.0", "id": "1", "source": "/s", "type": "t", "data": {"instances": ["a"]}}',
     '{"specversion": "1.0", "id": ""}',
 )
-HEADERS = (
+HEADERS: tuple[str, ...] = (
     "Priority: u=9",
     "X-Request-Timeout-Ms: -1",
     "X-Request-Id: \x01",

@@ -257,7 +257,7 @@ class _Relay(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815  the base class's names
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the base class's name
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 
