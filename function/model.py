@@ -64,7 +64,7 @@ class Model:
         self._on_failure: Callable[[], object] = lambda: None
 
     def start(self, on_failure: Callable[[], object]) -> None:
-        """Begin to load in the model's thread; `on_failure` is called there if the agent cannot be brought up."""
+        """Begin to load in the model's thread; `on_failure` is called there if the agent cannot be brought up, or ends the thread."""
         self._on_failure = on_failure
         self.mark("listen")
         self._weights.restored()  # finds out now whether the cache has them already
@@ -198,6 +198,15 @@ class Model:
             self._on_failure()
             return
         log.info("ready after %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages.items()))
+        try:
+            self._serve(agent)
+        except BaseException:
+            log.exception(
+                "the model's thread ended"
+            )  # an agent that calls exit(), or a mistake of ours: nobody would be answered again
+            self._on_failure()
+
+    def _serve(self, agent: InferenceAgent) -> None:
         streams = self._streams = Streams(agent, self._settings.max_batch)
         while True:
             if not streams.active:

@@ -1,5 +1,6 @@
 """The function as it is deployed: `python -m function` under gunicorn, driven over HTTP."""
 
+import contextlib
 import signal
 import socket
 import threading
@@ -7,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,10 @@ class Sleeper:
 class Breaks:
     def load(self, weights, device): raise OSError("the tokenizer is missing")
     def predict(self, inputs): return inputs
+
+class Quits:
+    def load(self, weights, device): pass
+    def predict(self, inputs): raise SystemExit("enough")
 
 class Names:
     def load(self, weights, device): self.names = list(weights)
@@ -93,6 +99,14 @@ def test_an_agent_that_does_not_exist_ends_the_server_and_says_so(start: StartFu
     assert function.wait() == 3
     assert "FUNCTION_AGENT='some_agents:Missing': module 'some_agents' has no 'Missing'" in function.said()
     assert "Traceback" not in function.said()
+
+
+def test_an_agent_that_quits_ends_the_server_so_that_it_is_replaced(start: StartFunction) -> None:
+    function = start("some_agents:Quits").ready()
+    with contextlib.suppress(OSError, HTTPException):
+        request(function.port, "POST", "/", 1)
+    assert function.wait() == 3
+    assert "SystemExit: enough" in function.said()
 
 
 def test_sigterm_lets_a_running_request_finish_and_exits_with_0(start: StartFunction) -> None:
