@@ -14,11 +14,8 @@ import http.client
 import json
 import mmap
 import os
-import platform
 import shutil
 import signal
-import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,12 +23,18 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench.common import Failed, make_venv, reason, spread  # noqa: E402  found through the line above
+from bench.common import free_ports as free_ports  # noqa: E402  bench/tls.py has it from here
+from bench.common import machine as machine  # noqa: E402
+
 FILE = "model.safetensors"
 PREFIX = "weights"
 ACCESS_KEY, SECRET_KEY = "bench", "bench-secret"
@@ -93,52 +96,7 @@ CONTENDERS = (
 OURS = CONTENDERS[0].name
 
 
-class Failed(Exception):
-    """A contender could not be installed or did not fetch; the text says why."""
-
-
-# Environments
-
-
-def make_venv(folder: Path, requirements: Sequence[str], *, sees_project: bool = False) -> Path:
-    """The interpreter of a virtual environment that has `requirements`, made unless it is there."""
-    python, marker = folder / "bin/python", folder / "requirements.txt"
-    wanted = "\n".join(requirements)
-    if marker.exists() and marker.read_text() == wanted:
-        return python
-    shutil.rmtree(folder, ignore_errors=True)
-    print(f"making the environment {folder.name}: {' '.join(requirements)}", file=sys.stderr)
-    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
-    if sees_project:
-        install.append("--no-deps")
-    for command in ([sys.executable, "-m", "venv", str(folder)], install):
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise Failed(f"cannot be installed: {reason(done.stderr)}")
-    if sees_project:
-        theirs, ours = (next((top / "lib").glob("python*/site-packages")) for top in (folder, Path(sys.prefix)))
-        (theirs / "project.pth").write_text(f"{ours}\n")
-    marker.write_text(wanted)
-    return python
-
-
-def reason(text: str) -> str:
-    """What a program that failed said last: the exception if there is a traceback, else its last line."""
-    lines = text.strip().splitlines() or ["no message"]
-    after_traceback = text.rpartition("Traceback (most recent call last):\n")[2].splitlines()
-    found = next((line for line in after_traceback if line.strip() and not line.startswith(" ")), "") if "Traceback" in text else lines[-1]
-    return found.strip().replace("|", "/")[:200]
-
-
 # Servers
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 @contextmanager
@@ -513,7 +471,12 @@ def prepare(contenders: Sequence[Contender], venvs: Path) -> tuple[dict[str, Pat
         try:
             pythons[contender.name] = Path(sys.executable)
             if contender.venv:
-                pythons[contender.name] = make_venv(venvs / contender.venv, contender.requirements, sees_project=contender.sees_project)
+                pythons[contender.name] = make_venv(
+                    venvs / contender.venv,
+                    contender.requirements,
+                    sees_project=contender.sees_project,
+                    with_dependencies=not contender.sees_project,
+                )
         except Failed as error:
             del pythons[contender.name]
             missing[contender.name] = str(error)
@@ -541,12 +504,6 @@ def measure(
 
 
 # The report
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    if not values:
-        return "–"
-    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
 def rates(runs: Sequence[Run], size: int) -> list[tuple[float, float] | None]:
@@ -633,12 +590,6 @@ def report(result: Mapping[str, Any], contenders: Sequence[Contender]) -> str:
 
 def version(contender: Contender) -> str:
     return f" ({', '.join(contender.requirements)})" if contender.requirements else ""
-
-
-def machine() -> str:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    kernel = ".".join(platform.release().split(".")[:2])
-    return f"{os.cpu_count()} cores, {memory / 2**30:.0f} GiB of memory, Linux {kernel}, Python {platform.python_version()}"
 
 
 def plain(value: object) -> object:

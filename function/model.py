@@ -201,9 +201,7 @@ class Model:
         try:
             self._serve(agent)
         except BaseException:
-            log.exception(
-                "the model's thread ended"
-            )  # an agent that calls exit(), or a mistake of ours: nobody would be answered again
+            log.exception("the model's thread ended")  # an agent that calls exit(), or a mistake of ours: nobody would be answered again
             self._on_failure()
 
     def _serve(self, agent: InferenceAgent) -> None:
