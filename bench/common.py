@@ -1,0 +1,74 @@
+"""What the benchmarks share: the peers' virtual environments, the machine in words, medians."""
+
+import os
+import platform
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+INSTALL_LIMIT_S = 300
+
+
+class Failed(Exception):
+    """A contender could not be installed or did not fetch; the text says why."""
+
+
+def make_venv(folder: Path, requirements: Sequence[str], *, sees_project: bool = False, with_dependencies: bool = True) -> Path:
+    """The interpreter of a virtual environment that has `requirements`, made unless it is there.
+
+    sees_project: it may import what the project's environment has and it has not.
+    """
+    python, marker = folder / "bin/python", folder / "requirements.txt"
+    wanted = "\n".join(requirements)
+    if marker.exists() and marker.read_text() == wanted:
+        return python
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"making the environment {folder.name}: {' '.join(requirements)}", file=sys.stderr)
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
+    if not with_dependencies:
+        install.append("--no-deps")
+    for command in ([sys.executable, "-m", "venv", str(folder)], install):
+        try:
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=INSTALL_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"cannot be installed: not done after {INSTALL_LIMIT_S} s") from None
+        if done.returncode:
+            raise Failed(f"cannot be installed: {reason(done.stderr)}")
+    if sees_project:
+        theirs, ours = (next((top / "lib").glob("python*/site-packages")) for top in (folder, Path(sys.prefix)))
+        (theirs / "project.pth").write_text(f"{ours}\n")
+    marker.write_text(wanted)
+    return python
+
+
+def reason(text: str) -> str:
+    """What a program that failed said last: the exception if there is a traceback, else its last line."""
+    lines = text.strip().splitlines() or ["no message"]
+    after_traceback = text.rpartition("Traceback (most recent call last):\n")[2].splitlines()
+    found = next((line for line in after_traceback if line.strip() and not line.startswith(" ")), "") if "Traceback" in text else lines[-1]
+    return found.strip().replace("|", "/")[:200]
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    if not values:
+        return "–"
+    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
+def machine() -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    kernel = ".".join(platform.release().split(".")[:2])
+    return f"{os.cpu_count()} cores, {memory / 2**30:.0f} GiB of memory, Linux {kernel}, Python {platform.python_version()}"
