@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -145,7 +144,7 @@ class Model:
                 raise self._full()
             try:
                 return call.reply.result(ask.timeout_s)
-            except FutureTimeout:
+            except TimeoutError:
                 call.reply.cancel()
             except TimedOut:
                 pass  # by the model's thread, in the same moment
@@ -248,27 +247,27 @@ class Model:
         try:
             outputs = self._outputs(agent, inputs)
         except Exception as error:  # noqa: BLE001  told apart below
+            self._took(began, slices, len(inputs))
             if len(slices) == 1:
                 slices[0].call.fail(told(error))
             else:
                 self._predict_apart(agent, slices)
-        else:
-            self._note(slices, began)
-            at = 0
-            for part in slices:
-                part.call.add(outputs[at : at + len(part.inputs)])
-                at += len(part.inputs)
-        seconds = self.batcher.took_s = time.monotonic() - began
-        self._seconds_per_input += 0.2 * (seconds / len(inputs) - self._seconds_per_input)
-        self.observer.batch(len(inputs), seconds, [began - part.call.arrived for part in slices])
+            return
+        self._took(began, slices, len(inputs))  # before the callers are woken, who would be in its way
+        at = 0
+        for part in slices:
+            part.call.add(outputs[at : at + len(part.inputs)])
+            at += len(part.inputs)
 
-    def _note(self, slices: Sequence[Slice], began: float) -> None:
-        """What the callers are told of where their time went."""
-        seconds = time.monotonic() - began
+    def _took(self, began: float, slices: Sequence[Slice], inputs: int) -> None:
+        """Note how long a batch took: for its callers, for the metrics, for what is said to those who are refused."""
+        seconds = self.batcher.took_s = time.monotonic() - began
+        self._seconds_per_input += 0.2 * (seconds / inputs - self._seconds_per_input)
         for part in slices:
             timing = part.call.ask.timing
             timing.setdefault("queue", began - part.call.arrived)
             timing["model"] = timing.get("model", 0.0) + seconds
+        self.observer.batch(inputs, seconds, [began - part.call.arrived for part in slices])
 
     def _predict_apart(self, agent: InferenceAgent, slices: Sequence[Slice]) -> None:
         for part in slices:
