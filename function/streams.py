@@ -16,6 +16,9 @@ from function.errors import ClientGone, FunctionError, TimedOut, told
 
 log = logging.getLogger("relight.function")
 
+AHEAD = 256  # pieces that nobody has read yet; then the stream waits for its reader
+PAUSE_S = 0.002
+
 _END = object()
 
 
@@ -84,6 +87,10 @@ class Stream:
         """Whether somebody still reads."""
         return not (self._closed.is_set() or self.ask.is_gone())
 
+    def is_ahead(self) -> bool:
+        """Whether its reader has to catch up first."""
+        return self._pieces.qsize() >= AHEAD
+
     def put(self, piece: Any) -> None:
         """Hand over a piece."""
         self._pieces.put(piece)
@@ -91,6 +98,9 @@ class Stream:
     def end(self, error: Exception | None = None) -> None:
         """That was all."""
         self._pieces.put(error or _END)
+
+
+_Entry = tuple[Stream, Any]  # with the agent's sequence, or the iterator that `stream` gave
 
 
 class Streams:
@@ -101,7 +111,7 @@ class Streams:
         self._agent = agent
         self._shared = hasattr(agent, "step")
         self._limit = limit if self._shared else 1
-        self._active: list[tuple[Stream, Any]] = []  # with the agent's sequence, or the iterator that `stream` gave
+        self._active: list[_Entry] = []
 
     @property
     def room(self) -> int:
@@ -132,33 +142,41 @@ class Streams:
             stream.end(told(error))
 
     def step(self) -> None:
-        """One piece more for each."""
+        """One piece more for each whose reader keeps up."""
         self._drop_unwanted()
-        if not self._active:
+        going_on = [entry for entry in self._active if not entry[0].is_ahead()]
+        waiting = [entry for entry in self._active if entry[0].is_ahead()] if len(going_on) < len(self._active) else []
+        if not going_on:
+            time.sleep(PAUSE_S if waiting else 0)
             return
-        if not self._shared:
-            self._advance()
-            return
-        try:
-            pieces = self._step([sequence for _, sequence in self._active])
-        except Exception as error:  # noqa: BLE001  see told
-            if len(self._active) == 1:
-                self._active.pop()[0].end(told(error))
-            else:
-                self._step_apart()
-            return
-        self._hand_over(pieces)
+        self._active = self._advance(going_on) + waiting
 
-    def _step_apart(self) -> None:
+    def _advance(self, entries: list[_Entry]) -> list[_Entry]:
+        """Make the next piece of these; returns those that go on."""
+        if not self._shared:
+            return self._hand_over(entries, [self._next_of(entries[0][1])])
+        try:
+            pieces = self._step([sequence for _, sequence in entries])
+        except Exception as error:  # noqa: BLE001  see told
+            pieces = [told(error)] if len(entries) == 1 else self._step_apart(entries)
+        return self._hand_over(entries, pieces)
+
+    def _next_of(self, iterator: Iterator[Any]) -> Any:
+        try:
+            return next(iterator, None)
+        except Exception as error:  # noqa: BLE001  see told
+            return told(error)
+
+    def _step_apart(self, entries: list[_Entry]) -> list[Any]:
         """Find the culprit: what one sequence does is no business of the others."""
-        log.warning("a step of %d sequences failed; taking them one at a time", len(self._active))
+        log.warning("a step of %d sequences failed; taking them one at a time", len(entries))
         pieces: list[Any] = []
-        for _, sequence in self._active:
+        for _, sequence in entries:
             try:
                 pieces += self._step([sequence])
             except Exception as error:  # noqa: BLE001  see told
                 pieces.append(told(error))
-        self._hand_over(pieces)
+        return pieces
 
     def _step(self, sequences: Sequence[Any]) -> Sequence[Any]:
         pieces: Sequence[Any] = self._agent.step(list(sequences))
@@ -166,29 +184,15 @@ class Streams:
             raise ValueError(f"step gave {len(pieces)} pieces for {len(sequences)} sequences")
         return pieces
 
-    def _hand_over(self, pieces: Sequence[Any]) -> None:
+    def _hand_over(self, entries: list[_Entry], pieces: Sequence[Any]) -> list[_Entry]:
         going_on = []
-        for (stream, sequence), piece in zip(self._active, pieces, strict=True):
+        for (stream, made), piece in zip(entries, pieces, strict=True):
             if piece is None or isinstance(piece, FunctionError):
                 stream.end(piece)
             else:
                 stream.put(piece)
-                going_on.append((stream, sequence))
-        self._active = going_on
-
-    def _advance(self) -> None:
-        ((stream, iterator),) = self._active
-        try:
-            piece = next(iterator, _END)
-        except Exception as error:  # noqa: BLE001  see told
-            stream.end(told(error))
-            self._active.clear()
-            return
-        if piece is _END:
-            stream.end()
-            self._active.clear()
-        else:
-            stream.put(piece)
+                going_on.append((stream, made))
+        return going_on
 
     def _drop_unwanted(self) -> None:
         for stream, made in self._active:

@@ -14,6 +14,7 @@ from function.batcher import Ask
 from function.errors import AgentFailed, CannotStream, TimedOut, Unavailable
 from function.model import Model
 from function.settings import FunctionSettings
+from function.streams import AHEAD
 from tests.support import wait_until
 from weights_cache.settings import WeightsSettings
 
@@ -229,13 +230,37 @@ def test_the_deadline_runs_to_the_first_piece_and_then_between_pieces(make_model
 
 def test_silence_is_told_so_that_a_heartbeat_can_be_sent(make_model: MakeModel) -> None:
     model = make_model()
-    pieces = model.stream(10**9, ask(30)).pieces(0.05)
+    stream = model.stream(10**9, ask(30))
+    pieces = stream.pieces(0.05)
     next(pieces)
     Counter.gate.clear()
     assert next(piece for piece in pieces if piece is None) is None
     assert next(pieces) is None
     Counter.gate.set()
     assert next(piece for piece in pieces if piece is not None) > 1
+    stream.close()
+
+
+@pytest.mark.parametrize("agent", ["Counter", "Plain"])
+def test_a_stream_waits_for_a_reader_who_is_slow(make_model: MakeModel, agent: str) -> None:
+    model = make_model(agent)
+    stream = model.stream(10**9 if agent == "Counter" else "endless", ask())
+    wait_until("it is ahead", stream.is_ahead)
+    time.sleep(0.05)
+    assert model.predict(["a"], ask()) is not None  # nobody else has to wait
+    pieces = stream.pieces()
+    first = next(pieces)
+    assert [next(pieces) for _ in range(2 * AHEAD)] == list(range(first + 1, first + 1 + 2 * AHEAD))
+    stream.close()
+    wait_until("the place", lambda: model.active_streams() == 0)
+
+
+def test_one_who_is_slow_does_not_slow_down_the_others(make_model: MakeModel) -> None:
+    model = make_model()
+    slow = model.stream(10**9, ask())
+    wait_until("it is ahead", slow.is_ahead)
+    assert list(model.stream(1000, ask()).pieces()) == list(range(1, 1001))
+    slow.close()
 
 
 def test_time_outs_of_streams_trip_the_breaker_too(make_model: MakeModel) -> None:
