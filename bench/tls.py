@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import fetch  # noqa: E402  found through the line above
+from bench.common import free_ports, machine  # noqa: E402
 
 
 def main() -> None:
@@ -68,7 +69,7 @@ def start_tls(work: Path, plain: str) -> "tuple[str, subprocess.Popen[bytes]]":
         check=True,
         capture_output=True,
     )
-    (port,) = fetch.free_ports(1)
+    (port,) = free_ports(1)
     config = (work / "nginx" / "nginx.conf").read_text()
     config = config.replace(plain.removeprefix("http://"), f"127.0.0.1:{port} ssl")
     config = config.replace("server {", f"server {{ ssl_certificate {work}/cert.pem; ssl_certificate_key {work}/key.pem;", 1)
@@ -92,7 +93,7 @@ def report(rounds: int, work: Path, plain: str, secure: str) -> None:
     for turn in range(rounds):
         for way in [*ways][turn % len(ways) :] + [*ways][: turn % len(ways)]:
             found[way].append(run(work, *ways[way]))
-    print(fetch.machine(), "\n")
+    print(machine(), "\n")
     print("| way | MB/s, median (min to max) | CPU-s per GB, median |\n| --- | ---: | ---: |")
     for way, runs in found.items():
         rates = [rate for rate, _ in runs]

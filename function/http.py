@@ -22,8 +22,6 @@ from function.streams import Stream
 HEARTBEAT_S = 10.0  # a comment line when the model is silent for so long, so that nothing in between takes the connection for dead
 MAX_DEPTH = 200  # levels of lists and objects; an answer may add some to its input, and 254 are the most that orjson writes
 URGENCY_OF_BATCH = 5  # RFC 9218; below it is interactive
-
-
 _SETTLED_S = 0.01  # who asked so lately is there; the look costs more than it would save
 
 
@@ -209,7 +207,6 @@ def _is_gone(sock: Any) -> Callable[[], bool]:
     """Asks the kernel whether the other side of a connection has hung up, of a request that has been waiting for a moment."""
     if sock is None:
         return lambda: False
-
     asked_first = time.monotonic() + _SETTLED_S
 
     def ask() -> bool:

@@ -17,7 +17,8 @@ from function.errors import ClientGone, FunctionError, TimedOut, told
 log = logging.getLogger("relight.function")
 
 AHEAD = 256  # pieces that nobody has read yet; then the stream waits for its reader
-PAUSE_S = 0.002
+PAUSE_S = 0.002  # when all streams wait for their readers
+LOOKS = 16  # at the clock per deadline, while a whole answer is gathered
 
 _END = object()
 
@@ -33,6 +34,7 @@ class Stream:
         self._closed = threading.Event()
         self._on_timeout = on_timeout
         self._first: Any = None
+        self._opened = time.monotonic()
 
     def begin(self) -> None:
         """Wait for the first piece. Raises what `pieces` does."""
@@ -61,6 +63,22 @@ class Stream:
                     if self.ask.is_own_deadline:
                         self._on_timeout()
                     raise
+
+    def whole(self, late: str) -> list[Any]:
+        """All its pieces, for a caller who wants the answer in one go; ends the stream. Call it once, after `begin`.
+
+        late: what to say when the whole is not there by the deadline, whose seconds are its {}. Raises what `pieces` does.
+        """
+        found: list[Any] = []
+        try:
+            for piece in self.pieces(self.ask.timeout_s / LOOKS):
+                if time.monotonic() > self._opened + self.ask.timeout_s:
+                    raise TimedOut(late.format(f"{self.ask.timeout_s:g}"))
+                if piece is not None:
+                    found.append(piece)
+        finally:
+            self.close()
+        return found
 
     def _next(self, timeout_s: float, *, is_deadline: bool = True) -> Any:
         """The next piece, or _END. Raises its error, and at the deadline TimedOut; queue.Empty if it is not the deadline."""
@@ -144,12 +162,14 @@ class Streams:
     def step(self) -> None:
         """One piece more for each whose reader keeps up."""
         self._drop_unwanted()
-        going_on = [entry for entry in self._active if not entry[0].is_ahead()]
-        waiting = [entry for entry in self._active if entry[0].is_ahead()] if len(going_on) < len(self._active) else []
-        if not going_on:
-            time.sleep(PAUSE_S if waiting else 0)
-            return
-        self._active = self._advance(going_on) + waiting
+        due: list[_Entry] = []
+        waiting: list[_Entry] = []
+        for entry in self._active:
+            (waiting if entry[0].is_ahead() else due).append(entry)
+        if due:
+            self._active = self._advance(due) + waiting
+        elif waiting:
+            time.sleep(PAUSE_S)
 
     def _advance(self, entries: list[_Entry]) -> list[_Entry]:
         """Make the next piece of these; returns those that go on."""

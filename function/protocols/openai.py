@@ -16,13 +16,11 @@ from typing import Any
 
 import flask
 
-from function.errors import BadInput, FunctionError, TimedOut
+from function.errors import BadInput, FunctionError
 from function.http import Function, dumps, event, events, reply
 from function.streams import Stream
 
 Schema = dict[str, Any]
-
-LOOKS = 16  # at the clock per deadline, while an answer in one go is made piece by piece
 
 
 # The bodies, in JSON Schema; `description` completes "'name' must be …"
@@ -368,18 +366,10 @@ def _answers(function: Function, items: list[dict[str, Any]]) -> list[Answer]:
         return [Answer(text_of(output)) for output in function.predict(items)]
     if len(items) > function.settings.max_inputs:
         raise BadInput(f"{len(items)} prompts in one request; at most {function.settings.max_inputs} (FUNCTION_MAX_INPUTS)")
-    began = time.monotonic()
-    answers = []
+    late = 'no whole answer within {} s; ask for fewer tokens, or with "stream": true'
     with ExitStack() as stack:
-        for stream in [stack.enter_context(closing(function.stream(item))) for item in items]:
-            pieces = []
-            for piece in stream.pieces(stream.ask.timeout_s / LOOKS):
-                if time.monotonic() - began > stream.ask.timeout_s:
-                    raise TimedOut(f'no whole answer within {stream.ask.timeout_s:g} s; ask for fewer tokens, or with "stream": true')
-                if piece is not None:
-                    pieces.append(text_of(piece))
-            answers.append(Answer.of("".join(pieces), stream.sequence))
-    return answers
+        streams = [stack.enter_context(closing(function.stream(item))) for item in items]
+        return [Answer.of("".join(map(text_of, stream.whole(late))), stream.sequence) for stream in streams]
 
 
 def _streamed(stream: Stream, head: dict[str, Any], shape: Shape, *, with_usage: bool) -> flask.Response:

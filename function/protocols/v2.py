@@ -4,7 +4,6 @@ One row of the input tensors is one input of the agent; its outputs become the r
 """
 
 import functools
-import time
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import flask
 
 from function.agent import TensorSpec
-from function.errors import BadInput, NotFound, TimedOut, Unavailable, UnsupportedMediaType
+from function.errors import BadInput, NotFound, Unavailable, UnsupportedMediaType
 from function.http import Function, dumps, events, parse_json, reply
 from function.protocols import tensors
 from function.protocols.tensors import Tensor
@@ -21,7 +20,6 @@ VERSION = "1"  # of the model; there is never another beside it
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _ANY_INPUT = [TensorSpec("input", "BYTES", (-1,))]  # what the model says for an agent that declares nothing
 _ANY_OUTPUT = [TensorSpec("output", "BYTES", (-1,))]
-_LOOK_S = 0.1  # how often a whole answer's deadline is looked at while its pieces are made
 
 
 def add_routes(app: flask.Flask, function: Function) -> None:
@@ -117,17 +115,7 @@ def generate(function: Function, item: dict[str, Any]) -> Any:
     """
     if not function.model.can_stream:
         return function.predict([item])[0]
-    began = time.monotonic()
-    stream = function.stream(item)
-    pieces: list[Any] = []
-    try:
-        for piece in stream.pieces(_LOOK_S):
-            if time.monotonic() - began > stream.ask.timeout_s:
-                raise TimedOut(f"the answer was not complete within {stream.ask.timeout_s:g} s; ask for a stream, or for less")
-            if piece is not None:
-                pieces.append(piece)
-    finally:
-        stream.close()
+    pieces = function.stream(item).whole("the answer was not complete within {} s; ask for a stream, or for less")
     return "".join(pieces) if all(isinstance(piece, str) for piece in pieces) else pieces
 
 
