@@ -18,6 +18,9 @@ from types import TracebackType
 
 from weights_cache.chunks import CHUNK_BYTES, ChunkMap, Flag, count_chunks, record_bytes, sync, vouches_for
 from weights_cache.errors import CacheError
+from weights_cache.mapping import LARGE_PAGE_BYTES, MappedFile
+
+LARGE_PAGE_FAILURES = 4  # then the machine has none to give, and asking on would only cost
 
 Digest = Callable[[memoryview | bytes], int]
 
@@ -191,6 +194,12 @@ class BlobWriter:
         self._fd = fd
         # One write at a time: the kernel lets only one into a file anyway, and has the others spin meanwhile.
         self._turn = threading.Lock()
+        self._mapping: MappedFile | None = None
+        if chunks.size >= LARGE_PAGE_BYTES and _is_in_memory(blob.path.parent):
+            with suppress(OSError):  # there is a bound on this process's addresses, and another way to write
+                self._mapping = MappedFile(fd, chunks.size, shared=True)
+        self._large_pages: set[int] = set()  # where they begin
+        self._failures = 0
 
     @classmethod
     def try_acquire(cls, blob: Blob, size: int) -> "BlobWriter | None":
@@ -240,6 +249,23 @@ class BlobWriter:
                 written = os.pwrite(self._fd, data, offset)
                 data, offset = data[written:], offset + written
 
+    def memory(self, start: int, stop: int) -> memoryview | None:
+        """The file's own memory from `start` to `stop`, to be written to without a copy in between; None where `write` has to do it.
+
+        On a tmpfs that is a large page, which is made now. There is space behind it, whatever else fills the tmpfs.
+        """
+        page = start - start % LARGE_PAGE_BYTES
+        if not self._mapping or stop > page + LARGE_PAGE_BYTES or page + LARGE_PAGE_BYTES > self.chunks.size:
+            return None
+        if page not in self._large_pages:
+            if self._failures >= LARGE_PAGE_FAILURES:
+                return None
+            if not self._mapping.make_large_page(self._fd, page):
+                self._failures += 1
+                return None
+            self._large_pages.add(page)
+        return self._mapping.view[start:stop]
+
     def read(self) -> Iterator[bytes]:
         """What is in the file, chunk by chunk."""
         for chunk in range(self.chunks.chunks):
@@ -267,8 +293,9 @@ class BlobWriter:
     def close(self) -> None:
         """Give the lock back; what was written stays for the next writer."""
         if self._fd >= 0:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # closing would not do it while somebody has hold of a piece of the mapping
             os.close(self._fd)
-            self._fd = -1
+            self._fd, self._mapping = -1, None
 
     def __enter__(self) -> "BlobWriter":
         return self

@@ -6,7 +6,6 @@ each tensor as soon as its bytes are there. It imports neither boto3 nor, until 
 
 import contextlib
 import json
-import mmap
 import os
 import threading
 import time
@@ -19,6 +18,7 @@ from weights_cache.blob import Blob
 from weights_cache.cache import Lease, NodeCache
 from weights_cache.chunks import ChunkMap
 from weights_cache.errors import WeightsError
+from weights_cache.mapping import MappedFile
 from weights_cache.safetensors_header import TensorInfo, read_header
 from weights_cache.settings import WeightsSettings
 from weights_cache.uri import WeightsUri
@@ -51,7 +51,7 @@ class _File:
             self._stat = os.fstat(fd)
             self.size = self._stat.st_size
             # An empty file cannot be mapped.
-            self.mapping: mmap.mmap | None = mmap.mmap(fd, self.size, access=mmap.ACCESS_COPY) if self.size else None
+            self.view = MappedFile(fd, self.size).view if self.size else None
         finally:
             os.close(fd)
         self._chunks: ChunkMap | None = None
@@ -98,7 +98,7 @@ class _File:
         return self._chunks.bytes_there() if self._chunks else 0
 
     def read(self, start: int, stop: int) -> bytes:
-        return self.mapping[start:stop] if self.mapping else b""
+        return bytes(self.view[start:stop]) if self.view else b""
 
 
 class Weights(Mapping[str, "Tensor"]):
@@ -164,8 +164,8 @@ class Weights(Mapping[str, "Tensor"]):
 
         file, tensor = self._find(name)
         self._wait(file, tensor.start, tensor.stop)
-        assert file.mapping is not None  # it has a header at least
-        return restore.view(file.mapping, tensor)
+        assert file.view is not None  # it has a header at least
+        return restore.view(file.view, tensor)
 
     def __contains__(self, name: object) -> bool:
         try:

@@ -1,7 +1,5 @@
 """Tensors out of mapped files. The only module here that knows torch; the sidecar never imports it."""
 
-import mmap
-
 import torch
 
 from weights_cache.errors import WeightsError
@@ -31,7 +29,7 @@ _DTYPES = {
 }
 
 
-def view(mapping: mmap.mmap, tensor: TensorInfo) -> torch.Tensor:
+def view(mapping: memoryview, tensor: TensorInfo) -> torch.Tensor:
     """The tensor as a view of a copy-on-write mapping of its file: nothing is read or copied until a page is touched.
 
     Writing to it in place copies that page for this process and never reaches the file. The mapping lives as long as the tensor.

@@ -73,7 +73,7 @@ class Store:
         """Every object below the prefix, in path order. Raises StoreError if there is none."""
         files: dict[str, FileRef] = {}
         with self._errors("list"):
-            for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.uri.bucket, Prefix=self.uri.prefix + "/"):
+            for page in self._pages():
                 for item in page.get("Contents", []):
                     prefix, path = item["Key"][: len(self.uri.prefix) + 1], item["Key"][len(self.uri.prefix) + 1 :]
                     if prefix != self.uri.prefix + "/":
@@ -86,6 +86,19 @@ class Store:
                 f"no objects below s3://{self.uri.bucket}/{self.uri.prefix}/ at {self._s3.meta.endpoint_url}; is the prefix right?"
             )
         return sorted(files.values(), key=lambda file: file.path)
+
+    def _pages(self) -> Iterator[Any]:
+        """The answers to a listing. boto3's paginator first looks through all services' files, longer than the list takes."""
+        token: dict[str, Any] = {}
+        while True:
+            page = self._s3.list_objects_v2(Bucket=self.uri.bucket, Prefix=self.uri.prefix + "/", **token)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            following = page.get("NextContinuationToken")
+            if not following or following == token.get("ContinuationToken"):
+                raise StoreError(f"{self._s3.meta.endpoint_url} says that {self.uri}/ has more objects, and does not say how to go on")
+            token = {"ContinuationToken": following}
 
     def read(self, file: FileRef) -> bytes:
         """A small object as a whole, in the version that was listed. Raises ObjectChanged if it is another one by now."""

@@ -1,8 +1,9 @@
 """Fill blobs from the store: ranges in parallel, each chunk checked before anybody can see it.
 
-Parts (ranges of several chunks) are handed out in file order to workers, each with a connection of its own. A worker reads into a
-buffer that stays in the processor's cache, takes the digest there and writes to the file: measured, that beats a mapping
-(fresh pages are cleared before they are filled) and splice (the digest would have to fetch everything from memory again).
+Parts (ranges of several chunks) are handed out in file order to workers, each with a connection of its own. On a tmpfs a worker makes a
+large page and reads straight into it; elsewhere, and where there is no such page to be had, it reads into a buffer that stays in the
+processor's cache, takes the digest there and writes to the file: measured, that beats a mapping with small pages (each has to be faulted
+in) and splice (the digest would have to fetch everything from memory again).
 An object whose ranges cannot be trusted is read as a whole, through boto3: slower, and right with any store.
 How many workers there are is found out while it runs: more for as long as that brings more, fewer when the store asks for it.
 """
@@ -366,7 +367,9 @@ class Transfer:
         """Bring one chunk's bytes into the file; returns their digest. Raises StoreUnavailable if it is not the manifest's."""
         at, digest = start, 0
         while at < stop:
-            piece = buffer[: min(len(buffer), stop - at)]
+            end = min(at + len(buffer), stop)
+            memory = job.writer.memory(at, end) if write else None
+            piece = buffer[: end - at] if memory is None else memory
             if wait_s := self._pace.wait_s(len(piece)):
                 was, worker.reading_since = worker.reading_since, None
                 self._over.wait(wait_s)
@@ -374,9 +377,9 @@ class Transfer:
             self._check()
             readinto(piece)
             digest = chunk_digest(piece, digest)
-            if write:
+            if write and memory is None:
                 job.writer.write(piece, at)
-            at += len(piece)
+            at = end
         self._on_bytes(stop - start)
         if job.digests is not None and digest != job.digests[start // CHUNK_BYTES]:
             with self._lock:

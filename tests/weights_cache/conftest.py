@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -123,8 +124,21 @@ def seaweed_proxy(seaweed: Seaweed, seaweed_bucket: Bucket, monkeypatch: pytest.
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> NodeCache:
-    cache = NodeCache(tmp_path / "cache")
+def tmpfs() -> Iterator[Path]:
+    """A folder in memory, where a cache is filled through large pages."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def cache_root(tmp_path: Path) -> Path:
+    """Where `cache` lies."""
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def cache(cache_root: Path) -> NodeCache:
+    cache = NodeCache(cache_root)
     cache.create()
     return cache
 

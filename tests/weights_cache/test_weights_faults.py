@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError
@@ -30,6 +31,12 @@ Pull = Callable[..., Puller]
 Put = Callable[[Bucket, Mapping[str, bytes]], dict[str, bytes]]
 
 pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(params=["disk", "tmpfs"])
+def cache_root(request: pytest.FixtureRequest, tmp_path: Path, tmpfs: Path) -> Path:
+    """On a disk bytes are written, in memory they are read into large pages."""
+    return {"disk": tmp_path, "tmpfs": tmpfs}[request.param] / "cache"
 
 
 def put_plain(bucket: Bucket, files: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -13,20 +13,21 @@ from safetensors.torch import load, save, save_file
 from tests.weights_cache.conftest import noise
 from weights_cache import restore
 from weights_cache.errors import WeightsError
+from weights_cache.mapping import MappedFile
 from weights_cache.safetensors_header import DTYPE_BITS, TensorInfo, read_header
 
 BEYOND_TORCH = {"F6_E2M3", "F6_E3M2"}
 
 
-def mapped(path: Path) -> mmap.mmap:
+def mapped(path: Path) -> memoryview:
     """As the reader maps a file."""
     with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return MappedFile(file.fileno(), path.stat().st_size).view
 
 
 def views(path: Path) -> dict[str, torch.Tensor]:
     mapping = mapped(path)
-    header = read_header(lambda start, stop: mapping[start:stop], len(mapping), path.name)
+    header = read_header(lambda start, stop: bytes(mapping[start:stop]), len(mapping), path.name)
     return {tensor.name: restore.view(mapping, tensor) for tensor in header}
 
 

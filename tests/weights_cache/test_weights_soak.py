@@ -82,18 +82,22 @@ def kill_over_and_over(bucket: Bucket, proxy: Proxy, folder: Path, chance: rando
     assert {path: cache.snapshot_path(snapshot).joinpath(path).read_bytes() for path in files} == files
 
 
+@pytest.mark.parametrize("place", ["disk", "tmpfs"])
 def test_a_pull_killed_at_any_moment_leaves_nothing_wrong_and_the_next_one_needs_only_the_rest(
-    bucket: Bucket, proxy: Proxy, tmp_path: Path
+    bucket: Bucket, proxy: Proxy, tmp_path: Path, tmpfs: Path, place: str
 ) -> None:
-    kill_over_and_over(bucket, proxy, tmp_path / "cache", random.Random(7), push(bucket, MODEL), 5)
+    folder = {"disk": tmp_path, "tmpfs": tmpfs}[place] / "cache"
+    kill_over_and_over(bucket, proxy, folder, random.Random(7), push(bucket, MODEL), 5)
 
 
 @pytest.mark.soak
-def test_so_it_is_for_many_pulls_with_and_without_a_manifest(bucket: Bucket, proxy: Proxy, tmp_path: Path) -> None:
+def test_so_it_is_for_many_pulls_with_and_without_a_manifest(bucket: Bucket, proxy: Proxy, tmp_path: Path, tmpfs: Path) -> None:
     bucket.put(MODEL)
     chance = random.Random(20_240_601)
-    for number in range(15):
-        kill_over_and_over(bucket, proxy, tmp_path / f"plain-{number}", chance, MODEL, chance.choice((1, 1, 2, 3)))
+    for number in range(16):
+        folder = (tmp_path, tmpfs)[number % 2]
+        kill_over_and_over(bucket, proxy, folder / f"plain-{number}", chance, MODEL, chance.choice((1, 1, 2, 3)))
     files = push(bucket, MODEL)
-    for number in range(15):
-        kill_over_and_over(bucket, proxy, tmp_path / f"pushed-{number}", chance, files, chance.choice((1, 1, 2, 3)))
+    for number in range(16):
+        folder = (tmp_path, tmpfs)[number % 2]
+        kill_over_and_over(bucket, proxy, folder / f"pushed-{number}", chance, files, chance.choice((1, 1, 2, 3)))

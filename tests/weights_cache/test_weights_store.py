@@ -1,5 +1,6 @@
 """What is said when the object store says no: which endpoint, bucket, key and identity, and whether trying again may help."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from urllib.request import urlopen
@@ -68,6 +69,14 @@ def test_a_listing_without_versions_tells_them_apart_by_their_time(bucket: Bucke
     assert not is_pinnable(file)
     assert store.read(file) == b"1"
     assert "if-match" not in proxy.asked[-1].headers
+
+
+def test_a_listing_that_does_not_say_how_it_goes_on_is_not_taken_for_the_whole(bucket: Bucket, store: Store, proxy: Proxy) -> None:
+    bucket.put({"a": b"1", "b": b"2"})
+    proxy.page = 1
+    proxy.edit_listing = lambda listing: re.sub(rb"<NextContinuationToken>.*?</NextContinuationToken>", b"", listing)
+    with pytest.raises(StoreError, match=f"^{proxy.url} says that {bucket.uri}/ has more objects, and does not say how to go on$"):
+        store.list()
 
 
 def test_another_version_is_not_read(bucket: Bucket, store: Store) -> None:
