@@ -260,7 +260,7 @@ class BlobWriter:
         if page not in self._large_pages:
             if self._failures >= LARGE_PAGE_FAILURES:
                 return None
-            if not self._mapping.make_large_page(self._fd, page):
+            if not self._mapping.make_large_page(page):
                 self._failures += 1
                 return None
             self._large_pages.add(page)

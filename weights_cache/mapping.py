@@ -12,10 +12,11 @@ import os
 import weakref
 from pathlib import Path
 
-_PROT_NONE = 0  # not in Python's mmap, as the next two
+# Linux's numbers that Python's mmap has no names for.
+_PROT_NONE = 0
 _MAP_FIXED = 0x10
+_MADV_POPULATE_WRITE = 23
 _MADV_COLLAPSE = 25
-_PAGE_BYTES = mmap.PAGESIZE
 
 
 def _large_page_bytes() -> int:
@@ -57,17 +58,15 @@ class MappedFile:
         weakref.finalize(memory, _libc.munmap, base, room).atexit = False
         self.view = memoryview(memory).cast("B")
 
-    def make_large_page(self, fd: int, start: int) -> bool:
+    def make_large_page(self, start: int) -> bool:
         """Have the file use a large page at `start`, with what is there already; False if there is none to be had.
 
-        fd: the file, which is on a tmpfs; start: a multiple of LARGE_PAGE_BYTES, with at least as many bytes of the file behind it.
+        Of a shared mapping. start: a multiple of LARGE_PAGE_BYTES, with at least as many bytes of the file behind it.
         """
-        try:
-            os.posix_fallocate(fd, start, _PAGE_BYTES)  # a large page has to replace at least one small one
-        except OSError:
-            return False
-        failed: int = _libc.madvise(self._address + start, LARGE_PAGE_BYTES, _MADV_COLLAPSE)
-        return not failed
+        # There must be a small page for the large one to replace. Touched rather than allocated: where the mount gives large pages by
+        # itself, one that was only allocated would be cleared under what is written here by the next process that maps it.
+        touched = _libc.madvise(self._address + start, mmap.PAGESIZE, _MADV_POPULATE_WRITE)
+        return not touched and not _libc.madvise(self._address + start, LARGE_PAGE_BYTES, _MADV_COLLAPSE)
 
 
 def _map(address: int | None, size: int, protection: int, flags: int, fd: int) -> int:

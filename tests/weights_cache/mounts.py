@@ -9,13 +9,18 @@ import pytest
 
 # In a mount namespace of its own, which ends with it; a user other than root needs a user namespace besides.
 _UNSHARE = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
-_SMALL = 'mount -t tmpfs -o "size=$1" tmpfs "$2" && shift 2 && exec "$@"'
+_MEMORY = 'mount -t tmpfs -o "$1" tmpfs "$2" && shift 2 && exec "$@"'
 _READ_ONLY = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && shift && exec "$@"'
 
 
 def on_small_disk(folder: Path, size: int, command: list[str]) -> list[str]:
     """The command in a mount namespace where `folder` is an empty file system of `size` bytes (whole pages), gone when it ends."""
-    return _mounted(_SMALL, [str(size), str(folder), *command])
+    return _mounted(_MEMORY, [f"size={size}", str(folder), *command])
+
+
+def on_large_pages(folder: Path, command: list[str]) -> list[str]:
+    """The command in a mount namespace where `folder` is an empty tmpfs that has large pages wherever a file is large enough."""
+    return _mounted(_MEMORY, ["huge=always", str(folder), *command])
 
 
 def on_read_only(folder: Path, command: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import BIN, ROOT, wait_until
 from tests.weights_cache.conftest import noise
-from tests.weights_cache.mounts import inside, on_read_only, on_small_disk
+from tests.weights_cache.mounts import inside, on_large_pages, on_read_only, on_small_disk
 from tests.weights_cache.stores import Bucket, Proxy
 
 MIB = 1 << 20
@@ -123,3 +123,13 @@ def test_a_cache_that_cannot_be_written_is_refused_with_the_reason(bucket: Bucke
     assert str(cache_dir) in line
     assert "Read-only file system" in line
     assert list(cache_dir.iterdir()) == []
+
+
+def test_a_file_system_that_has_large_pages_by_itself_keeps_what_was_pulled(bucket: Bucket, cache_dir: Path, tmp_path: Path) -> None:
+    data = noise(6 * MIB + 777)
+    bucket.put({"model.safetensors": data})
+    (tmp_path / "data").write_bytes(data)
+    compare = ["sh", "-c", f"cmp {cache_dir}/snapshots/*/model.safetensors {tmp_path}/data"]
+    verify = [str(BIN / "relight"), "cache", "verify", "--cache-dir", str(cache_dir)]
+    found = run(on_large_pages(cache_dir, in_turn(pull(bucket, cache_dir), compare, verify)))
+    assert found.stdout.count("exit 0") == 3, found.stdout + found.stderr

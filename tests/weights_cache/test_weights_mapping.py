@@ -92,13 +92,13 @@ def test_an_empty_file_cannot_be_mapped(fd: int) -> None:
 
 def test_a_large_page_has_what_the_file_had_there(file: Path, fd: int) -> None:
     mapped = MappedFile(fd, SIZE, shared=True)
-    assert mapped.make_large_page(fd, LARGE_PAGE_BYTES)
+    assert mapped.make_large_page(LARGE_PAGE_BYTES)
     assert bytes(mapped.view) == file.read_bytes() == DATA
     assert mappings(file)[0]["ShmemPmdMapped"] == f"{LARGE_PAGE_BYTES // 1024} kB"
 
 
 def test_readers_who_come_later_have_the_large_page_too(file: Path, fd: int) -> None:
-    assert MappedFile(fd, SIZE, shared=True).make_large_page(fd, 0)
+    assert MappedFile(fd, SIZE, shared=True).make_large_page(0)
     with file.open("rb") as opened:
         view = MappedFile(opened.fileno(), SIZE).view
     assert view[LARGE_PAGE_BYTES - 1] == DATA[LARGE_PAGE_BYTES - 1]  # one touch, and all of it is there
@@ -127,7 +127,7 @@ def test_nothing_across_two_large_pages_is_given_out(writer: BlobWriter) -> None
 def test_memory_is_not_asked_for_over_and_over_where_there_is_none(writer: BlobWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def refuse(self: MappedFile, fd: int, start: int) -> bool:
+    def refuse(self: MappedFile, start: int) -> bool:
         asked.append(start)
         return False
 
