@@ -155,17 +155,13 @@ class Weights(Mapping[str, "Tensor"]):
 
     def to(self, device: str) -> Iterator[tuple[str, "Tensor"]]:
         """Every tensor on `device` (cpu, cuda:0), in file order, as its bytes land."""
-        for name in self:
-            tensor = self[name]
-            yield name, tensor if device == "cpu" else tensor.to(device)
+        for file in self._model_files():
+            for name, info in self._header(file).items():
+                tensor = self._tensor(file, info)
+                yield name, tensor if device == "cpu" else tensor.to(device)
 
     def __getitem__(self, name: str) -> "Tensor":
-        from weights_cache import restore
-
-        file, tensor = self._find(name)
-        self._wait(file, tensor.start, tensor.stop)
-        assert file.view is not None  # it has a header at least
-        return restore.view(file.view, tensor)
+        return self._tensor(*self._find(name))
 
     def __contains__(self, name: object) -> bool:
         try:
@@ -180,6 +176,14 @@ class Weights(Mapping[str, "Tensor"]):
 
     def __len__(self) -> int:
         return sum(len(self._header(file)) for file in self._model_files())
+
+    def _tensor(self, file: _File, info: TensorInfo) -> "Tensor":
+        from weights_cache.restore import view
+
+        if not file.has(info.start, info.stop):
+            self._wait(file, info.start, info.stop)
+        assert file.view is not None  # it has a header at least
+        return view(file.view, info)
 
     def _find(self, name: object) -> tuple[_File, TensorInfo]:
         """A tensor's place; waits for the headers that are needed to tell. Raises KeyError if there is no such tensor."""

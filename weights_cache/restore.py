@@ -35,16 +35,18 @@ def view(mapping: memoryview, tensor: TensorInfo) -> torch.Tensor:
     Writing to it in place copies that page for this process and never reaches the file. The mapping lives as long as the tensor.
     Raises WeightsError for a dtype that torch cannot hold.
     """
-    if tensor.dtype not in _DTYPES:
-        raise WeightsError(f"tensor {tensor.name!r} has dtype {tensor.dtype}, which torch has no type for")
-    dtype, shape = _DTYPES[tensor.dtype], tensor.shape
-    if tensor.dtype == "F4":
+    name, kind, shape, start, stop = tensor
+    dtype = _DTYPES.get(kind)
+    if dtype is None:
+        raise WeightsError(f"tensor {name!r} has dtype {kind}, which torch has no type for")
+    if kind == "F4":
         if not shape or shape[-1] % 2:
-            raise WeightsError(f"tensor {tensor.name!r} has dtype F4 and shape {list(shape)}; torch holds an even last dimension only")
+            raise WeightsError(f"tensor {name!r} has dtype F4 and shape {list(shape)}; torch holds an even last dimension only")
         shape = (*shape[:-1], shape[-1] // 2)
-    if tensor.start == tensor.stop:
+    if start == stop:
         return torch.empty(shape, dtype=dtype)
-    count = (tensor.stop - tensor.start) // dtype.itemsize
-    if tensor.start % dtype.itemsize:  # an odd-sized neighbour before it: unaligned reads are undefined, so this one is copied
-        return torch.frombuffer(bytearray(mapping[tensor.start : tensor.stop]), dtype=dtype).reshape(shape)
-    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=tensor.start).reshape(shape)
+    if start % dtype.itemsize:  # an odd-sized neighbour before it: unaligned reads are undefined, so this one is copied
+        flat = torch.frombuffer(bytearray(mapping[start:stop]), dtype=dtype)
+    else:
+        flat = torch.frombuffer(mapping, dtype=dtype, count=(stop - start) // dtype.itemsize, offset=start)
+    return flat if len(shape) == 1 else flat.view(shape)

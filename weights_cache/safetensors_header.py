@@ -7,8 +7,7 @@ without gaps. The JSON maps each name to {dtype, shape, data_offsets: [begin, en
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from weights_cache.errors import HeaderError
 
@@ -27,8 +26,7 @@ DTYPE_BITS = {
 }
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """One tensor of a file: `start` and `stop` are byte offsets in the file."""
 
     name: str
@@ -71,24 +69,34 @@ def read_header(read: Callable[[int, int], bytes], size: int, file: str) -> list
 
 
 def _tensor(name: str, entry: Any, base: int, file: str) -> TensorInfo:
-    where = f"{file}: tensor {name!r}"
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise HeaderError(f"{where} lacks dtype, shape or data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    def wrong(what: str) -> HeaderError:  # the text is made only for those that are wrong: a model may have ten thousand that are right
+        return HeaderError(f"{file}: tensor {name!r}{what}")
+
+    try:
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError):
+        raise wrong(" lacks dtype, shape or data_offsets") from None
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise HeaderError(f"{where} has dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
-    if not isinstance(shape, list) or not all(_is_count(n) for n in shape) or math.prod(max(n, 1) for n in shape) >= _LIMIT:
-        raise HeaderError(f"{where} has shape {shape!r}; it must be a list of whole numbers, with a product below 2^63")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
-        raise HeaderError(f"{where} has data_offsets {offsets!r}; they must be two whole numbers below 2^63")
+        raise wrong(f" has dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
+    if not _is_counts(shape) or math.prod([n or 1 for n in shape]) >= _LIMIT:
+        raise wrong(f" has shape {shape!r}; it must be a list of whole numbers, with a product below 2^63")
+    if not _is_counts(offsets) or len(offsets) != 2:
+        raise wrong(f" has data_offsets {offsets!r}; they must be two whole numbers below 2^63")
+    begin, end = offsets
     bits = math.prod(shape) * DTYPE_BITS[dtype]
-    if bits % 8 or offsets[1] - offsets[0] != bits // 8:
-        raise HeaderError(f"{where}: {dtype} {shape} takes {bits / 8:g} bytes, its offsets {offsets} span {offsets[1] - offsets[0]}")
-    return TensorInfo(name, dtype, tuple(shape), base + offsets[0], base + offsets[1])
+    if bits % 8 or end - begin != bits // 8:
+        raise wrong(f": {dtype} {shape} takes {bits / 8:g} bytes, its offsets {offsets} span {end - begin}")
+    return TensorInfo(name, dtype, tuple(shape), base + begin, base + end)
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _LIMIT
+def _is_counts(values: Any) -> bool:
+    """Whether it is a list of numbers of bytes or elements."""
+    if not isinstance(values, list):
+        return False
+    for value in values:  # noqa: SIM110  a generator would take as long as all the rest
+        if type(value) is not int or not 0 <= value < _LIMIT:
+            return False
+    return True
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
