@@ -47,8 +47,8 @@ render: ENV ?= default
 render: setup ## Print the manifests of an overlay (ENV=)
 	@$(BIN)/kubectl kustomize knative/manifests/overlays/$(ENV)
 
-test: setup ## Run all tests
-	@$(BIN)/python -m pytest
+test: setup ## Run all tests (most of them wait most of the time, so there are more processes than cores)
+	@$(BIN)/python -m pytest -n 3 --dist loadfile
 
 soak: setup ## Run the long chaos tests
 	@$(BIN)/python -m pytest -m soak
