@@ -163,11 +163,11 @@ class Batcher:
         """The next inputs for the model, empty if none wait. may_wait: for company, if it is likely."""
         with self._lock:
             if may_wait and self._company > 1 and any(self._calls):
-                oldest = min(queue[0].arrived for queue in self._calls if queue)
+                # Not from when the oldest call came: one that missed the last batch would then be taken alone, and its company after it,
+                # for ever in turn, although all are there within a moment.
                 expected = self._company
                 self._lock.wait_for(
-                    lambda: sum(map(len, self._calls)) >= expected or self._inputs >= self._max_batch,
-                    max(0.0, oldest + min(self._wait_s, self.took_s) - self._clock()),
+                    lambda: sum(map(len, self._calls)) >= expected or self._inputs >= self._max_batch, min(self._wait_s, self.took_s)
                 )
             slices = list(self._slices(self._calls[0])) or list(self._slices(self._calls[1]))
             if slices:
