@@ -59,11 +59,11 @@ class MiniLM:
         x = self._norm(x, "embeddings.LayerNorm")
         for layer in range(self._layers):
             x = self._layer(x, layout, f"encoder.layer.{layer}")
-        return F.normalize(layout.spread(x).sum(1) / layout.lengths[:, None], dim=1)
+        return F.normalize(layout.spread(x).sum((1, 2)) / layout.lengths[:, None], dim=1)
 
     def _layer(self, x: Tensor, layout: "Layout", name: str) -> Tensor:
         query, key, value = (
-            layout.spread(self._linear(x, f"{name}.attention.self.{part}")).unflatten(2, (self._heads, -1)).transpose(1, 2)
+            layout.spread(self._linear(x, f"{name}.attention.self.{part}"), self._heads).transpose(1, 2)
             for part in ("query", "key", "value")
         )
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.visible).transpose(1, 2).flatten(2)
@@ -94,11 +94,11 @@ class Layout:
         self.positions = (cells % len(columns)).to(device)  # of each token in its sentence
         self.lengths = torch.tensor(lengths, device=device)
 
-    def spread(self, x: Tensor) -> Tensor:
-        """[t, f] → [n, longest, f], with zeros where a sentence is shorter."""
+    def spread(self, x: Tensor, heads: int = 1) -> Tensor:
+        """[t, f] → [n, longest, heads, f / heads], with zeros where a sentence is shorter."""
         if self._cells is not None:
             x = x.new_zeros(self._shape.numel(), x.shape[1]).index_copy_(0, self._cells, x)
-        return x.view(*self._shape, -1)
+        return x.view(*self._shape, heads, -1)
 
     def gather(self, grid: Tensor) -> Tensor:
         """[n, longest, f] → [t, f]."""
