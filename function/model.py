@@ -3,6 +3,7 @@
 importing → restoring → loading → warming → ready (or tripped) → draining. The stages it leaves behind are the cold start's break-down.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -246,6 +247,7 @@ class Model:
         if warm_up := getattr(agent, "warm_up", None):
             warm_up()
             self.mark("warm_up")
+        gc.freeze()  # torch's half a million objects stay; a full collection that looks at them stops every thread for 0.1 s
         self._phase = "ready"
         self.mark("ready")
         return agent
