@@ -1,31 +1,29 @@
 """The HTTP face of the function: the protocols' routes, health, metrics, and what an error looks like."""
 
-import logging
-
 import flask
 from werkzeug.exceptions import HTTPException
 
 from function.access import Access
-from function.errors import FunctionError, TooLarge, TooSlow, Unauthorized
-from function.http import Function, refusal, reply
-from function.keys import Keys
+from function.express import Express
+from function.gate import Gate
+from function.http import Function, failure, refusal, reply
 from function.metrics import Metrics
 from function.model import Model
 from function.protocols import openai, openapi, plain, v1, v2
 from function.protocols.events import are_here
 from function.settings import FunctionSettings
 
-OPEN = ("/healthz", "/readyz")  # need no key
-
-log = logging.getLogger("relight.function")
-
 
 def create_app(settings: FunctionSettings, model: Model, metrics: Metrics | None = None) -> flask.Flask:
     """The Flask app for one model. metrics: those that it counts in; of its own by default."""
+    return create(settings, model, metrics or Metrics(model, settings.model_name))[0]
+
+
+def create(settings: FunctionSettings, model: Model, metrics: Metrics) -> tuple[flask.Flask, Express]:
+    """The app, and what answers ordinary requests without it, by the same rules."""
     app = flask.Flask("function", static_folder=None)
-    metrics = metrics or Metrics(model, settings.model_name)
-    function = Function(settings, model, metrics)
-    Access(app, metrics, is_logged=settings.access_log)
+    function, access, gate = Function(settings, model, metrics), Access(metrics, is_logged=settings.access_log), Gate(settings)
+    access.watch(app)
     for protocol in (plain, v1, v2, openai, openapi):
         protocol.add_routes(app, function)
 
@@ -44,32 +42,11 @@ def create_app(settings: FunctionSettings, model: Model, metrics: Metrics | None
     def prometheus() -> flask.Response:
         return flask.Response(metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
-    keys = Keys(settings.api_keys_file) if settings.api_keys_file else None
-    senders = None
-    if settings.oidc_audience:
-        from function.oidc import Senders  # an extra, which not every function has
-
-        senders = Senders(settings)
-    if keys or senders:
-
-        @app.before_request
-        def authorize() -> None:
-            request = flask.request
-            authorization = request.headers.get("Authorization", "")
-            if senders and request.url_rule and request.url_rule.rule == "/" and are_here(request):
-                if not keys or not _has_key(keys, authorization):
-                    senders.check(authorization)
-            elif keys and request.path not in OPEN:
-                keys.check(authorization)
-
-    @app.errorhandler(FunctionError)
-    def ours(error: FunctionError) -> flask.Response:
-        response = refusal(error.status, error.type, str(error), error.retry_after_s)
-        if isinstance(error, Unauthorized):
-            response.headers["WWW-Authenticate"] = "Bearer"
-        if isinstance(error, TooLarge | TooSlow):
-            response.headers["Connection"] = "close"  # the rest of the body is not read
-        return response
+    @app.before_request
+    def authorize() -> None:
+        request = flask.request
+        is_event = request.url_rule is not None and request.url_rule.rule == "/" and are_here(request)
+        gate.check(request.path, request.headers.get("Authorization", ""), is_event=is_event)
 
     @app.errorhandler(HTTPException)
     def http(error: HTTPException) -> flask.Response:
@@ -82,16 +59,7 @@ def create_app(settings: FunctionSettings, model: Model, metrics: Metrics | None
         return response
 
     @app.errorhandler(Exception)
-    def unexpected(error: Exception) -> flask.Response:
-        log.error("%s %s failed", flask.request.method, flask.request.path, exc_info=error)
-        return refusal(500, "internal_error", "the function failed on this request; its log says why")
+    def other(error: Exception) -> flask.Response:
+        return failure(error, flask.request.method, flask.request.path)
 
-    return app
-
-
-def _has_key(keys: Keys, authorization: str) -> bool:
-    try:
-        keys.check(authorization)
-    except Unauthorized:
-        return False
-    return True
+    return app, Express(function, access, gate, {"/healthz": healthz, "/readyz": readyz})

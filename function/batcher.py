@@ -27,24 +27,31 @@ class Ask:
     is_gone: Callable[[], bool] = lambda: False  # whether the caller has hung up
     timing: dict[str, float] = field(default_factory=dict)  # seconds in the queue and in the model, noted as they pass
 
+    def late(self) -> TimedOut:
+        """What the caller is told at the deadline."""
+        return TimedOut(f"no answer within {self.timeout_s:g} s" + (" (FUNCTION_TIMEOUT_S)" if self.is_own_deadline else ""))
+
 
 class Reply:
     """What one thread waits for and another one gives, once. Half the price of a Future, which is felt in small calls."""
 
-    __slots__ = ("_claimed", "_error", "_given", "_outputs")
+    __slots__ = ("_claimed", "_given", "_then", "error", "outputs")
 
-    def __init__(self) -> None:
+    def __init__(self, then: Callable[[], object] | None = None) -> None:
+        """then: is called, in the thread that gives, once there is something; without it somebody waits for the `result`."""
         self._claimed = threading.Lock()  # held by whoever settled it
         self._given = threading.Lock()  # held until there is something
         self._given.acquire()
-        self._outputs: list[Any] = []
-        self._error: Exception | None = None
+        self._then: Callable[[], object] = then or self._given.release
+        self.outputs: list[Any] = []
+        self.error: Exception | None = None
 
     def set(self, outputs: list[Any], error: Exception | None = None) -> None:
         """Give it, unless it is settled."""
         if self._claimed.acquire(blocking=False):
-            self._outputs, self._error = outputs, error
-            self._given.release()
+            self.outputs, self.error = outputs, error
+            then, self._then = self._then, _nothing  # which may refer to us: it is not left to the garbage collector
+            then()
 
     def cancel(self) -> None:
         """Nobody waits any more."""
@@ -58,9 +65,13 @@ class Reply:
         """The outputs. Raises the error that was given, or TimeoutError."""
         if not self._given.acquire(timeout=timeout_s):
             raise TimeoutError
-        if self._error:
-            raise self._error
-        return self._outputs
+        if self.error:
+            raise self.error
+        return self.outputs
+
+
+def _nothing() -> None:
+    """Once a reply is given."""
 
 
 @dataclass(eq=False)
@@ -81,7 +92,7 @@ class Call:
         if self.ask.is_gone():
             self.fail(ClientGone("the caller has hung up"))
         elif now >= self.arrived + self.ask.timeout_s:
-            self.fail(TimedOut("it waited too long"))  # its thread says more
+            self.fail(self.ask.late())
         return self.reply.is_settled()
 
     def add(self, outputs: Sequence[Any]) -> None:
@@ -163,11 +174,11 @@ class Batcher:
         """The next inputs for the model, empty if none wait. may_wait: for company, if it is likely."""
         with self._lock:
             if may_wait and self._company > 1 and any(self._calls):
-                oldest = min(queue[0].arrived for queue in self._calls if queue)
+                # Not from when the oldest call came: one that missed the last batch would then be taken alone, and its company after it,
+                # for ever in turn, although all are there within a moment.
                 expected = self._company
                 self._lock.wait_for(
-                    lambda: sum(map(len, self._calls)) >= expected or self._inputs >= self._max_batch,
-                    max(0.0, oldest + min(self._wait_s, self.took_s) - self._clock()),
+                    lambda: sum(map(len, self._calls)) >= expected or self._inputs >= self._max_batch, min(self._wait_s, self.took_s)
                 )
             slices = list(self._slices(self._calls[0])) or list(self._slices(self._calls[1]))
             if slices:

@@ -1,28 +1,63 @@
 """What all protocols share: reading a request within bounds, answering in JSON or in server-sent events."""
 
+import logging
 import math
 import re
 import select
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import flask
 import orjson
 from gunicorn.http.errors import ParseException
 
-from function.batcher import Ask
-from function.errors import BadInput, ClientGone, FunctionError, NotFound, TooLarge, TooSlow, UnsupportedMediaType, told
+from function.access import Headers, Note
+from function.batcher import Ask, Call
+from function.errors import (
+    BadInput,
+    ClientGone,
+    FunctionError,
+    NotFound,
+    TooLarge,
+    TooSlow,
+    Unauthorized,
+    UnsupportedMediaType,
+    told,
+)
 from function.metrics import Metrics
 from function.model import Model
 from function.settings import FunctionSettings
 from function.streams import Stream
 
+log = logging.getLogger("relight.function")
+
+JSON = "application/json"
 HEARTBEAT_S = 10.0  # a comment line when the model is silent for so long, so that nothing in between takes the connection for dead
 MAX_DEPTH = 200  # levels of lists and objects; an answer may add some to its input, and 254 are the most that orjson writes
 URGENCY_OF_BATCH = 5  # RFC 9218; below it is interactive
 _SETTLED_S = 0.01  # who asked so lately is there; the look costs more than it would save
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a caller asks of the model, in JSON or in an event."""
+
+    inputs: list[Any]
+    is_bare: bool  # one value, answered as such
+
+    def answer(self, outputs: list[Any]) -> Any:
+        """The outputs in the shape of the question."""
+        return outputs[0] if self.is_bare else {"predictions": outputs}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A route whose requests are a JSON document, and their answer too."""
+
+    rule: str
+    read: Callable[[Any], Question]  # from the document; raises BadInput
 
 
 @dataclass(frozen=True)
@@ -32,6 +67,7 @@ class Function:
     settings: FunctionSettings
     model: Model
     metrics: Metrics
+    predictions: dict[str, Prediction] = field(default_factory=dict)  # by path: what may be answered without Flask, too
 
     def known(self, name: Any) -> None:
         """Raises NotFound unless it is our model's name."""
@@ -40,10 +76,19 @@ class Function:
 
     def predict(self, inputs: list[Any], ask: Ask | None = None) -> list[Any]:
         """One output for each input. Raises what Model.predict does, and BadInput when there are too many."""
+        ask = ask or self.ask()
+        self._count(inputs)
+        return self.model.predict(inputs, ask)
+
+    def begin(self, inputs: list[Any], ask: Ask, then: Callable[[], object]) -> Call:
+        """The same without waiting: see Model.begin."""
+        self._count(inputs)
+        return self.model.begin(inputs, ask, then)
+
+    def _count(self, inputs: list[Any]) -> None:
         if len(inputs) > self.settings.max_inputs:
             raise BadInput(f"{len(inputs)} inputs in one request; at most {self.settings.max_inputs} (FUNCTION_MAX_INPUTS)")
         self.metrics.instances.inc(len(inputs))
-        return self.model.predict(inputs, ask or self.ask())
 
     def stream(self, item: Any) -> Stream:
         """The answer to one input, piece by piece, once its first piece is there. Raises what Model.stream does."""
@@ -52,24 +97,22 @@ class Function:
             return self.model.stream(item, self.ask())
 
     def ask(self, urgency: int | None = None) -> Ask:
-        """What the request says of its deadline and its priority. urgency: said elsewhere than in the Priority header."""
-        headers, own_s = flask.request.headers, self.settings.timeout_s
-        said = headers.get("X-Request-Timeout-Ms")
+        """What Flask's request says of its deadline and its priority. urgency: said elsewhere than in the Priority header."""
+        request = flask.request
+        return self.ask_of(request.headers, request.environ.get("gunicorn.socket"), flask.g.note, urgency)
+
+    def ask_of(self, headers: Headers, sock: Any, note: Note, urgency: int | None = None) -> Ask:
+        """The same of any request. sock: its connection; note: where its time is noted. Raises BadInput."""
+        own_s, said = self.settings.timeout_s, headers.get("x-request-timeout-ms")
         timeout_s = own_s if said is None else min(own_s, _milliseconds(said) / 1000)
         if urgency is None:
-            urgency = _urgency(headers.get("Priority", ""))
-        return Ask(
-            timeout_s,
-            timeout_s == own_s,
-            urgency >= URGENCY_OF_BATCH,
-            _is_gone(flask.request.environ.get("gunicorn.socket")),
-            flask.g.timing,
-        )
+            urgency = _urgency(headers.get("priority") or "")
+        return Ask(timeout_s, timeout_s == own_s, urgency >= URGENCY_OF_BATCH, _is_gone(sock), note.timing)
 
     def json_body(self) -> Any:
         """The request's body, parsed. Raises what `body` does, and BadInput."""
         request = flask.request
-        if request.mimetype and request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
+        if request.mimetype and request.mimetype != JSON and not request.mimetype.endswith("+json"):
             raise UnsupportedMediaType(
                 f"a body of type {request.mimetype!r} is not understood here; send JSON with Content-Type: application/json"
             )
@@ -128,7 +171,7 @@ def _is_deeper(document: Any, limit: int) -> bool:
 
 def reply(document: Any, status: int = 200) -> flask.Response:
     """A JSON answer. Raises TypeError for what JSON cannot say."""
-    return flask.Response(dumps(document), status, content_type="application/json")
+    return flask.Response(dumps(document), status, content_type=JSON)
 
 
 def dumps(document: Any) -> bytes:
@@ -144,6 +187,19 @@ def refusal(status: int, kind: str, message: str, retry_after_s: float | None = 
     response = reply({"error": {"type": kind, "message": message}}, status)
     if retry_after_s is not None:
         response.headers["Retry-After"] = retry_after(retry_after_s)
+    return response
+
+
+def failure(error: Exception, method: str, path: str) -> flask.Response:
+    """What is answered when a request ends in an error; what nobody raised on purpose goes to the log."""
+    if not isinstance(error, FunctionError):
+        log.error("%s %s failed", method, path, exc_info=error)
+        return refusal(500, "internal_error", "the function failed on this request; its log says why")
+    response = refusal(error.status, error.type, str(error), error.retry_after_s)
+    if isinstance(error, Unauthorized):
+        response.headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, TooLarge | TooSlow):
+        response.headers["Connection"] = "close"  # the rest of the body is not read
     return response
 
 
@@ -199,7 +255,7 @@ def _milliseconds(text: str) -> float:
 
 def _urgency(priority: str) -> int:
     """The urgency in a Priority header (RFC 9218): 0 to 7, 3 if there is none that makes sense."""
-    found = re.search(r"(?:^|,)\s*u=([0-7])\s*(?:[,;]|$)", priority)
+    found = re.search(r"(?:^|,)\s*u=([0-7])\s*(?:[,;]|$)", priority) if priority else None
     return int(found[1]) if found else 3
 
 

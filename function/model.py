@@ -3,6 +3,7 @@
 importing → restoring → loading → warming → ready (or tripped) → draining. The stages it leaves behind are the cold start's break-down.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from function.agent import InferenceAgent, TensorSpec, load_agent
-from function.batcher import Ask, Batcher, Call, Opening, Slice
+from function.batcher import Ask, Batcher, Call, Opening, Reply, Slice
 from function.breaker import Breaker
 from function.errors import CannotStream, ClientGone, FunctionError, TimedOut, Unavailable, told
 from function.settings import FunctionSettings
@@ -146,9 +147,25 @@ class Model:
                 return call.reply.result(ask.timeout_s)
             except TimeoutError:
                 call.reply.cancel()
-            except TimedOut:
-                pass  # by the model's thread, in the same moment
-            raise TimedOut(f"no answer within {ask.timeout_s:g} s" + (" (FUNCTION_TIMEOUT_S)" if ask.is_own_deadline else ""))
+                raise ask.late() from None
+
+    def begin(self, inputs: Sequence[Any], ask: Ask, then: Callable[[], object]) -> Call:
+        """The same without waiting: `then` is called, from the model's thread or from where the call is failed, once its reply is there.
+
+        Who begins a call fails it at its deadline. Raises Unavailable as `predict` does.
+        """
+        self.check()
+        is_trial = self.breaker.admit()
+
+        def settle() -> None:
+            self.breaker.ended(is_trial=is_trial, in_time=_is_in_time(ask, call.reply.error))
+            then()
+
+        call = Call(inputs, ask, time.monotonic(), reply=Reply(settle))
+        if not self.batcher.put(call):
+            self.breaker.ended(is_trial=is_trial, in_time=None)
+            raise self._full()
+        return call
 
     def stream(self, input: Any, ask: Ask) -> Stream:  # noqa: A002  the contract's word
         """An answer piece by piece, once its first piece is there. Close it. Raises what `predict` does, and CannotStream."""
@@ -166,20 +183,14 @@ class Model:
     def _admitted(self, ask: Ask) -> Iterator[None]:
         """Around a call: the breaker lets it in, and learns how it ended."""
         is_trial = self.breaker.admit()
-        in_time: bool | None = None
+        ended: BaseException | None = None
         try:
             yield
-            in_time = True
-        except TimedOut:
-            in_time = False if ask.is_own_deadline else None
-            raise
-        except (ClientGone, Unavailable):
-            raise
-        except FunctionError:
-            in_time = True  # it did come back
+        except BaseException as error:
+            ended = error
             raise
         finally:
-            self.breaker.ended(is_trial=is_trial, in_time=in_time)
+            self.breaker.ended(is_trial=is_trial, in_time=_is_in_time(ask, ended))
 
     def mark(self, stage: str) -> None:
         """Note that a stage of the cold start is over."""
@@ -236,6 +247,7 @@ class Model:
         if warm_up := getattr(agent, "warm_up", None):
             warm_up()
             self.mark("warm_up")
+        gc.freeze()  # torch's half a million objects stay; a full collection that looks at them stops every thread for 0.1 s
         self._phase = "ready"
         self.mark("ready")
         return agent
@@ -298,6 +310,13 @@ class Model:
         """More torch threads than cores make a busy machine several times slower."""
         if torch := sys.modules.get("torch"):
             torch.set_num_threads(self._settings.threads or _cpu_limit())
+
+
+def _is_in_time(ask: Ask, error: BaseException | None) -> bool | None:
+    """What a call that ended says about the model: it came back (if only to say no), it did not, or (None) neither."""
+    if isinstance(error, TimedOut):
+        return False if ask.is_own_deadline else None
+    return True if error is None or (isinstance(error, FunctionError) and not isinstance(error, ClientGone | Unavailable)) else None
 
 
 def _cpu_limit() -> int:

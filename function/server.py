@@ -17,7 +17,7 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from prometheus_client import start_http_server
 
-from function.app import create_app
+from function.app import create
 from function.keys import Keys
 from function.metrics import Metrics
 from function.model import Model
@@ -66,7 +66,8 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
         """The WSGI app; called by gunicorn in the worker, after the fork."""
         self._model = Model(self._settings, Weights(self._weights), started_at=self._started_at)
         self._metrics = Metrics(self._model, self._settings.model_name)
-        return create_app(self._settings, self._model, self._metrics)
+        app, self._express = create(self._settings, self._model, self._metrics)
+        return app
 
     def _start_model(self, worker: FunctionWorker) -> None:
         model = self._model
@@ -78,6 +79,7 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
 
         if self._settings.metrics_port:
             start_http_server(self._settings.metrics_port, self._settings.host, self._metrics.registry)
+        worker.express = self._express
         worker.refusal = model.refusal
         worker.on_refused = model.observer.refused
         signal.signal(signal.SIGTERM, on_term)

@@ -2,8 +2,9 @@
 
 Where gunicorn's gthread falls short for a model function:
 
-- A connection takes a thread only once a request's head is there; slow clients wait with the kernel's poller.
-- Probes have threads of their own: they answer in milliseconds however many callers wait for the model.
+- Ordinary predictions and probes take no thread at all: the loop reads them and answers (see `express`), the model's thread computes.
+- Any other connection takes a thread only once a request's head is there; slow clients wait with the kernel's poller.
+- Probes that are not ordinary, and metrics, have threads of their own: they answer however many callers wait for the model.
 - What would be refused anyway is refused from the loop, before a thread is taken and without looking at the body: at once, but not more
   than a thousand a second, since who is refused and asks again at once takes the processor from those who are served.
 - A thread that has answered hands its connection back to the poller itself, and looks for the next request for a moment before: a thread
@@ -23,15 +24,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import flask
-from gunicorn import http
+from gunicorn import SERVER, http, util
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
+from function import access, express
 from function.errors import Unavailable
+from function.express import Answer, Errand, Express, Request
 from function.http import refusal as shaped
 from function.http import reply, retry_after
 
@@ -45,6 +47,7 @@ REFUSALS_AT_ONCE = 100
 LINGER_S = 2.0  # for a client to read what it was told, although it has not sent everything
 HEAD_BYTES = 64 * 1024  # then gunicorn says what is wrong with it
 TICK_S = 1.0
+ACCEPT_AT_ONCE = 64
 _READ_BYTES = 64 * 1024
 _ONCE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
 _PROBES = re.compile(rb"(?:GET|HEAD) /(?:healthz|readyz|metrics|v2/health/live|v2/health/ready)[ ?]")
@@ -60,16 +63,17 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.sock.setblocking(True)  # the loop says for each read that it does not want to wait
-        self.parser = http.get_parser(self.cfg, self.sock, self.client)
         self.head = b""  # what has come of the next request while the poller had it
+        self.note: access.Note | None = None  # of the prediction that the loop is answering
         self.is_registered = False
         self.is_ending = False  # whatever still comes is thrown away
         self.expires = 0.0
 
 
 class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
-    """One process, one model. `refusal` and `on_refused` are set before it runs."""
+    """One process, one model. What follows is set before it runs."""
 
+    express: Express
     refusal: Refusal = staticmethod(lambda: None)  # why a call that came now would be refused
     on_refused: Callable[[], object] = staticmethod(lambda: None)
 
@@ -81,6 +85,11 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         self._polled: dict[int, Connection] = {}  # by file descriptor: those that are with the poller
         self._refused: deque[tuple[Connection, Unavailable]] = deque()  # who is still to be told
         self._tellable = 0.0  # how many may be told now
+        self._inbox: deque[Callable[[], object]] = deque()  # what other threads want the loop to do
+        self._is_woken = False  # and will look into it
+        self._stderr = select.poll()
+        self._stderr.register(2, select.POLLOUT)
+        self._date = (0, "")  # the second, and how HTTP says it
         self._lock = threading.Lock()  # guards the two counts
         self._busy = 0  # requests that have a thread, or wait for one
         self._open = 0  # connections
@@ -92,19 +101,27 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         listeners = {listener.fileno(): listener for listener in self.sockets}
         for fd, listener in listeners.items():
             listener.setblocking(False)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it, and what follows
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # the kernel's, as gunicorn resets Python's
+                listener.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", STALL_S, 0))
             self._epoll.register(fd, select.EPOLLIN)
         self._epoll.register(self._wake, select.EPOLLIN)
         deadline: float | None = None
         ticked = told = time.monotonic()
         while deadline is None or (self._busy and time.monotonic() < deadline):
-            for fd, _ in self._epoll.poll(0.01 if self._refused else TICK_S):
+            come: list[Connection] = []
+            for fd, _ in self._epoll.poll(self._patience_s()):
                 if fd in listeners:
                     self._accept(listeners[fd])
                 elif fd == self._wake:
-                    os.eventfd_read(self._wake)
-                elif conn := self._polled.pop(fd, None):
-                    self._on_readable(conn)
+                    self._do_what_is_wanted()
+                elif (conn := self._polled.pop(fd, None)) and self._receive(conn):
+                    come.append(conn)
+            # Only now, as receiving lets other threads in: the model's finds all of them at once, instead of one after the other.
+            for conn in come:
+                self._dispatch(conn)
             now = time.monotonic()
+            self.express.expire(now)
             self._tellable = min(self._tellable + (now - told) * REFUSALS_PER_S, REFUSALS_AT_ONCE)
             told = now
             self._tell(int(self._tellable))
@@ -126,20 +143,39 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         self.alive = False
         os.eventfd_write(self._wake, 1)
 
+    def _patience_s(self) -> float:
+        """How long the loop may wait for something to come."""
+        if self._refused:
+            return 0.01
+        return min(TICK_S, max(0.0, self.express.wake_at - time.monotonic()))
+
+    def _soon(self, wish: Callable[[], object]) -> None:
+        """Have the loop do something; called from any thread."""
+        self._inbox.append(wish)
+        if not self._is_woken:
+            self._is_woken = True
+            os.eventfd_write(self._wake, 1)
+
+    def _do_what_is_wanted(self) -> None:
+        os.eventfd_read(self._wake)
+        self._is_woken = False  # first, so that nothing that is put in meanwhile is overlooked
+        for _ in range(len(self._inbox)):
+            self._inbox.popleft()()
+
     def _accept(self, listener: socket.socket) -> None:
-        try:
-            client, address = listener.accept()
-        except OSError:
-            return
-        if self._open >= self.worker_connections:
-            client.close()
-            return
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # the kernel's, as gunicorn resets Python's
-            client.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", STALL_S, 0))
-        with self._lock:
-            self._open += 1
-        self._poll(Connection(self.cfg, client, address, listener.getsockname()), HEAD_S)
+        """Take in who has come: many at once, as a probe waits behind them."""
+        here = listener.getsockname()
+        for _ in range(ACCEPT_AT_ONCE):
+            try:
+                client, address = listener.accept()
+            except OSError:
+                return
+            if self._open >= self.worker_connections:
+                client.close()
+                continue
+            with self._lock:
+                self._open += 1
+            self._poll(Connection(self.cfg, client, address, here), HEAD_S)
 
     def _poll(self, conn: Connection, seconds: float) -> None:
         """Leave a connection to the poller until something comes, so long at most. Called from any thread, as the last thing."""
@@ -163,40 +199,106 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
                 del self._polled[fd]  # by this thread alone; the others only add to it
                 self._drop(conn)
 
-    def _on_readable(self, conn: Connection) -> None:
+    def _receive(self, conn: Connection) -> bool:
+        """Take what has come; returns whether the head of a request is there. If not, the connection is looked after."""
         try:
             data = conn.sock.recv(_READ_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
             self._poll(conn, conn.expires - time.monotonic())
-            return
+            return False
         except OSError:
             data = b""
         if not data:
             self._drop(conn)
-            return
+            return False
         left_s = conn.expires - time.monotonic() if conn.head or conn.is_ending else HEAD_S
-        if conn.is_ending:
-            self._poll(conn, left_s)
-            return
-        conn.head += data
-        if b"\r\n\r\n" in conn.head or len(conn.head) > HEAD_BYTES:
-            self._dispatch(conn)
-        else:
-            self._poll(conn, left_s)
+        if not conn.is_ending:
+            conn.head += data
+            if b"\r\n\r\n" in conn.head or len(conn.head) > HEAD_BYTES:
+                return True
+        self._poll(conn, left_s)
+        return False
 
     # A request whose head is there
 
     def _dispatch(self, conn: Connection) -> None:
-        if _PROBES.match(conn.head):
+        request = express.read(conn.head)
+        if request and (answer := self.express.probe(request)):
+            conn.head = request.rest
+            self._reply(conn, answer)
+        elif _PROBES.match(conn.head):
             self._probes.submit(self._serve, conn)
         elif refusal := self._refusal(conn):
             self._refused.append((conn, refusal))
-            if threading.current_thread() is not threading.main_thread():
-                os.eventfd_write(self._wake, 1)
         else:
             with self._lock:
                 self._busy += 1
-            self.tpool.submit(self._serve_call, conn)
+            if not (request and self._begin(conn, request)):
+                self.tpool.submit(self._serve_call, conn)
+
+    def _begin(self, conn: Connection, request: Request) -> bool:
+        """Begin a prediction, which is finished once the model has made it; False if it is not an ordinary one."""
+        errand = self.express.begin(request, conn.sock, lambda errand: self._soon(lambda: self._finish(conn, errand)))
+        if errand:
+            conn.head = request.rest
+            if errand.failed:
+                self._finish(conn, errand)
+        return errand is not None
+
+    def _finish(self, conn: Connection, errand: Errand) -> None:
+        """Answer a prediction."""
+        conn.note = errand.note
+        self._reply(conn, self.express.answer(errand))
+
+    def _reply(self, conn: Connection, answer: Answer) -> None:
+        """Send an answer from the loop, which does not wait: what the client does not take at once is left to a thread."""
+        second = int(time.time())
+        if self._date[0] != second:
+            self._date = second, util.http_date()
+        headers = [("Server", SERVER), ("Date", self._date[1]), *answer.headers]
+        data = wire(answer.status, headers, answer.body, close=not self.alive)
+        try:
+            sent = conn.sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._replied(conn, is_whole=False)
+            return
+        if sent < len(data):
+            self.tpool.submit(self._send_rest, conn, data[sent:])
+        else:
+            self._replied(conn, is_whole=True)
+
+    def _send_rest(self, conn: Connection, data: bytes) -> None:
+        """Send for as long as the client goes on to take it; in a thread."""
+        is_whole = True
+        try:
+            conn.sock.sendall(data)
+        except OSError as error:
+            log.debug("a connection ended: %s", error)
+            is_whole = False
+        self._soon(lambda: self._replied(conn, is_whole=is_whole))
+
+    def _replied(self, conn: Connection, *, is_whole: bool) -> None:
+        """An answer of the loop's is out, or nobody takes it."""
+        note, conn.note = conn.note, None
+        if note:
+            with self._lock:
+                self._busy -= 1
+            if note.line and self._stderr.poll(0):
+                access.write(note)
+            elif note.line:  # who reads the log is late; that is not to stop the loop
+                self.tpool.submit(access.write, note)
+        self._go_on(conn, is_open=is_whole and self.alive)
+
+    def _go_on(self, conn: Connection, *, is_open: bool) -> None:
+        """After an answer: the next request, if there is to be one."""
+        if not is_open:
+            self._linger(conn)
+        elif b"\r\n\r\n" in conn.head:
+            self._soon(lambda: self._dispatch(conn))
+        else:
+            self._poll(conn, HEAD_S if conn.head else self.cfg.keepalive)
 
     def _refusal(self, conn: Connection) -> Unavailable | None:
         if not self.alive:
@@ -268,17 +370,14 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         if is_call:
             with self._lock:
                 self._busy -= 1
-        if not is_open:
-            self._linger(conn)
-        elif b"\r\n\r\n" in conn.head:
-            self._dispatch(conn)
-        else:
-            self._poll(conn, HEAD_S if conn.head else self.cfg.keepalive)
+        self._go_on(conn, is_open=is_open)
 
     def _answer(self, conn: Connection) -> bool:
         """One request, whose head may be in `conn.head`; returns whether another one can follow."""
         request = None
         try:
+            if conn.parser is None:
+                conn.parser = http.get_parser(self.cfg, conn.sock, conn.client)
             if conn.head:
                 conn.parser.unreader.unread(conn.head)
                 conn.head = b""
@@ -305,7 +404,7 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
             log.error("a request failed", exc_info=error)
             said = shaped(500, "internal_error", "the function failed on this request; its log says why")
         try:
-            client.sendall(whole_reply(said, close=True))
+            client.sendall(wire(said.status, said.headers, said.get_data(), close=True))
         except OSError:
             pass  # it is not there any more
 
@@ -315,11 +414,10 @@ def refusal_reply(message: str, retry_after_s: str, *, is_v2: bool, close: bool)
     """A whole HTTP reply; is_v2: in the shape that the Open Inference Protocol has for errors."""
     response = reply({"error": message}, Unavailable.status) if is_v2 else shaped(Unavailable.status, Unavailable.type, message)
     response.headers["Retry-After"] = retry_after_s
-    return whole_reply(response, close=close)
+    return wire(response.status, response.headers, response.get_data(), close=close)
 
 
-def whole_reply(response: flask.Response, *, close: bool) -> bytes:
-    """As it goes over the wire."""
-    response.headers["Connection"] = "close" if close else "keep-alive"
-    lines = [f"HTTP/1.1 {response.status}", *(f"{name}: {value}" for name, value in response.headers)]
-    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + response.get_data()
+def wire(status: str, headers: Iterable[tuple[str, str]], body: bytes, *, close: bool) -> bytes:
+    """An answer as it goes over the wire."""
+    lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in headers), f"Connection: {'close' if close else 'keep-alive'}"]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body

@@ -31,8 +31,8 @@ from werkzeug.http import parse_options_header
 
 from function.batcher import Ask
 from function.errors import AgentFailed, BadInput, ClientGone, FunctionError, TimedOut, Unavailable, UnsupportedMediaType
-from function.http import URGENCY_OF_BATCH, Function, dumps, parse_json
-from function.protocols.v1 import instances
+from function.http import URGENCY_OF_BATCH, Function, Question, dumps, parse_json
+from function.protocols.v1 import of_value
 
 EVENT = "application/cloudevents+json"
 BATCH = "application/cloudevents-batch+json"
@@ -54,25 +54,6 @@ _MEDIA_TYPE = re.compile(r"[\w!#$%&'*+.^`|~-]+/[\w!#$%&'*+.^`|~-]+[ \t]*(;.*)?",
 _CHARSETS = {"": "utf-8", "utf-8": "utf-8", "utf8": "utf-8", "us-ascii": "ascii", "iso-8859-1": "latin-1", "windows-1252": "cp1252"}
 _SAFE = "".join(sign for sign in map(chr, range(0x21, 0x7F)) if sign not in '"%')  # in a header; HTTP binding, section 3.1.3.2
 _REPLIES = uuid.UUID("6f0b6a5c-9c1e-5b0e-8f6e-2f5f3f1f7a11")  # the namespace of our replies' ids
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a caller of `POST /` asks, as JSON or in an event."""
-
-    inputs: list[Any]
-    is_bare: bool  # one value, answered as such
-
-    @classmethod
-    def of(cls, data: Any) -> "Question":
-        """{"instances": [...]} as in V1; any other value is one input. Raises BadInput."""
-        if isinstance(data, dict) and "instances" in data:
-            return cls(instances(data), is_bare=False)
-        return cls([data], is_bare=True)
-
-    def answer(self, outputs: list[Any]) -> Any:
-        """The outputs in the shape of the question."""
-        return outputs[0] if self.is_bare else {"predictions": outputs}
 
 
 @dataclass(frozen=True)
@@ -133,12 +114,12 @@ def _from_http(headers: Headers, body: bytes) -> Event:
     kind: str = headers.get("Content-Type", "")
     attributes = _checked(found | {"datacontenttype": kind or None})
     if kind:
-        return Event(attributes, Question.of(_parsed(body, kind)))
+        return Event(attributes, of_value(_parsed(body, kind)))
     try:  # clients that leave it away mean JSON, as at POST /; but it may be anything
         data = _parsed(body, "application/json")
     except BadInput:
         data = body
-    return Event(attributes, Question.of(data))
+    return Event(attributes, of_value(data))
 
 
 def _unescaped(name: str, value: str) -> str:
@@ -169,7 +150,7 @@ def _from_json(document: Any) -> Event:
     if not isinstance(document, dict):
         raise BadInput("an event must be a JSON object")
     attributes = _checked({name: value for name, value in document.items() if name not in ("data", "data_base64")})
-    return Event(attributes, Question.of(_data(document, attributes.get("datacontenttype"))))
+    return Event(attributes, of_value(_data(document, attributes.get("datacontenttype"))))
 
 
 def _data(document: dict[str, Any], kind: str | None) -> Any:

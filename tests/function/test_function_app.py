@@ -1,5 +1,6 @@
 """The HTTP face and the model behind it, in one process without gunicorn."""
 
+import gc
 import json
 import threading
 import time
@@ -80,6 +81,12 @@ def make_client(tmp_path: Path) -> Iterator[MakeClient]:
 def test_each_instance_gets_its_prediction_in_order(make_client: MakeClient) -> None:
     reply = make_client().post("/v1/models/probe:predict", json={"instances": ["a", {"b": 1}, None]})
     assert (reply.status_code, reply.json) == (200, {"predictions": [{"got": "a"}, {"got": {"b": 1}}, {"got": None}]})
+
+
+def test_what_loading_left_behind_is_not_looked_at_by_each_garbage_collection(make_client: MakeClient) -> None:
+    gc.unfreeze()
+    make_client()
+    assert gc.get_freeze_count() > 0
 
 
 def test_the_functions_own_url_takes_instances_as_the_v1_route_does(make_client: MakeClient) -> None:

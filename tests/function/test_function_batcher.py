@@ -111,6 +111,16 @@ def test_after_a_batch_with_company_as_much_company_is_waited_for() -> None:
     assert [part.inputs for part in found[0]] == [("first",), ("second",)]
 
 
+def test_a_call_that_missed_the_last_batch_waits_for_its_company_too() -> None:
+    batcher = queue(max_batch=8, wait_s=5.0)
+    for item in range(2):
+        batcher.put(call(item))
+    assert len(batcher.batch(may_wait=True)) == 2
+    batcher.put(Call(["missed it"], Ask(60), time.monotonic() - 10))
+    threading.Timer(0.05, lambda: batcher.put(call("again"))).start()
+    assert [part.inputs for part in batcher.batch(may_wait=True)] == [["missed it"], ("again",)]
+
+
 def test_company_that_does_not_come_is_not_waited_for_twice() -> None:
     batcher = queue(wait_s=0.2)
     for item in range(2):

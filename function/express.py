@@ -1,0 +1,163 @@
+"""Ordinary requests, answered without a thread of their own: whole, in one piece, and with nothing about them that needs a second look.
+
+The worker's loop reads them, the model's thread computes, the loop answers: two thread switches for a batch, where a thread for each
+request, gunicorn's parser and Flask cost five for each, and three times the processor. Everything else goes there, so what is read here
+may be narrow: whatever it does not know is not ordinary. The rules are those of Flask's routes, and in the same places: Gate, Function,
+Prediction, Access and `failure`.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import flask
+
+from function.access import Access, Note
+from function.batcher import Call
+from function.gate import Gate
+from function.http import JSON, Function, Prediction, dumps, failure, parse_json
+
+MOST_BYTES = 16 * 1024  # of head and body together; more than that would keep the loop from others
+
+# A subset of what gunicorn accepts, with the same meaning. Names with `_`, values with anything but printable ASCII and other line ends
+# are for gunicorn to judge.
+_HEAD = re.compile(rb"(GET|POST) (/[!-~]*) HTTP/1\.1\r\n((?:[A-Za-z0-9-]+:[ -~]*\r\n)*)\r\n")
+_MOST_HEAD_BYTES, _MOST_HEADERS = 4000, 100  # within gunicorn's limits; and a line of the log fits into any pipe that is ready
+_EXTRAORDINARY = {"content-encoding", "expect", "te", "trailer", "transfer-encoding", "upgrade"}
+_EXTRAORDINARY |= {"x-forwarded-protocol", "x-forwarded-ssl"}  # which gunicorn compares with x-forwarded-proto
+_EVENT = "ce-"  # begins the headers of one
+
+
+class Request(NamedTuple):
+    """An ordinary one."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]  # by name, in lower case
+    body: bytes
+    rest: bytes  # what came behind it
+
+
+class Answer(NamedTuple):
+    """An answer that is to be sent."""
+
+    status: str  # with its reason
+    headers: Iterable[tuple[str, str]]
+    body: bytes
+
+
+def read(data: bytes) -> Request | None:
+    """The request that data begins with; None if it is not ordinary, or not all there."""
+    found = _HEAD.match(data) if len(data) <= MOST_BYTES else None
+    if not found or found.end() > _MOST_HEAD_BYTES:
+        return None
+    lines = found[3].decode("ascii").split("\r\n")[:-1]
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        headers[name.lower()] = value.strip()
+    if len(headers) != len(lines) or len(lines) > _MOST_HEADERS:  # one that comes twice is not ordinary
+        return None
+    if not _EXTRAORDINARY.isdisjoint(headers) or any(name.startswith(_EVENT) for name in headers):
+        return None
+    if headers.get("connection", "keep-alive").lower() != "keep-alive":
+        return None
+    method, size = found[1].decode(), headers.get("content-length")
+    if (size is None) != (method == "GET") or not (size or "0").isdecimal():  # a GET has no body, a POST says how long its is
+        return None
+    begin, end = found.end(), found.end() + int(size or 0)
+    if end > len(data):
+        return None
+    return Request(method, found[2].decode(), headers, data[begin:end], data[end:])
+
+
+class Errand:
+    """A prediction that was begun."""
+
+    __slots__ = ("call", "failed", "note", "prediction", "question", "request")
+
+    def __init__(self, prediction: Prediction, request: Request, note: Note) -> None:
+        self.prediction = prediction
+        self.request = request
+        self.note = note
+        self.question: Any = None
+        self.call: Call | None = None  # None if it did not get so far
+        self.failed: Exception | None = None  # before it was a call
+
+
+class Express:
+    """Answers for one function; used by the worker's loop alone."""
+
+    def __init__(self, function: Function, access: Access, gate: Gate, probes: Mapping[str, Callable[[], flask.Response]]) -> None:
+        """probes: by path, what answers a GET at once."""
+        self._function = function
+        self._access = access
+        self._gate = gate
+        self._probes = probes
+        self._calls: dict[int, Call] = {}  # that were begun and have no answer yet, by identity
+        self.wake_at = math.inf  # when `expire` is wanted, on `time.monotonic`'s clock
+
+    def probe(self, request: Request) -> Answer | None:
+        """The answer to a probe; None if it is another request."""
+        view = self._probes.get(request.path) if request.method == "GET" else None
+        if view is None:
+            return None
+        note = self._access.begin(request.method, request.path, request.headers)
+        try:
+            response = view()
+        except Exception as error:  # noqa: BLE001  see `failure`
+            response = failure(error, request.method, request.path)
+        return self._answer(response, note, request.path)
+
+    def begin(self, request: Request, sock: Any, then: Callable[[Errand], object]) -> Errand | None:
+        """Begin a prediction; None if the request is no ordinary one. `then` is called from any thread, unless it has failed already."""
+        prediction = self._function.predictions.get(request.path)
+        kind, size = request.headers.get("content-type", JSON).partition(";")[0].strip().lower(), len(request.body)
+        if not prediction or request.method != "POST" or kind != JSON or size > self._function.settings.max_body_bytes:
+            return None
+        note = self._access.begin(request.method, request.path, request.headers)
+        errand = Errand(prediction, request, note)
+        try:
+            self._gate.check(request.path, request.headers.get("authorization", ""), is_event=False)
+            self._function.model.check()
+            errand.question = prediction.read(parse_json(request.body))
+            ask = self._function.ask_of(request.headers, sock, note)
+            call = errand.call = self._function.begin(errand.question.inputs, ask, lambda: then(errand))
+            self._calls[id(call)] = call
+            self.wake_at = min(self.wake_at, call.arrived + ask.timeout_s)
+        except Exception as error:  # noqa: BLE001  see `failure`
+            errand.failed = error
+        return errand
+
+    def expire(self, now: float) -> None:
+        """Fail the calls whose deadline has come."""
+        if now < self.wake_at:
+            return
+        for call in list(self._calls.values()):
+            if now >= call.arrived + call.ask.timeout_s:
+                call.fail(call.ask.late())
+                self._calls.pop(id(call), None)
+        self.wake_at = min((call.arrived + call.ask.timeout_s for call in self._calls.values()), default=math.inf)
+
+    def answer(self, errand: Errand) -> Answer:
+        """The answer to a prediction that has failed or whose call is settled."""
+        request, note, route = errand.request, errand.note, errand.prediction.rule
+        error, call = errand.failed, errand.call
+        if call:
+            self._calls.pop(id(call), None)
+            error = call.reply.error
+            if not error:
+                try:
+                    body = dumps(errand.question.answer(call.reply.outputs))
+                except Exception as unsayable:  # noqa: BLE001  see `failure`
+                    error = unsayable
+                else:
+                    headers = {"Content-Type": JSON, "Content-Length": str(len(body)), **self._access.end(note, route, 200)}
+                    return Answer("200 OK", headers.items(), body)
+        assert error
+        return self._answer(failure(error, request.method, request.path), note, route)
+
+    def _answer(self, response: flask.Response, note: Note, route: str) -> Answer:
+        response.headers.update(self._access.end(note, route, response.status_code))
+        return Answer(response.status, list(response.headers), response.get_data())
