@@ -236,6 +236,7 @@ def _page() -> tuple[bytes, str]:
 
 def _headers(policy: str) -> dict[str, str]:
     return {
+        ORDER: "admin",  # so that a command knows whom it talks to
         "Content-Security-Policy": policy,
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",

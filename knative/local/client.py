@@ -39,7 +39,7 @@ class Client:
     def ask(
         self, route: str, query: Mapping[str, str] | None = None, *, method: str = "GET", body: bytes | None = None, content_type: str = ""
     ) -> Iterator[http.client.HTTPResponse]:
-        """One answer, to be read while it is entered. Raises NoPlatform."""
+        """One answer, to be read while it is entered. Raises NoPlatform, or PlatformError if somebody else answers."""
         connection = http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_S)
         headers = {"X-Relight": "1"} | ({"Content-Type": content_type} if content_type else {})
         try:
@@ -50,6 +50,8 @@ class Client:
                 reply = connection.getresponse()
             except (OSError, http.client.HTTPException) as error:
                 raise NoPlatform(self._admin, getattr(error, "strerror", None) or error) from error
+            if "X-Relight" not in reply.headers:
+                raise PlatformError(f"what answers at {self._admin} is no platform's admin port; name that with --admin")
             yield reply
         finally:
             connection.close()
@@ -59,7 +61,7 @@ class Client:
         with self.ask(route, query) as reply:
             document = parse(reply.read())
         if reply.status != http.client.OK:
-            raise PlatformError(explain(document) or f"{self._admin}{route} answered {reply.status}; is it a platform's admin port?")
+            raise PlatformError(explain(document) or f"{self._admin}{route} answered {reply.status}")
         return document
 
     def events(self) -> Iterator[Any]:
