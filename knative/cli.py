@@ -6,6 +6,9 @@ import click
 
 _COMMANDS = {
     "run": ("knative.local.cli", "run", "Run manifests on this machine."),
+    "status": ("knative.local.commands", "status", "Show a running platform's Services and pods."),
+    "invoke": ("knative.local.commands", "invoke", "Send a request to a Service."),
+    "logs": ("knative.local.commands", "logs", "Print the log of a pod."),
     "push": ("weights_cache.cli", "push", "Upload a directory of weights to object storage."),
     "pull": ("weights_cache.cli", "pull", "Bring weights into a node's cache."),
     "cache": ("weights_cache.cli", "cache_group", "See what is in a node's cache, check it, make room."),

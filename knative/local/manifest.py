@@ -45,6 +45,11 @@ class Service:
         return self.metadata.namespace
 
     @property
+    def example(self) -> str:
+        """A request body that its author gave as an example, or a guess."""
+        return self.metadata.annotations.get("relight/example") or '{"instances": ["hello"]}'
+
+    @property
     def user_container(self) -> Container:
         """The container that is called: the one with a port, or the only one."""
         return next((c for c in self.spec.containers if c.ports), self.spec.containers[0])

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
@@ -18,7 +19,8 @@ import aiohttp
 from aiohttp import web
 
 from knative.local.activator import Activator
-from knative.local.admin import admin_handler
+from knative.local.address import announce
+from knative.local.admin import Admin
 from knative.local.embedded import OBJECT_STORE, ObjectStore, Seed
 from knative.local.errors import PlatformError
 from knative.local.launch import Places, check_references, plan_pod
@@ -93,7 +95,10 @@ class Platform:
         default = self._revisions[self._default]
         started.push_async_callback(self._stop_revisions)
         await self._listen(started, self._settings.port, Activator(self._revisions, default).handle)
-        await self._listen(started, self._settings.admin_port, admin_handler(self.status))
+        admin = Admin(self._revisions, self.status, self._settings.state_dir, self._session, self._settings.port)
+        await self._listen(started, self._settings.admin_port, admin.handle)
+        started.push_async_callback(admin.close)  # before its port, which would wait for those who watch
+        started.callback(announce(self._settings.state_dir, f"http://{HOST}:{self._settings.admin_port}"))
         urls = [self._url(revision) for revision in self._revisions.values()]
         self._terminal.serving(list(self._revisions.values()), urls, default, self._settings.port, self._settings.admin_port)
         for revision in self._revisions.values():
@@ -103,7 +108,11 @@ class Platform:
     def status(self) -> dict[str, Any]:
         """The document of `/api/status`."""
         address = f"http://{HOST}:{self._settings.port}/"
-        return {"services": [revision.status(self._url(revision), address) for revision in self._revisions.values()]}
+        return {
+            "now": round(time.time(), 3),
+            "services": [revision.status(self._url(revision), address) for revision in self._revisions.values()],
+            "queue_sources": [],
+        }
 
     async def _start_store(self, started: AsyncExitStack) -> None:
         if not self._settings.seeds and not self._manifests.mentions(OBJECT_STORE):

@@ -162,6 +162,13 @@ class Pod:
             document["weights"] = self.report.weights.model_dump()
         return document
 
+    def stages_so_far(self) -> dict[str, float]:
+        """Its stages, and while it starts those that its user container has told of."""
+        if "ready" in self.stages:
+            return self.stages
+        told = {name: round(self._spawned_at + seconds, 4) for name, seconds in self.report.stages.items()}
+        return told | self.stages
+
     def _age(self) -> float:
         return round(time.monotonic() - self.asked_at, 4)
 
@@ -192,7 +199,7 @@ class Pod:
         self.unready_since = None if ready else time.monotonic()
         if ready and "ready" not in self.stages:
             ready_s = self._age()
-            told = {name: min(ready_s, round(self._spawned_at + seconds, 4)) for name, seconds in self.report.stages.items()}
+            told = {name: min(ready_s, seconds) for name, seconds in self.stages_so_far().items()}
             self.stages |= told | {"ready": ready_s}
         self._on_change(self)
 

@@ -14,17 +14,21 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from knative.autoscaler import TICK_S, Activity, Autoscaler, Status, reconcile
 from knative.local.errors import Overloaded, RevisionFailed, Stopping
 from knative.local.manifest import Service
 from knative.local.meter import ConcurrencyMeter
 from knative.local.pod import Pod
+from knative.local.record import Record, Sample
 
 SAMPLE_S = 1.0
 QUEUE_LIMIT = 10_000  # requests that may wait for a pod, as in Knative's activator
 RETRY_S, RETRY_LIMIT_S = 10.0, 300.0  # after a failed start, until the next is tried
+
+
+State = Literal["zero", "starting", "ready", "draining", "failed"]
 
 
 class Watcher(Protocol):
@@ -66,6 +70,7 @@ class Revision:
         self.service = service
         self.name = f"{service.name}-00001"
         self.meter = ConcurrencyMeter(now)
+        self.record = Record()
         self.pods: list[Pod] = []
         self._ready: set[Pod] = set()
         self._make_pod = make_pod
@@ -105,12 +110,14 @@ class Revision:
     @asynccontextmanager
     async def request(self) -> AsyncIterator[None]:
         """For as long as it is entered, the revision has one request more."""
-        self.meter.arrive(time.monotonic())
+        arrived = time.monotonic()
+        self.meter.arrive(arrived)
         try:
             yield
         finally:
             self._last_left = time.monotonic()
             self.meter.leave(self._last_left)
+            self.record.latencies.add(self._last_left, self._last_left - arrived)
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[Pod]:
@@ -185,6 +192,16 @@ class Revision:
         if self.pods or concurrency:
             self._autoscaler.record(now, concurrency=max(0.0, concurrency - self._poked), rps=max(0.0, rps - self._poked))
         self._poked = 0.0
+        last = Sample(
+            time=round(time.time(), 3),
+            concurrency=round(concurrency, 3),
+            rps=round(rps, 3),
+            ready=len(self._ready),
+            desired=self.desired,
+            queued=self.queued,
+            **self.record.latencies.percentiles(now),
+        )
+        self.record.samples.append(last)
 
     def _poke(self) -> None:
         """The first request at zero does not wait for the beat."""
@@ -218,10 +235,12 @@ class Revision:
     def _add_pod(self) -> None:
         pod = self._make_pod(self, f"{self.name}-{secrets.token_hex(3)}")
         self.pods.append(pod)
+        self.record.starting(pod, len(self._waiting))
         self._watcher.starting(self, pod, len(self._waiting))
         self._spawn(pod.start())
 
     async def _remove(self, pod: Pod) -> None:
+        self.record.ended(pod, "dropped")
         await pod.drain(self.service.spec.timeout_seconds)
         if pod in self.pods:
             self.pods.remove(pod)
@@ -237,6 +256,7 @@ class Revision:
         if pod.phase == "ready":
             self._ready.add(pod)
             self._failure, self._retries = None, 0
+            self.record.ended(pod, "ready")
             self._watcher.ready(self, pod)
         else:
             self._ready.remove(pod)
@@ -259,11 +279,34 @@ class Revision:
             pause_s = min(RETRY_LIMIT_S, RETRY_S * 2**self._retries)
             self._retries += 1
             self._failure = Failure(reason, now + pause_s)
+            self.record.ended(pod, "failed")
             self._watcher.failed(self, reason)
             self._spawn(self._remove(pod))
         if late and not self._ready:
             assert self._failure is not None
             self._fail_waiting(RevisionFailed(self._failure.reason, retry_after_s=self._failure.until - now))
+
+    @property
+    def state(self) -> State:
+        """How it stands, in one word."""
+        if self._ready:
+            return "ready"
+        if self._failure:
+            return "failed"
+        if any(pod.phase != "draining" for pod in self.pods):
+            return "starting"
+        return "draining" if self.pods else "zero"
+
+    @property
+    def queued(self) -> int:
+        """How many requests wait for a pod."""
+        return len(self._waiting)
+
+    @property
+    def desired(self) -> int:
+        """How many pods the autoscaler last wanted."""
+        last = self._autoscaler.last
+        return last.bounded if last else len(self.pods)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -279,15 +322,19 @@ class Revision:
             "revision": self.name,
             "url": url,
             "address": address,
+            "state": self.state,
             "mode": "panic" if last and last.panic else "stable",
             "active": self._status.activity is not Activity.INACTIVE,
-            "desired": last.bounded if last else len(self.pods),
+            "desired": self.desired,
             "stable_concurrency": abs(round(last.stable, 6)) if last else 0.0,
             "panic_concurrency": abs(round(last.panic_value, 6)) if last else 0.0,
             "requests_total": self.meter.total,
-            "queued": len(self._waiting),
+            "concurrency": self.meter.current,
+            "queued": self.queued,
             "failure": self._failure.reason if self._failure else None,
+            "example": self.service.example,
             "pods": [pod.status() for pod in self.pods],
+            **self.record.status(time.monotonic()),
         }
 
 

@@ -1,6 +1,5 @@
 """What happens, on the terminal, as it happens: a line for each event, and a live line for each pod that is starting."""
 
-import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -45,9 +44,9 @@ class Terminal:
             scale = revision.service.scale
             standing = "at zero: costs nothing until somebody calls" if not max(scale.initial_scale, scale.min_scale) else "starting"
             self.say(f"  [bold]{revision.service.name}[/]  {url}  [dim]{standing}[/]")
-        body = _example(default)
+        body = default.service.example
         self.say(f"\n  call it   curl http://127.0.0.1:{port}/ -H 'Content-Type: application/json' -d {escape(shlex.quote(body))}")
-        self.say(f"  status    http://127.0.0.1:{admin_port}/api/status")
+        self.say(f"  watch it  http://127.0.0.1:{admin_port}/")
         self.say("  stop      Ctrl-C ends everything that was started\n")
 
     def starting(self, revision: Revision, pod: Pod, waiting: int) -> None:
@@ -113,8 +112,3 @@ class Terminal:
             self._live.remove_task(bar)
             if not self._bars:
                 self._live.stop()
-
-
-def _example(revision: Revision) -> str:
-    """A request body that the Service's author gave as an example."""
-    return revision.service.metadata.annotations.get("relight/example") or json.dumps({"instances": ["hello"]})

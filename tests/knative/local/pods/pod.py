@@ -66,6 +66,20 @@ class Handler(BaseHTTPRequestHandler):
         wait_for(name)
         self.wfile.write(b"7\r\nsecond\n\r\n0\r\n\r\n")
 
+    def act_events(self, _: bytes, name: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(b'data: {"piece": 1}\n\n')
+        wait_for(name)
+        self.wfile.write(b'event: piece\ndata: {"piece": 2}\n\ndata: [DONE]\n\n')
+        self.close_connection = True
+
+    def act_say(self, body: bytes) -> None:
+        print(body.decode(), flush=True)
+        self.reply(b"said")
+
     def act_status(self, _: bytes, code: str) -> None:
         self.send_response(int(code))
         if code not in ("204", "304"):

@@ -1,0 +1,187 @@
+"""`relight status`, `relight invoke` and `relight logs`: a running platform from the terminal."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import click
+
+from knative.local import address, tables
+from knative.local.client import PIECE_BYTES, Client, explain, lines, parse
+from knative.local.errors import PlatformError
+
+
+def _where(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say which platform is meant."""
+    admin = click.option(
+        "--admin", metavar="URL", help=f"The platform's admin port. [default: as in --state-dir, or {address.DEFAULT_ADMIN}]"
+    )
+    state = click.option(
+        "--state-dir", default=Path(".relight"), show_default=True, type=click.Path(path_type=Path), help="That of `relight run`."
+    )
+    return admin(state(command))
+
+
+@contextmanager
+def _told() -> Any:
+    """Our errors as one line and exit status 1."""
+    try:
+        yield
+    except PlatformError as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="The document of /api/status; with --watch one in each line.")
+@click.option("--watch", is_flag=True, help="Go on until Ctrl-C.")
+@_where
+def status(*, as_json: bool, watch: bool, admin: str | None, state_dir: Path) -> None:
+    """Show the Services of a running platform, and their pods."""
+    from rich.console import Console
+    from rich.live import Live
+
+    with _told():
+        client = Client(admin or address.find(state_dir))
+        console = Console(highlight=False, emoji=False)
+        if not watch:
+            document = client.get("/api/status")
+            if console.is_terminal and not as_json:
+                console.print(tables.rich(document))
+            else:
+                click.echo(json.dumps(document, indent=2) if as_json else tables.plain(document))
+        elif console.is_terminal and not as_json:
+            with Live(console=console, auto_refresh=False) as live:
+                for document in client.events():
+                    live.update(tables.rich(document), refresh=True)
+        else:
+            for document in client.events():
+                click.echo(json.dumps(document) if as_json else tables.plain(document) + "\n")
+                sys.stdout.flush()
+
+
+@click.command()
+@click.argument("name")
+@click.option("--data", metavar="JSON|@FILE|-", help="The body: this, a file, or standard input. [default: the Service's example]")
+@click.option("--path", help="Where to, instead of /; without --data it is then a GET.")
+@click.option("--method", "-X", help="The HTTP method. [default: POST]")
+@click.option("--content-type", default="application/json", show_default=True, help="What the body is.")
+@click.option("--stream", is_flag=True, help="Print the data of server-sent events, each as it comes.")
+@_where
+def invoke(
+    *,
+    name: str,
+    data: str | None,
+    path: str | None,
+    method: str | None,
+    content_type: str,
+    stream: bool,
+    admin: str | None,
+    state_dir: Path,
+) -> None:
+    """Send a request to the Service NAME (or NAMESPACE/NAME) and print the answer; the exit status is 1 if it is an error."""
+    with _told():
+        client = Client(admin or address.find(state_dir))
+        body = _body(data)
+        namespace, _, service = name.rpartition("/")
+        chosen = (method or ("GET" if path and body is None else "POST")).upper()
+        query = {"namespace": namespace or "default", "service": service, "path": path or "/", "method": chosen}
+        with client.ask("/api/invoke", query, method="POST", body=body, content_type=content_type if body is not None else "") as reply:
+            failed = reply.status >= 400
+            if stream and not failed and reply.headers.get_content_type() == "text/event-stream":
+                whole = _print_events(reply)
+            else:
+                whole = _print_body(reply)
+        if failed:
+            click.echo(f"Error: {name} answered {reply.status} {reply.reason}", err=True)
+        if not whole:
+            click.echo(f"Error: the answer of {name} was cut off or ended in an error", err=True)
+        if failed or not whole:
+            raise SystemExit(1)
+
+
+@click.command()
+@click.argument("name")
+@click.option("--container", help="Whose output. [default: function, or the only one]")
+@click.option("--follow", "-f", is_flag=True, help="Go on with what is added, until Ctrl-C.")
+@click.option("--tail", default=200, show_default=True, type=click.IntRange(0, 10_000), help="How many lines to begin with.")
+@_where
+def logs(*, name: str, container: str | None, follow: bool, tail: int, admin: str | None, state_dir: Path) -> None:
+    """Print the log of a pod, or of the latest pod of the Service NAME; logs outlive their pods."""
+    with _told():
+        client = Client(admin or address.find(state_dir))
+        namespace, pod, containers = _pod(client.get("/api/logs")["logs"], name)
+        if container is None:
+            container = containers[0] if len(containers) == 1 else "function"
+        if container not in containers:
+            raise PlatformError(f"pod {pod} has no container {container!r}; it has {', '.join(containers)}; name one with --container")
+        query = {"namespace": namespace, "pod": pod, "container": container, "tail": str(tail), "follow": "1" if follow else "0"}
+        with client.ask("/api/logs", query) as reply:
+            _print_body(reply)
+
+
+def _pod(found: list[dict[str, Any]], name: str) -> tuple[str, str, list[str]]:
+    """The pod that is meant: (namespace, name, its containers with a log). Raises PlatformError if there is none."""
+    namespace, _, wanted = name.rpartition("/")
+    of_service = re.compile(rf"{re.escape(wanted)}-\d{{5}}-[0-9a-f]+")
+    ours = [log for log in found if not namespace or log["namespace"] == namespace]
+    match = next((log for log in ours if log["pod"] == wanted), None)
+    match = match or next((log for log in ours if of_service.fullmatch(log["pod"])), None)  # the latest is the first
+    if match is None:
+        known = ", ".join(dict.fromkeys(log["pod"] for log in ours[:20]))
+        raise PlatformError(f"no pod and no Service {name!r} has a log" + (f"; pods that have one: {known}" if known else " yet"))
+    key = match["namespace"], match["pod"]
+    return *key, sorted(log["container"] for log in found if (log["namespace"], log["pod"]) == key)
+
+
+def _body(data: str | None) -> bytes | None:
+    if data is None:
+        return None
+    if data == "-":
+        return sys.stdin.buffer.read()
+    if not data.startswith("@"):
+        return data.encode()
+    try:
+        return Path(data[1:]).read_bytes()
+    except OSError as error:
+        raise PlatformError(f"--data {data}: {error.strerror or error}") from error
+
+
+def _print_body(reply: Any) -> bool:
+    """As it comes; whether it came whole."""
+    out, last = sys.stdout.buffer, b"\n"
+    try:
+        while piece := reply.read1(PIECE_BYTES):
+            out.write(piece)
+            out.flush()
+            last = piece
+    except (OSError, HTTPException):
+        return False
+    finally:
+        if not last.endswith(b"\n") and sys.stdout.isatty():
+            click.echo()
+    return True
+
+
+def _print_events(reply: Any) -> bool:
+    """The data of each event in a line of its own, as it comes; whether it came whole, and none of them is an error."""
+    try:
+        for line in lines(reply):
+            if not line.startswith(b"data:"):
+                continue
+            text = line.removeprefix(b"data:").strip()
+            if text == b"[DONE]":
+                break
+            sys.stdout.buffer.write(text + b"\n")
+            sys.stdout.buffer.flush()
+            if explain(parse(text)):
+                return False
+    except (OSError, HTTPException):
+        return False
+    return True

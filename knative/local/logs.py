@@ -1,0 +1,64 @@
+"""The logs of pods, also of those that are gone: which there are, their last lines, and what is added to them."""
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+LOOK_S = 0.25
+PIECE_BYTES = 64 * 1024
+LINE_BYTES, TAIL_BYTES = 1024, 1024 * 1024  # what a line is thought to take, and the most that is read back
+# What a name may be made of: no separator, and none begins with a dot.
+_NAME = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")
+
+
+@dataclass(frozen=True)
+class LogFile:
+    """One container's output."""
+
+    namespace: str
+    pod: str
+    container: str
+    bytes: int
+    changed_at: float  # seconds since the epoch
+
+
+class Logs:
+    """What lies in a state directory's `logs/<namespace>/<pod>/<container>.log`, and nothing else."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def list(self) -> list[dict[str, Any]]:
+        """All of them, the latest first."""
+        found = []
+        for path in self._directory.glob("*/*/*.log"):
+            about = path.stat()
+            namespace, pod, _ = path.relative_to(self._directory).parts
+            found.append(LogFile(namespace, pod, path.stem, about.st_size, about.st_mtime))
+        return [asdict(file) for file in sorted(found, key=lambda file: -file.changed_at)]
+
+    def find(self, namespace: str, pod: str, container: str) -> Path | None:
+        """The file, or None if there is none of that name."""
+        if not all(_NAME.fullmatch(name) for name in (namespace, pod, container)):
+            return None
+        path = self._directory / namespace / pod / f"{container}.log"
+        return path if path.is_file() and path.resolve().is_relative_to(self._directory.resolve()) else None
+
+    async def read(self, path: Path, lines: int, *, follow: bool) -> AsyncGenerator[bytes, None]:
+        """The last lines of a file; `follow` goes on with what is added, without end."""
+        with path.open("rb") as file:
+            end = file.seek(0, 2)
+            begin = max(0, end - min(TAIL_BYTES, max(1, lines) * LINE_BYTES))
+            file.seek(begin)
+            last = file.read(end - begin).splitlines(keepends=True)[-lines:] if lines else []
+            yield b"".join(last)
+            while follow:
+                file.seek(end)
+                if piece := file.read(PIECE_BYTES):
+                    end += len(piece)
+                    yield piece
+                else:
+                    await asyncio.sleep(LOOK_S)

@@ -1,0 +1,81 @@
+"""The status document for people in a terminal."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+Row = Sequence[str]
+
+SERVICE_HEAD = ("SERVICE", "STATE", "PODS", "BUSY", "QUEUED", "REQUESTS", "P50", "P95", "P99", "LAST START", "URL")
+POD_HEAD = ("POD", "PHASE", "BUSY", "AGE", "RESTARTS", "WEIGHTS")
+_MARKS = {"zero": "○", "pending": "◌", "starting": "◐", "ready": "●", "draining": "↓", "failed": "✕"}
+_STYLES = {"zero": "dim", "pending": "yellow", "starting": "yellow", "ready": "green", "draining": "blue", "failed": "red"}
+
+
+def seconds(value: float | None) -> str:
+    """A duration with as many digits as tell something."""
+    if value is None:
+        return "-"
+    return f"{value * 1000:.1f} ms" if value < 0.01 else f"{value * 1000:.0f} ms" if value < 0.1 else f"{value:.2f} s"
+
+
+def service_rows(status: dict[str, Any]) -> Iterator[Row]:
+    """A row for each Service."""
+    for service in status["services"]:
+        ready = sum(pod["phase"] == "ready" for pod in service["pods"])
+        latency, starts = service["latency"], service["cold_starts"]
+        yield (
+            service["name"] if service["namespace"] == "default" else f"{service['namespace']}/{service['name']}",
+            service["state"],
+            f"{ready}/{service['desired']}",
+            str(service["concurrency"]),
+            str(service["queued"]),
+            str(service["requests_total"]),
+            *(seconds(latency[name]) for name in ("p50", "p95", "p99")),
+            f"{starts[0]['outcome']} {seconds(starts[0]['seconds'])}" if starts else "-",
+            service["url"],
+        )
+
+
+def pod_rows(status: dict[str, Any]) -> Iterator[Row]:
+    """A row for each pod."""
+    for service in status["services"]:
+        for pod in service["pods"]:
+            weights = pod.get("weights")
+            yield (
+                pod["name"],
+                pod["phase"],
+                str(pod["concurrency"]),
+                f"{max(0, status['now'] - pod['started_at']):.0f} s",
+                str(sum(pod["restarts"].values())),
+                f"{weights['bytes'] / 1e6:.1f} MB from {weights['source']}" if weights else "-",
+            )
+
+
+def plain(status: dict[str, Any]) -> str:
+    """Lines with columns, for whatever reads them."""
+    blocks = [(SERVICE_HEAD, list(service_rows(status))), (POD_HEAD, list(pod_rows(status)))]
+    return "\n\n".join("\n".join(_aligned([head, *rows])) for head, rows in blocks if rows)
+
+
+def rich(status: dict[str, Any]) -> Group:
+    """Tables for a terminal; a state has a sign besides its colour."""
+    parts: list[Any] = []
+    for head, rows in ((SERVICE_HEAD, list(service_rows(status))), (POD_HEAD, list(pod_rows(status)))):
+        if rows:
+            table = Table(*head, box=None, padding=(0, 2, 0, 0), header_style="dim")
+            for name, state, *rest in rows:
+                shown = f"[{_STYLES.get(state, '')}]{_MARKS.get(state, '?')} {state}[/]" if state in _STYLES else escape(state)
+                table.add_row(f"[bold]{escape(name)}[/]", shown, *map(escape, rest))
+            parts += [table, ""]
+    parts += [f"[red]✕[/] {escape(service['failure'])}" for service in status["services"] if service["failure"]]
+    return Group(*parts)
+
+
+def _aligned(rows: Sequence[Row]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()

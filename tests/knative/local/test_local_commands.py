@@ -1,0 +1,182 @@
+"""`relight status`, `invoke` and `logs`, as a person or a script calls them."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from knative.local import tables
+from tests.knative.local.running import Platform, platform_running, service
+from tests.support import BIN, clean_environment, free_port
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    echo = service("echo", scale={"min-scale": "1"})
+    echo["metadata"]["annotations"] = {"relight/example": '{"instances": ["an example"]}'}
+    with platform_running(tmp_path_factory.mktemp("commands"), [echo, service("idle")]) as running:
+        running.wait_for("echo", "ready", lambda found: found["state"] == "ready")
+        yield running
+
+
+def relight(*words: str, stdin: str = "", state: Path | None = None) -> subprocess.CompletedProcess[str]:
+    where = ["--state-dir", str(state)] if state else []
+    return subprocess.run(
+        [BIN / "relight", *words, *where], input=stdin, capture_output=True, text=True, timeout=30, env=clean_environment(), check=False
+    )
+
+
+def document(platform: Platform, *words: str, stdin: str = "") -> Any:
+    found = relight("invoke", "echo", *words, stdin=stdin, state=platform.state)
+    assert (found.returncode, found.stderr) == (0, "")
+    return json.loads(found.stdout)
+
+
+@pytest.mark.parametrize("command", [["status"], ["status", "--watch"], ["invoke", "echo"], ["logs", "echo"]])
+def test_without_a_platform_each_says_what_to_do(tmp_path: Path, command: list[str]) -> None:
+    admin = f"http://127.0.0.1:{free_port()}"
+    found = relight(*command, "--admin", admin)
+    assert (found.returncode, found.stdout) == (1, "")
+    assert found.stderr == (
+        f"Error: no platform answers at {admin} (Connection refused); start one with `relight run`, or name its admin port with --admin\n"
+    )
+
+
+@pytest.mark.parametrize("admin", ["127.0.0.1:8081", "https://127.0.0.1:8081", "http://127.0.0.1:port", "http://"])
+def test_an_address_that_is_none_is_said_to_be_none(admin: str) -> None:
+    found = relight("status", "--admin", admin)
+    assert (found.returncode, found.stderr) == (1, f"Error: --admin {admin!r}: must be http://HOST:PORT\n")
+
+
+def test_another_server_at_the_admin_address_is_not_taken_for_a_platform(platform: Platform) -> None:
+    other = f"http://127.0.0.1:{platform.port}"
+    found = relight("status", "--admin", other)
+    assert (found.returncode, found.stderr) == (1, f"Error: what answers at {other} is no platform's admin port; name that with --admin\n")
+
+
+def test_status_is_lines_with_columns_where_there_is_no_terminal(platform: Platform) -> None:
+    lines = relight("status", state=platform.state).stdout.splitlines()
+    assert lines[0].split()[:4] == ["SERVICE", "STATE", "PODS", "BUSY"]
+    assert [line.split()[:3] for line in lines[1:3]] == [["echo", "ready", "1/1"], ["idle", "zero", "0/0"]]
+    assert lines[5].split()[:2] == [platform.pods("echo")[0]["name"], "ready"]
+
+
+def test_status_as_json_is_the_document_of_the_admin_port(platform: Platform) -> None:
+    found = json.loads(relight("status", "--json", "--admin", f"http://127.0.0.1:{platform.admin_port}").stdout)
+    assert found.keys() == platform.status().keys()
+
+
+def test_status_goes_on_when_it_is_watched(platform: Platform) -> None:
+    command = [str(BIN / "relight"), "status", "--watch", "--json", "--state-dir", str(platform.state)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment()) as watching:
+        try:
+            assert watching.stdout
+            first, second = (json.loads(watching.stdout.readline()) for _ in range(2))
+            assert first["now"] < second["now"]
+        finally:
+            watching.terminate()
+
+
+def test_invoke_sends_the_services_example_or_what_it_is_given(platform: Platform, tmp_path: Path) -> None:
+    (tmp_path / "body.json").write_text("[1, 2]")
+    assert document(platform)["bytes"] == len('{"instances": ["an example"]}')
+    assert document(platform, "--data", '{"a": 1}')["bytes"] == 8
+    assert document(platform, "--data", f"@{tmp_path / 'body.json'}")["bytes"] == 6
+    told = document(platform, "--data", "-", "--path", "/v1/x?y=1", "--content-type", "text/plain", stdin="hello")
+    assert (told["method"], told["path"], told["bytes"]) == ("POST", "/v1/x?y=1", 5)
+    assert dict(told["headers"])["Content-Type"] == "text/plain"
+    assert document(platform, "--path", "/v1/models")["method"] == "GET"
+
+
+def test_invoke_fails_with_the_answers_body_when_that_is_an_error(platform: Platform) -> None:
+    found = relight("invoke", "echo", "--path", "/status/500", state=platform.state)
+    assert (found.returncode, found.stderr) == (1, "Error: echo answered 500 Internal Server Error\n")
+    found = relight("invoke", "default/nobody", state=platform.state)
+    assert found.returncode == 1
+    assert "no Service 'nobody' in namespace 'default'; there are echo, idle" in json.loads(found.stdout)["error"]["message"]
+    found = relight("invoke", "echo", "--data", "@/nowhere", state=platform.state)
+    assert (found.returncode, found.stderr) == (1, "Error: --data @/nowhere: No such file or directory\n")
+
+
+def test_invoke_prints_each_piece_of_a_stream_when_it_is_there(platform: Platform) -> None:
+    command = [str(BIN / "relight"), "invoke", "echo", "--stream", "--path", "/events/go-on", "--state-dir", str(platform.state)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=clean_environment()) as streaming:
+        assert streaming.stdout
+        assert streaming.stdout.readline() == b'{"piece": 1}\n'
+        platform.note("echo", "go-on")  # the rest exists only from now on
+        assert streaming.stdout.read() == b'{"piece": 2}\n'
+        assert streaming.wait(10) == 0
+
+
+def test_an_answer_that_is_cut_off_is_a_failure(platform: Platform) -> None:
+    platform.note("idle", "half-read")
+    found = relight("invoke", "idle", "--path", "/half", state=platform.state)
+    assert (found.returncode, "only this" in found.stdout) == (1, True)
+    assert "cut off" in found.stderr
+
+
+def test_logs_are_those_of_a_pod_or_of_a_services_latest(platform: Platform) -> None:
+    (pod,) = platform.pods("echo")
+    for name in ("echo", "default/echo", pod["name"]):
+        assert relight("logs", name, state=platform.state).stdout == "a pod of its own\n"
+    assert relight("logs", "echo", "--tail", "0", state=platform.state).stdout == ""
+    found = relight("logs", "ech", state=platform.state)
+    assert (found.returncode, "no pod and no Service 'ech' has a log; pods that have one: " in found.stderr) == (1, True)
+    found = relight("logs", "echo", "--container", "sidecar", state=platform.state)
+    assert "has no container 'sidecar'; it has function" in found.stderr
+
+
+def test_a_log_is_followed(platform: Platform) -> None:
+    command = [str(BIN / "relight"), "logs", "echo", "--follow", "--tail", "0", "--state-dir", str(platform.state)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=clean_environment()) as following:
+        try:
+            assert following.stdout
+            # Until it is there, what is said is older than its beginning.
+            for _ in range(100):
+                platform.call("echo", "/say", "POST", b"good morning")
+                if _readable(following.stdout):
+                    break
+            assert following.stdout.readline() == b"good morning\n"
+        finally:
+            following.terminate()
+
+
+def _readable(stream: Any, seconds: float = 0.1) -> bool:
+    import select
+
+    return bool(select.select([stream], [], [], seconds)[0])
+
+
+def test_in_a_terminal_a_state_has_a_sign_and_a_failure_its_reason() -> None:
+    pod = {"name": "[x]-1", "phase": "ready", "concurrency": 1, "started_at": 1.0, "restarts": {"function": 2}}
+    pod["weights"] = {"source": "cache", "bytes": 91_600_000}
+    found = {
+        "name": "[x]",
+        "namespace": "other",
+        "state": "failed",
+        "desired": 2,
+        "concurrency": 1,
+        "queued": 3,
+        "requests_total": 4,
+        "latency": {"p50": 0.001, "p95": 0.05, "p99": None},
+        "cold_starts": [{"outcome": "failed", "seconds": 2.0}],
+        "url": "http://x/",
+        "failure": "[boom]",
+        "pods": [pod],
+    }
+    screen = io.StringIO()
+    Console(file=screen, width=200).print(tables.rich({"now": 9.0, "services": [found]}))
+    text = screen.getvalue()
+    for expected in ("other/[x]", "✕ failed", "1/2", "1.0 ms", "50 ms", "failed 2.00 s", "● ready", "91.6 MB from cache", "[boom]"):
+        assert expected in text, text
+
+
+def test_the_commands_are_imported_without_the_platforms_own_libraries() -> None:
+    code = "import knative.local.commands, sys; print(*sorted({'aiohttp', 'pydantic', 'yaml', 'rich.live'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []

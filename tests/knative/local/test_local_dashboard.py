@@ -1,0 +1,136 @@
+"""The dashboard in a real browser, beside a real platform."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.knative.local.running import Platform, platform_running, service
+from tests.support import wait_until
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="no chromium here (apt-get install chromium)")
+
+BROKEN = ["python", "-c", "print('there is no model'); raise SystemExit(3)"]
+ODD = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    echo = service("echo")
+    echo["metadata"]["annotations"] = {"relight/example": json.dumps({"instances": [ODD]})}
+    broken = service("broken", scale={"min-scale": "1"}, progress_deadline="1s", container={"command": BROKEN})
+    with platform_running(tmp_path_factory.mktemp("dashboard"), [echo, broken]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        # Without a sandbox of its own, as in a container its user is root.
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(platform: Platform, browser: Browser) -> Iterator[Page]:
+    """The dashboard, open; anything that it complains of fails the test."""
+    page = browser.new_page(viewport={"width": 1240, "height": 900})
+    page.set_default_timeout(15_000)
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(f"http://127.0.0.1:{platform.admin_port}/")
+    expect(page.locator("#live")).to_have_text("live")
+    yield page
+    page.close()
+    assert said == []
+
+
+def test_a_service_is_seen_at_zero_woken_by_the_button_and_its_cold_start_is_a_waterfall(page: Page, platform: Platform) -> None:
+    echo = page.locator("#s-default-echo")
+    expect(echo.locator("header .badge")).to_have_text("at zero")
+    expect(echo.get_by_text("it costs nothing until somebody calls")).to_be_visible()
+    echo.get_by_role("button", name="Send test request").click()
+    expect(echo.locator("output")).to_contain_text("200 answered after")
+    expect(echo.locator("header .badge")).to_have_text("ready")
+    (pod,) = platform.pods("echo")
+    expect(echo.locator("tbody tr")).to_have_count(1)
+    expect(echo.locator("tbody tr")).to_contain_text(pod["name"].removeprefix("echo-"))
+    stages = echo.locator("details .stage")
+    expect(stages).to_have_count(2)
+    expect(stages.first).to_contain_text("spawn")
+    expect(echo.locator(".charts figure")).to_have_count(4)
+    expect(echo.get_by_role("img", name="Pods, last five minutes: now 1 ready of 1 desired")).to_be_visible()
+    expect(page.locator("#sum")).to_contain_text("1 pod ready")
+
+
+def test_a_log_is_shown_as_it_is_written_and_closed_by_the_keyboard(page: Page, platform: Platform) -> None:
+    platform.call("echo")
+    page.get_by_role("button", name="Log of echo").first.click()
+    log = page.get_by_role("log")
+    expect(log).to_contain_text("a pod of its own")
+    platform.call("echo", "/say", "POST", ODD.encode())
+    expect(log).to_contain_text(ODD)
+    page.keyboard.press("Escape")
+    expect(page.locator("dialog")).not_to_be_visible()
+
+
+def test_a_service_that_cannot_start_says_so_in_words_with_what_its_pod_said(page: Page) -> None:
+    broken = page.locator("#s-default-broken")
+    expect(broken.locator("header .badge")).to_have_text("failed")
+    expect(broken.locator(".note").first).to_contain_text("there is no model")
+    expect(broken.locator("details .badge").first).to_have_text("failed")
+
+
+def test_everything_is_reached_with_the_tab_key_and_opened_with_enter(page: Page, platform: Platform) -> None:
+    platform.call("echo")
+    expect(page.locator("#s-default-echo details").first).to_be_visible()
+    reached: set[str] = set()
+    for _ in range(16):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.tagName"))
+        shown = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert shown == "solid" or page.evaluate("document.activeElement === document.body")
+    assert reached >= {"A", "BUTTON", "SUMMARY"}
+    first = page.locator("#s-default-echo details").first
+    was_open = first.get_attribute("open") is not None
+    first.locator("summary").focus()
+    page.keyboard.press("Enter")
+    assert (first.get_attribute("open") is not None) != was_open
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone_nothing_is_wider_than_the_screen(browser: Browser, platform: Platform, scheme: str) -> None:
+    page = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme=scheme)  # type: ignore[arg-type]
+    page.goto(f"http://127.0.0.1:{platform.admin_port}/")
+    page.locator("#s-default-broken").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(19, 18, 16)"
+    assert dark == (scheme == "dark")
+    page.close()
+
+
+def test_nothing_is_fetched_from_elsewhere(browser: Browser, platform: Platform) -> None:
+    page = browser.new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"http://127.0.0.1:{platform.admin_port}/")
+    page.locator("#s-default-echo").wait_for()
+    page.close()
+    assert all(url.startswith((f"http://127.0.0.1:{platform.admin_port}/", "data:")) for url in asked)
+
+
+def test_a_platform_that_is_gone_is_said_to_be(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> None:
+    page = browser.new_page()
+    with platform_running(tmp_path_factory.mktemp("gone"), [service("echo")]) as platform:
+        page.goto(f"http://127.0.0.1:{platform.admin_port}/")
+        expect(page.locator("#live")).to_have_text("live")
+        platform.server.signal(2)
+        wait_until("its end", lambda: platform.server.process.poll() is not None)
+    expect(page.locator("#live")).to_have_text("no connection")
+    page.close()

@@ -1,0 +1,65 @@
+"""Logs of pods by their names, and nothing else on the disk."""
+
+import asyncio
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from knative.local.logs import Logs
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> Logs:
+    file = tmp_path / "logs" / "default" / "hello-00001-abc123" / "function.log"
+    file.parent.mkdir(parents=True)
+    file.write_text("one\ntwo\nthree\n")
+    (tmp_path / "logs" / "object-store.log").write_text("not a pod's")
+    (tmp_path / "secret.log").write_text("secret")
+    (tmp_path / "logs" / "default" / "hello-00001-abc123" / "link.log").symlink_to(tmp_path / "secret.log")
+    return Logs(tmp_path / "logs")
+
+
+def test_a_log_is_found_by_its_names(logs: Logs) -> None:
+    assert logs.find("default", "hello-00001-abc123", "function")
+    assert {(log["namespace"], log["pod"]) for log in logs.list()} == {("default", "hello-00001-abc123")}
+
+
+@pytest.mark.parametrize(
+    ("namespace", "pod", "container"),
+    [
+        ("..", ".", "secret"),
+        ("default", "..", "object-store"),
+        ("default", "hello-00001-abc123", "../../../secret"),
+        ("default", "hello-00001-abc123", "link"),
+        ("default/hello-00001-abc123", ".", "function"),
+        ("", "default/hello-00001-abc123", "function"),
+        ("default", "hello-00001-abc123", "function\0"),
+        ("default", "hello-00001-abc123", "sidecar"),
+    ],
+)
+def test_nothing_else_is_found(logs: Logs, namespace: str, pod: str, container: str) -> None:
+    assert logs.find(namespace, pod, container) is None
+
+
+@pytest.mark.parametrize(("lines", "expected"), [(0, b""), (1, b"three\n"), (2, b"two\nthree\n"), (99, b"one\ntwo\nthree\n")])
+def test_the_last_lines_are_read(logs: Logs, lines: int, expected: bytes) -> None:
+    async def scenario() -> bytes:
+        path = logs.find("default", "hello-00001-abc123", "function")
+        assert path
+        return b"".join([piece async for piece in logs.read(path, lines, follow=False)])
+
+    assert asyncio.run(scenario()) == expected
+
+
+def test_a_log_that_is_followed_goes_on_with_what_is_added(logs: Logs) -> None:
+    async def scenario() -> None:
+        path = logs.find("default", "hello-00001-abc123", "function")
+        assert path
+        async with aclosing(logs.read(path, 1, follow=True)) as pieces:
+            assert await anext(pieces) == b"three\n"
+            with path.open("a") as file:
+                file.write("four\n")
+            assert await asyncio.wait_for(anext(pieces), 5) == b"four\n"
+
+    asyncio.run(scenario())

@@ -1,0 +1,84 @@
+"""What a revision remembers of its pods' starts and of the seconds that passed."""
+
+import asyncio
+
+import pytest
+
+from knative.local.pod import Report, Weights
+from knative.local.record import COLD_STARTS
+from knative.local.revision import Revision
+from tests.knative.local.fakes import FakePod, fake_revision
+
+
+def starts(revision: Revision) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = revision.status("", "")["cold_starts"]
+    return found
+
+
+def test_a_cold_start_is_told_while_it_goes_on_and_kept_as_it_ended() -> None:
+    async def scenario() -> None:
+        revision, _ = fake_revision()
+        caller = asyncio.create_task(revision.slot().__aenter__())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        (pod,) = revision.pods
+        assert isinstance(pod, FakePod)
+        pod.report = Report(phase="restoring", restored_bytes=5, total_bytes=10, stages={"listen": 0.2})
+        (going,) = starts(revision)
+        assert (going["outcome"], going["phase"], going["seconds"]) == ("starting", "restoring", None)
+        assert (going["restored_bytes"], going["total_bytes"], going["stages"]) == (5, 10, {"listen": 0.2})
+        assert (going["waiting"], revision.state) == (1, "starting")
+        pod.report = Report(phase="ready", stages={"listen": 0.0}, weights=Weights(source="cache", bytes=10))
+        pod.become("ready")
+        await caller
+        (over,) = starts(revision)
+        assert (over["outcome"], over["seconds"]) == ("ready", pod.stages["ready"])
+        assert revision.status("", "")["weights"] == {"cache": 1}
+        assert revision.record.cold_start_s.buckets()[-1][1] == 1
+        pod.become("starting")
+        pod.become("ready")  # of a pod that was ready already: no cold start
+        assert starts(revision) == [over]
+        assert revision.state == "ready"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("outcome", ["failed", "dropped"])
+def test_a_start_that_leads_nowhere_is_kept_with_how_it_ended(outcome: str) -> None:
+    async def scenario() -> None:
+        revision, _ = fake_revision()
+        pod = FakePod(revision, "hello-00001-abc")
+        revision.record.starting(pod, 0)
+        revision.record.ended(pod, outcome)  # type: ignore[arg-type]
+        revision.record.ended(pod, "dropped")  # what comes later changes nothing
+        (kept,) = starts(revision)
+        assert kept["outcome"] == outcome
+        assert revision.record.cold_start_s.buckets()[-1][1] == 0
+
+    asyncio.run(scenario())
+
+
+def test_only_the_latest_cold_starts_are_kept_the_latest_first() -> None:
+    async def scenario() -> None:
+        revision, _ = fake_revision()
+        for number in range(COLD_STARTS + 3):
+            revision.record.starting(FakePod(revision, f"pod-{number}"), 0)
+        names = [start["pod"] for start in starts(revision)]
+        assert names == [f"pod-{number}" for number in range(COLD_STARTS + 2, 2, -1)]
+
+    asyncio.run(scenario())
+
+
+def test_a_request_is_a_latency_and_each_second_is_a_sample() -> None:
+    async def scenario() -> None:
+        revision, _ = fake_revision()
+        async with revision.request():
+            revision._sample(revision.meter._changed_at + 1)
+        assert (revision.record.samples[-1].concurrency, revision.record.samples[-1].p50) == (1, None)
+        revision._sample(revision.meter._changed_at + 1)
+        assert revision.record.samples[-1].p50 is not None
+        assert [sample["ready"] for sample in revision.record.history()] == [0, 0]
+        assert revision.status("", "")["sample"] == revision.record.history()[-1]
+        assert revision.state == "zero"
+
+    asyncio.run(scenario())
