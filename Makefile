@@ -60,8 +60,9 @@ lint: setup ## Check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: setup ## Measure: the cold start beside its parts, fetching and loading weights beside the usual tools (fetching needs nginx)
+bench: setup ## Measure: the cold start beside its parts and with the fork server, fetching and loading weights beside the usual tools (fetching needs nginx)
 	@$(BIN)/python bench/cold_start.py
+	@$(BIN)/python bench/platform.py
 	@$(BIN)/python bench/load.py
 	@$(BIN)/python bench/fetch.py --sizes 270M
 

@@ -1,12 +1,12 @@
 """`python -m function.fork_server FD`: a process that has imported everything, and becomes `python -m function` as often as it is asked.
 
 Whoever starts it (the local platform) holds the other end of the socket FD, and is told `warm` there. Each message on it asks for one
-function and carries two files: the socket of a conversation about that function alone, and its log. In the conversation
+function and carries two files: the socket of a conversation with the new process alone, and its log. It is answered, in turn, with the
+process id, 0 if there is none. In the conversation
 
 1. the platform sends an order, one line of JSON: `env`, `cwd` (or null), and `parent`, its own process id;
-2. the new process says its process id;
-3. then `ready`, or `refused: …` and ends;
-4. the platform answers with a line, and `python -m function` runs. Without it, the process ends: nobody would look after it.
+2. the new process says `ready`; or `refused: …`, and ends;
+3. the platform answers with a line, and `python -m function` runs. Without it the process ends: nobody would look after it.
 
 The new process is no child of this one. It is forked by a process in between that ends at once, and so falls to the platform, which is to
 be a subreaper meanwhile: it has its own parent to report to, to be ended by and to die with, whatever happens here. This process keeps
@@ -69,6 +69,7 @@ def _warm_up() -> None:
 def _serve(control: socket.socket) -> tuple[socket.socket, int]:
     """Fork once for each message; returns in the new processes alone, with their conversation and their log."""
     code = _stamps()
+    told, tell = os.pipe()  # by the process in between, which knows the process id
     while True:
         message, files, _, _ = socket.recv_fds(control, 16, 2)
         if not message:
@@ -78,19 +79,24 @@ def _serve(control: socket.socket) -> tuple[socket.socket, int]:
             os._exit(1)
         sys.stdout.flush()
         sys.stderr.flush()
-        try:
-            if not (between := os.fork()):
-                if _fork_from_between():
-                    os._exit(0)
+        between = _fork()
+        if between == 0:
+            new = _fork()
+            if new == 0:
+                os.close(told)
+                os.close(tell)
                 return socket.socket(fileno=files[0]), files[1]
-            os.waitpid(between, 0)
-        except OSError as error:
-            sys.stderr.write(f"fork server: cannot fork: {error}\n")
+            os.write(tell, b"%d" % max(new, 0))
+            os._exit(0)
         for file in files:
-            os.close(file)  # if nobody else has it, the platform sees the conversation end
+            os.close(file)
+        if between > 0:
+            os.waitpid(between, 0)
+        control.send(os.read(told, 16) if between > 0 else b"0")
 
 
-def _fork_from_between() -> int:
+def _fork() -> int:
+    """As os.fork, but -1 if that is not possible."""
     try:
         return os.fork()
     except OSError as error:
@@ -111,7 +117,6 @@ def _become(conversation: socket.socket, log: int) -> None:
         order = json.loads(line)
         _wait_for_adoption(order["parent"])
         try:
-            conversation.sendall(b"%d\n" % os.getpid())
             if reason := _enter(order):
                 conversation.sendall(f"refused: {reason}\n".encode())
                 os._exit(1)

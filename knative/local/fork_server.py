@@ -13,10 +13,10 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from knative.local.launch import Process, inherited
 
@@ -74,12 +74,17 @@ class ForkServer:
         self._child: asyncio.subprocess.Process | None = None
         self._control: socket.socket | None = None  # once it is warm
         self._keeper: asyncio.Task[None] | None = None
-        self._forking = 0
+        self._asked: deque[asyncio.Future[Forked | None]] = deque()  # who is still to be told a process, in turn
+        self._told = ""  # what is not well, so that it is said once
 
     @property
     def pid(self) -> int | None:
         """Its process, if it is there and warm."""
         return self._child.pid if self._child and self._control else None
+
+    def status(self) -> dict[str, Any]:
+        """Its entry in `/api/status`."""
+        return {"warm": self.pid is not None, "starts": self.starts}
 
     def start(self) -> None:
         """Begin to warm one up, in the background."""
@@ -104,24 +109,44 @@ class ForkServer:
         if not self._control or not self.can_be(process):
             return None
         ours, theirs = socket.socketpair()
-        with ours, self._adopting():
-            ours.setblocking(False)
+        with ours:
             try:
-                with theirs:
-                    socket.send_fds(self._control, [b"fork"], [theirs.fileno(), log.fileno()])
                 async with asyncio.timeout(ANSWER_S):
-                    return await _converse(ours, process)
+                    child = await self._ask(theirs, log)
+                    return child and await _converse(ours, child, process)
             except TimeoutError:
                 self._give_up(f"did not answer within {ANSWER_S:g} s")
-            except (EOFError, OSError):
-                pass  # it has ended, which is seen elsewhere, or has said in its log why it cannot fork
             except _Refused as refused:
                 log.write(f"fork server: {refused}, so this is a fresh process\n".encode())
-            return None
+            except (EOFError, OSError):
+                pass  # it has ended, which is seen elsewhere
+        return None
+
+    async def _ask(self, conversation: socket.socket, log: IO[bytes]) -> Forked | None:
+        """A new process, that is to be conversed with. Raises OSError."""
+        turn: asyncio.Future[Forked | None] = asyncio.get_running_loop().create_future()
+        with conversation:
+            assert self._control
+            socket.send_fds(self._control, [b"fork"], [conversation.fileno(), log.fileno()])
+        self._asked.append(turn)
+        _adopt(True)
+        return await turn
+
+    def _answered(self, pid: int) -> None:
+        """It has forked, perhaps for somebody who does not wait any more; then too the process is ours to reap."""
+        self._hand_out(Forked(pid) if pid else None)
+
+    def _hand_out(self, child: Forked | None) -> None:
+        turn = self._asked.popleft()
+        if not turn.done():
+            turn.set_result(child)
+        _adopt(bool(self._asked))
 
     def _give_up(self, reason: str) -> None:
         """It is not well: the next one is warmed up in its place."""
-        self._say(f"fork server {reason}; functions start as fresh processes until another one is warm")
+        if reason != self._told:
+            self._say(f"the fork server {reason}; functions start as fresh processes until another one is warm")
+        self._told = reason
         self._control = None
         if self._child and self._child.returncode is None:
             self._child.kill()
@@ -139,47 +164,48 @@ class ForkServer:
     async def _run(self) -> bool:
         """One fork server, from its start to its end; returns whether it has been warm."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        was_warm = False
         with ours:
             ours.setblocking(False)
-            self._log.parent.mkdir(parents=True, exist_ok=True)
-            with theirs, self._log.open("ab") as log:
-                self.starts += 1
-                self._child = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-m",
-                    "function.fork_server",
-                    str(theirs.fileno()),
-                    env=self._env,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=asyncio.subprocess.STDOUT,
-                    start_new_session=True,
-                    pass_fds=[theirs.fileno()],
-                    preexec_fn=_killed_with_parent,
-                )
+            with theirs:
+                self._child = await self._spawn(theirs.fileno())
             yielding = asyncio.create_task(self._yield_to_others(self._child))
             try:
-                loop = asyncio.get_running_loop()
-                try:
-                    was_warm = await loop.sock_recv(ours, 16) == b"warm"
-                finally:
-                    yielding.cancel()
+                was_warm = await _receive(ours) == b"warm"
+                yielding.cancel()
                 if was_warm:
-                    self._control = ours
-                status = await self._child.wait()
-                if self._control:
-                    self._give_up(f"has ended ({status})")
-                elif not was_warm:
-                    self._give_up(f"could not be warmed up, see {self._log}")
-            except ConnectionError:
-                pass
+                    self._control, self._told = ours, ""
+                while answer := await _receive(ours):
+                    self._answered(int(answer))
+                if self._control or not was_warm:
+                    status = await self._child.wait()
+                    self._give_up(f"has ended ({status})" if was_warm else f"could not be warmed up, see {self._log}")
             finally:
+                yielding.cancel()
                 self._control = None
+                while self._asked:
+                    self._hand_out(None)
                 if self._child.returncode is None:
                     self._child.kill()
-                    await self._child.wait()
+                await self._child.wait()
         return was_warm
+
+    async def _spawn(self, control: int) -> asyncio.subprocess.Process:
+        self.starts += 1
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as log:
+            return await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "function.fork_server",
+                str(control),
+                env=self._env,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[control],
+                preexec_fn=_killed_with_parent,
+            )
 
     async def _yield_to_others(self, child: asyncio.subprocess.Process) -> None:
         """Stop it for as long as somebody else starts, and see that it is warm in time."""
@@ -193,37 +219,36 @@ class ForkServer:
             left_s -= 0 if is_stopped else YIELD_S
         child.kill()
 
-    @contextmanager
-    def _adopting(self) -> Iterator[None]:
-        """For as long as it is entered, orphans below us become our children: what is forked for us is one."""
-        self._forking += 1
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        try:
-            yield
-        finally:
-            self._forking -= 1
-            if not self._forking:
-                _prctl(_PR_SET_CHILD_SUBREAPER, 0)
-
 
 class _Refused(Exception):
     """A fork would not be the same as a fresh process; its text says why."""
 
 
-async def _converse(ours: socket.socket, process: Process) -> Forked:
-    """Order a process and let it run. Raises _Refused, EOFError if it ends before it runs, OSError."""
+async def _converse(ours: socket.socket, child: Forked, process: Process) -> Forked:
+    """Let a new process be what is ordered. Raises _Refused, EOFError or OSError if it ends instead, which it does if this is given up."""
     reader, writer = await asyncio.open_unix_connection(sock=ours)
     try:
         order = {"env": dict(process.env), "cwd": process.cwd and str(process.cwd), "parent": os.getpid()}
         writer.write(json.dumps(order).encode() + b"\n")
-        child = Forked(int(await reader.readuntil()))
-        answer = (await reader.readuntil()).decode().strip()
-        if answer != "ready":
+        if (answer := (await reader.readuntil()).decode().strip()) != "ready":
             raise _Refused(answer)
-        writer.write(b"\n")  # 1 byte into an empty buffer goes out at once
+        writer.write(b"\n")
         return child
     finally:
         writer.close()
+
+
+async def _receive(control: socket.socket) -> bytes:
+    """The next message, nothing if there will be none."""
+    try:
+        return await asyncio.get_running_loop().sock_recv(control, 16)
+    except ConnectionError:
+        return b""
+
+
+def _adopt(orphans: bool) -> None:
+    """Whether orphans below us become our children. Only while something is forked for us: all others are their group's to end."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, int(orphans))
 
 
 def _is_our_python(program: str, env: Mapping[str, str]) -> bool:

@@ -111,7 +111,10 @@ class Platform:
     def status(self) -> dict[str, Any]:
         """The document of `/api/status`."""
         address = f"http://{HOST}:{self._settings.port}/"
-        return {"services": [revision.status(self._url(revision), address) for revision in self._revisions.values()]}
+        return {
+            "services": [revision.status(self._url(revision), address) for revision in self._revisions.values()],
+            "fork_server": self._fork_server and self._fork_server.status(),
+        }
 
     async def _start_store(self, started: AsyncExitStack) -> None:
         if not self._settings.seeds and not self._manifests.mentions(OBJECT_STORE):
