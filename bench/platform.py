@@ -6,21 +6,22 @@ one of them with `--no-fork-server`, the same client, the same machine. First by
     .venv/bin/python bench/platform.py [--rounds 5] [--json FILE]
 """
 
-import argparse
-import http.client
-import json
-import statistics
 import sys
-import tempfile
-import time
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # and not this folder, where we would be found in place of Python's own `platform`
 
-from bench.cold_start import SENTENCE, Platform, call  # noqa: E402  found through the line above
+import argparse  # noqa: E402  after the line above, as all of these
+import http.client  # noqa: E402
+import json  # noqa: E402
+import statistics  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+from contextlib import ExitStack  # noqa: E402
+from typing import Any  # noqa: E402
+
+from bench.cold_start import SENTENCE, Platform, call  # noqa: E402
 from bench.common import machine, spread  # noqa: E402
 
 TARGET_S, TARGET_RATIO = 0.3, 0.15

@@ -44,7 +44,7 @@ class Agent:
             "path": sys.path,
             "program": sys.modules["__main__"].__file__,
             "command": open(f"/proc/{os.getppid()}/cmdline").read().rstrip("\\0").split("\\0")[1:],
-            "files": sorted(file for file in files if "pipe:" not in file and "socket:" not in file and "/fd/" not in file and "/wgunicorn-" not in file),
+            "files": sorted(file for file in files if not any(kind in file for kind in ("pipe:", "socket:", "/fd/", "/wgunicorn-"))),
             "pipes": sum("pipe:" in file or "socket:" in file for file in files),
             "limits": open("/proc/self/limits").read(),
             "umask": umask,
