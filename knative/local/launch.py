@@ -124,7 +124,7 @@ def plan_pod(
                 container=container.name,
                 is_main=container is main,
                 argv=argv,
-                env=_inherited() | env,
+                env=inherited() | env,
                 cwd=Path(here(container.working_dir)) if container.working_dir else None,
                 directories=tuple(mounts.values()),
                 log=places.log(service, pod, container.name),
@@ -204,7 +204,8 @@ def _rewriter(mounts: Mapping[str, Path], addresses: Mapping[str, str]) -> Calla
     return rewrite
 
 
-def _inherited() -> dict[str, str]:
+def inherited() -> dict[str, str]:
+    """Our environment, less what configures somebody else: what a container has besides what its manifest says."""
     env = {name: value for name, value in os.environ.items() if not _NOT_INHERITED.match(name)}
     # `python` in a container is the one its packages are installed for.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])

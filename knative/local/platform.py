@@ -23,6 +23,7 @@ from knative.local.address import announce
 from knative.local.admin import Admin
 from knative.local.embedded import OBJECT_STORE, ObjectStore, Seed
 from knative.local.errors import PlatformError
+from knative.local.fork_server import PROGRAM, ForkServer
 from knative.local.launch import Places, check_references, plan_pod
 from knative.local.manifest import Manifests
 from knative.local.pod import Pod
@@ -30,6 +31,7 @@ from knative.local.revision import Revision
 from knative.local.terminal import Terminal
 
 HOST = "127.0.0.1"
+LONG_START_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class PlatformSettings:
     state_dir: Path
     default_service: str | None
     seeds: Sequence[Seed]
+    fork_server: bool = True
 
 
 class Platform:
@@ -58,6 +61,7 @@ class Platform:
         self._default = self._find_default()
         check_references(manifests)
         self._session: aiohttp.ClientSession | None = None
+        self._fork_server: ForkServer | None = None
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -92,6 +96,7 @@ class Platform:
         await self._start_store(started)
         for service in self._manifests.services:
             self._revisions[service.namespace, service.name] = Revision(service, self._make_pod, self._terminal)
+        self._make_fork_server(started)
         default = self._revisions[self._default]
         started.push_async_callback(self._stop_revisions)
         await self._listen(started, self._settings.port, Activator(self._revisions, default).handle)
@@ -104,6 +109,8 @@ class Platform:
         for revision in self._revisions.values():
             started.callback(revision.close)  # before the ports: who is held is to be answered while that is possible
             revision.start()
+        if self._fork_server:
+            self._fork_server.start()  # last: it waits for pods that start now
 
     def status(self) -> dict[str, Any]:
         """The document of `/api/status`."""
@@ -112,6 +119,7 @@ class Platform:
             "now": round(time.time(), 3),
             "services": [revision.status(self._url(revision), address) for revision in self._revisions.values()],
             "queue_sources": [],
+            "fork_server": self._fork_server and self._fork_server.status(),
         }
 
     async def _start_store(self, started: AsyncExitStack) -> None:
@@ -124,6 +132,19 @@ class Platform:
         self._terminal.say(f"object store at {store.address}, in memory")
         for seed in self._settings.seeds:
             await store.fill(seed)
+
+    def _make_fork_server(self, started: AsyncExitStack) -> None:
+        commands = [(*container.command, *container.args)[1:] for s in self._manifests.services for container in s.spec.containers]
+        if self._settings.fork_server and PROGRAM in commands:
+            log = self._settings.state_dir / "logs" / "fork-server.log"
+            self._fork_server = ForkServer(log, self._is_starting, self._terminal.say)
+            started.push_async_callback(self._fork_server.stop)
+
+    def _is_starting(self) -> bool:
+        """Whether somebody may be waiting for a pod that starts; one that takes long is not waited for."""
+        now = time.monotonic()
+        pods = [pod for revision in self._revisions.values() for pod in revision.pods]
+        return any(pod.phase in ("pending", "starting") and now - pod.asked_at < LONG_START_S for pod in pods)
 
     async def _stop_revisions(self) -> None:
         await asyncio.gather(*(revision.stop() for revision in self._revisions.values()))
@@ -139,7 +160,7 @@ class Platform:
             addresses=self._addresses,
         )
         assert self._session is not None
-        return Pod(name, plan, self._places.pod(name), self._session, revision.pod_changed, revision.process_ended)
+        return Pod(name, plan, self._places.pod(name), self._session, revision.pod_changed, revision.process_ended, self._fork_server)
 
     def _free_port(self) -> int:
         """A loopback port that nobody has, and that no other pod was just given."""

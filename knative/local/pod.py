@@ -12,11 +12,14 @@ from typing import Any, Literal
 import aiohttp
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from knative.local.fork_server import ForkServer
 from knative.local.launch import PodPlan, Probe, Process
 from knative.local.process import ContainerProcess, tail
 
-# While a pod starts it is probed as often as Knative's queue-proxy does; what a probe waits, a caller waits.
+# While a pod starts it is probed as often as Knative's queue-proxy does; what a probe waits, a caller waits. One that was forked is
+# ready within a tenth of a second, of which that would be much.
 START_PROBE_S = 0.025
+QUICK_PROBE_S, QUICK_S = 0.01, 0.3
 # For containers that have no requests any more; so short that nothing on the way of a Ctrl-C takes long, even if all of it hangs.
 STOP_GRACE_S = 5.0
 
@@ -56,6 +59,7 @@ class Pod:
         session: aiohttp.ClientSession,
         on_change: Callable[["Pod"], object],
         on_exit: Callable[["Pod", str], object] = lambda pod, ended: None,
+        fork_server: ForkServer | None = None,
     ) -> None:
         """on_change: called whenever its phase or its report changes. on_exit: told how one of its processes ended by itself."""
         self.name = name
@@ -72,7 +76,7 @@ class Pod:
         self._session = session
         self._on_change = on_change
         self._on_exit = on_exit
-        self._containers = [ContainerProcess(process, partial(self._exited, process)) for process in plan.processes]
+        self._containers = [ContainerProcess(process, partial(self._exited, process), fork_server) for process in plan.processes]
         self._tasks: list[asyncio.Task[None]] = []
         self._idle = asyncio.Event()
         self._spawning = asyncio.Lock()  # guards the processes: they are all there or none before any is ended
@@ -155,6 +159,7 @@ class Pod:
             "concurrency": self.in_flight,
             "started_at": round(self.started_at, 3),
             "address": self.address,
+            "forked": any(container.is_forked for container in self._containers),
             "restarts": {container.process.container: container.restarts for container in self._containers},
             "stages": self.stages,
         }
@@ -192,7 +197,10 @@ class Pod:
                 failures += 1
                 if self.phase == "ready" and failures >= max(probe.failures for _, probe in probes if probe):
                     self._set_ready(ready=False)
-            await asyncio.sleep(min(probe.period_s for _, probe in probes if probe) if self.phase == "ready" else START_PROBE_S)
+            if self.phase == "ready":
+                await asyncio.sleep(min(probe.period_s for _, probe in probes if probe))
+            else:
+                await asyncio.sleep(QUICK_PROBE_S if self._age() < QUICK_S else START_PROBE_S)
 
     def _set_ready(self, *, ready: bool) -> None:
         self.phase = "ready" if ready else "starting"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from knative.local.fork_server import Forked, ForkServer
 from knative.local.launch import Process
 
 RESTART_S, RESTART_LIMIT_S = 1.0, 30.0  # between restarts, doubling
@@ -20,18 +21,24 @@ _PR_SET_PDEATHSIG = 1
 class ContainerProcess:
     """Keeps one process of a pod running from `start` to `stop`."""
 
-    def __init__(self, process: Process, on_exit: Callable[[str], object]) -> None:
+    def __init__(self, process: Process, on_exit: Callable[[str], object], fork_server: ForkServer | None = None) -> None:
         """on_exit: called with what happened each time the process ends by itself, or cannot be started."""
         self.process = process
         self.restarts = 0
         self._on_exit = on_exit
-        self._child: asyncio.subprocess.Process | None = None
+        self._fork_server = fork_server
+        self._child: asyncio.subprocess.Process | Forked | None = None
         self._keeper: asyncio.Task[None] | None = None
 
     @property
     def running(self) -> bool:
         """Whether the process is there."""
         return self._child is not None and self._child.returncode is None
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether it came from the fork server."""
+        return isinstance(self._child, Forked)
 
     async def start(self) -> None:
         """Start the process for the first time; a command that cannot be started is treated like one that ends at once."""
@@ -80,6 +87,9 @@ class ContainerProcess:
     async def _spawn(self) -> None:
         self._child = None
         with self.process.log.open("ab") as log:
+            if self._fork_server and (forked := await self._fork_server.fork(self.process, log)):
+                self._child = forked
+                return
             try:
                 self._child = await asyncio.create_subprocess_exec(
                     *self.process.argv,
