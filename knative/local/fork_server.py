@@ -15,6 +15,7 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -156,8 +157,11 @@ class ForkServer:
         while True:
             while self._is_busy():
                 await asyncio.sleep(YIELD_S)
-            if await self._run():
-                pause_s = RESTART_S
+            try:
+                if await self._run():
+                    pause_s = RESTART_S
+            except OSError as error:
+                self._give_up(f"cannot be started ({error.strerror})")
             await asyncio.sleep(pause_s)
             pause_s = min(RESTART_LIMIT_S, pause_s * 2)
 
@@ -211,13 +215,17 @@ class ForkServer:
         """Stop it for as long as somebody else starts, and see that it is warm in time."""
         is_stopped = False
         left_s = WARM_UP_S
-        while left_s > 0:
-            if self._is_busy() != is_stopped:
-                is_stopped = not is_stopped
-                child.send_signal(signal.SIGSTOP if is_stopped else signal.SIGCONT)
-            await asyncio.sleep(YIELD_S)
-            left_s -= 0 if is_stopped else YIELD_S
-        child.kill()
+        with suppress(ProcessLookupError):
+            try:
+                while left_s > 0:
+                    if self._is_busy() != is_stopped:
+                        is_stopped = not is_stopped
+                        child.send_signal(signal.SIGSTOP if is_stopped else signal.SIGCONT)
+                    await asyncio.sleep(YIELD_S)
+                    left_s -= 0 if is_stopped else YIELD_S
+                child.kill()
+            finally:
+                child.send_signal(signal.SIGCONT)  # it may have said that it is warm, and have been stopped just then
 
 
 class _Refused(Exception):
