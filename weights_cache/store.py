@@ -197,7 +197,10 @@ class Store:
             raise StoreError(f"cannot {what} {place} at {endpoint}: {' '.join(str(error).split())}") from error
         except Exception as error:
             # upload_file wraps the refusal, and reads of a body leak urllib3's errors; both belong to this call alone.
-            if isinstance(cause := error.__context__, known.ClientError):
+            cause: BaseException | None = error
+            while cause and not isinstance(cause, known.ClientError):  # one or two levels down, by which of its threads was told first
+                cause = cause.__cause__ or cause.__context__
+            if cause:
                 raise refused(cause) from error
             if type(error).__module__.startswith(("urllib3", "http.", "boto3", "s3transfer")):
                 raise StoreUnavailable(f"cannot {what} {place} at {endpoint}: {error}") from error
