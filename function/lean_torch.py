@@ -9,6 +9,9 @@ lean, and exactly what the ordinary import makes. Noticed is
 - an attribute that a package of torch lacks (`torch.export`, `torch.cond`), or an operator that a namespace of `torch.ops` lacks,
 - the first tensor on the `meta` device.
 
+While it is lean no operator has another kernel than it has otherwise, those of `meta` excepted, which tests see to. One difference is not
+noticed: `torch.utils._pytree` takes a `torch.Size` for a leaf.
+
 It knows torch's inside, so a version that is not in `VERIFIED` is imported as ever, and so is one that does something unforeseen.
 """
 
@@ -173,6 +176,8 @@ class _Finder(MetaPathFinder):
                         delattr(module, attribute)
                 self._watch_package(module)
         torch: Any = sys.modules["torch"]
+        # The one thing in what is left out that eager torch needs: no Generator can be made before. It may be done twice.
+        torch._C._set_generator_metaclass(sys.modules["torch._opaque_base"].OpaqueBaseMeta)  # noqa: SLF001
         for namespace in (type(torch.ops.aten), type(torch.ops.higher_order)):
             self._watch_operators(namespace)
         self._watch_meta(torch)

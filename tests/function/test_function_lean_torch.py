@@ -96,6 +96,12 @@ def test_what_is_missed_brings_in_all_of_torch_and_leaves_nothing_of_ours(trigge
         pytest.param(
             "from safetensors.torch import load, save; assert load(save({'a': torch.ones(2)}))['a'].tolist() == [1, 1]", id="safetensors"
         ),
+        pytest.param(
+            "generator = torch.Generator().manual_seed(7); first = torch.rand(3, generator=generator);"
+            "assert torch.equal(first, torch.rand(3, generator=generator.manual_seed(7)));"
+            "assert type(torch.Generator).__name__ == 'OpaqueBaseMeta'",
+            id="a generator",
+        ),
         pytest.param("assert torch.distributed.is_available() in (True, False)", id="distributed"),
         pytest.param(
             "assert torch.nn.functional.scaled_dot_product_attention(*torch.rand(3, 1, 2, 4, 8)).shape == (1, 2, 4, 8)", id="SDPA"
@@ -147,6 +153,23 @@ def test_eager_torch_works_and_stays_lean(code: str) -> None:
 )
 def test_the_rest_of_torch_works_when_it_is_used(code: str) -> None:
     run(f"{LEAN}\ndef twice(x):\n    return x * 2\n{code}")
+
+
+def test_outside_the_meta_device_no_operator_has_another_kernel_than_it_would_have() -> None:
+    kernels = """
+found = {}
+for name in torch._C.DispatchKey.__members__:
+    try:
+        found[name] = torch._C._dispatch_get_registrations_for_dispatch_key(name)
+    except RuntimeError:  # a bound of a range of keys
+        pass
+print(json.dumps(found))
+"""
+    lean, ordinary = (json.loads(run(before + kernels)) for before in (LEAN, "import json, torch"))
+    differences = {
+        operator.split("::")[0] for name in ordinary.keys() - {"Meta", "MPS"} for operator in set(ordinary[name]) ^ set(lean[name])
+    }
+    assert differences <= {"prims", "rngprims", "debugprims", "debug_mode_ops", "export"}  # all of them left out
 
 
 AGENT = """
