@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from function import lean_torch
 from function.agent import InferenceAgent, TensorSpec, load_agent
 from function.batcher import Ask, Batcher, Call, Opening, Reply, Slice
 from function.breaker import Breaker
@@ -231,7 +232,10 @@ class Model:
                 self.observer.step(active, time.monotonic() - began)
 
     def _bring_up(self) -> InferenceAgent:
-        agent = load_agent(self._settings.agent)
+        if self._settings.lean_torch:
+            lean_torch.install()
+        with _uncollected():
+            agent = load_agent(self._settings.agent)
         self.can_stream = hasattr(agent, "step") or hasattr(agent, "stream")
         self._limit_threads()
         self.mark("import")
@@ -317,6 +321,16 @@ def _is_in_time(ask: Ask, error: BaseException | None) -> bool | None:
     if isinstance(error, TimedOut):
         return False if ask.is_own_deadline else None
     return True if error is None or (isinstance(error, FunctionError) and not isinstance(error, ClientGone | Unavailable)) else None
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """What modules make stays; to look for garbage in it again and again is a tenth of torch's import."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _cpu_limit() -> int:

@@ -65,6 +65,7 @@ class FunctionSettings:
     threads: int = setting(
         "FUNCTION_TORCH_THREADS", 0, minimum=0, maximum=1024, text="torch's threads; 0 takes the container's CPU limit, or 1 without one"
     )
+    lean_torch: bool = setting("FUNCTION_LEAN_TORCH", True, text="import of torch without its compilers, until something needs them")
 
     @property
     def http_threads(self) -> int:
