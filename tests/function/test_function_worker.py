@@ -175,7 +175,9 @@ def test_a_refused_caller_who_is_still_sending_reads_why(start: StartFunction, g
 
 def test_probes_answer_while_every_thread_waits_for_the_model(start: StartFunction, gate: Path, pool: ThreadPoolExecutor) -> None:
     port = start(FUNCTION_MAX_BATCH=1, FUNCTION_QUEUE_LIMIT=40).port
-    kept = [ask(pool, port, "wait") for _ in range(60)]
+    kept = [ask(pool, port, "wait")]
+    wait_until("the model is at it", lambda: gauge(port, "function_instances_total") == 1 and gauge(port, "function_waiting") == 0)
+    kept += [ask(pool, port, "wait") for _ in range(59)]
     wait_until("the queue", lambda: gauge(port, "function_waiting") == 40)
     for path in ("/healthz", "/readyz", "/metrics"):
         began = time.monotonic()

@@ -1,5 +1,6 @@
 """The agent of a node and the sidecars of its pods, which see the cache read-only and have no credentials."""
 
+import contextlib
 import functools
 import http.client
 import json
@@ -54,7 +55,8 @@ def ask(cache: NodeCache, body: bytes, path: str = "/v1/snapshots", **headers: s
     connection.sock = socket.socket(socket.AF_UNIX)
     connection.sock.connect(str(cache.root / SOCKET))
     try:
-        connection.request("POST", path, body, headers)
+        with contextlib.suppress(BrokenPipeError):  # a body that is too large is refused before all of it is sent
+            connection.request("POST", path, body, headers)
         reply = connection.getresponse()
         return reply.status, json.loads(reply.read())
     finally:
