@@ -54,7 +54,7 @@ class Agent:
             "signals": [str(signal.getsignal(number)) for number in (signal.SIGPIPE, signal.SIGHUP, signal.SIGCHLD, signal.SIGXFSZ)],
             "leads": os.getsid(0) == os.getpgid(0) == os.getppid(),
             "output": [sys.stdout.encoding, sys.stdout.line_buffering, sys.stderr.encoding],
-            "threads": sorted(thread.name for thread in threading.enumerate()),
+            "threads": sorted(thread.name for thread in threading.enumerate() if "Pool" not in thread.name),  # those come as requests do
         }] * len(inputs)
 """
 
