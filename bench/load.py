@@ -10,7 +10,6 @@ import argparse
 import json
 import mmap
 import os
-import platform
 import statistics
 import struct
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder, whose platform.py would stand for Python's own
 URI = "s3://bench/model"
 FILE = "model.safetensors"
 MIB = 1 << 20
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
-    lines = [f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, {options.rounds} rounds", ""]
+    lines = [f"{os.cpu_count()} cores, Linux {os.uname().release}, Python {sys.version.split()[0]}, {options.rounds} rounds", ""]
     for place in options.directory or ["tmpfs=/dev/shm"]:
         name, _, directory = place.partition("=")
         for size in options.sizes.split(","):
@@ -64,7 +64,6 @@ def _bytes(text: str) -> int:
 @contextmanager
 def _cached(directory: Path, size: int) -> Iterator[Path]:
     """A node cache with one complete snapshot: a safetensors file of tensors of 8 MiB, and a pickle of the same for torch.load."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
     from weights_cache import room

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # not this folder, whose platform.py would stand for Python's own
 
 from bench import fetch  # noqa: E402  found through the line above
 from bench.common import free_ports, machine  # noqa: E402
