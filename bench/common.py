@@ -1,5 +1,7 @@
 """What the benchmarks share: the peers' virtual environments, the machine in words, medians, what runs beside a measurement."""
 
+import argparse
+import json
 import os
 import platform
 import shutil
@@ -8,10 +10,10 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 INSTALL_LIMIT_S = 300
 
@@ -34,6 +36,18 @@ class Background:
     def __exit__(self, *_: object) -> None:
         self.over.set()
         self._thread.join()
+
+
+def main(about: str | None, measure: Callable[[int], Any], table: Callable[[Any], str]) -> None:
+    """A benchmark's command line: `--rounds` of `measure`, printed as `table` makes it, and with `--json` also written as they are."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    found = measure(arguments.rounds)
+    print(table(found))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1))
 
 
 class Failed(Exception):

@@ -12,7 +12,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # and not this folder, where we would be found in place of Python's own `platform`
 
-import argparse  # noqa: E402  after the line above, as all of these
 import http.client  # noqa: E402
 import json  # noqa: E402
 import statistics  # noqa: E402
@@ -22,7 +21,7 @@ from contextlib import ExitStack  # noqa: E402
 from typing import Any  # noqa: E402
 
 from bench.cold_start import SENTENCE, Platform, call  # noqa: E402
-from bench.common import machine, spread  # noqa: E402
+from bench.common import machine, main, spread  # noqa: E402
 
 TARGET_S, TARGET_RATIO = 0.3, 0.15
 SETTLE_S = 0.5  # after the last pod is gone
@@ -106,16 +105,5 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    arguments = parser.parse_args()
-    found = measure(arguments.rounds)
-    print(table(found))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, table)
