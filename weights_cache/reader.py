@@ -180,8 +180,7 @@ class Weights(Mapping[str, "Tensor"]):
     def _tensor(self, file: _File, info: TensorInfo) -> "Tensor":
         from weights_cache.restore import view
 
-        if not file.has(info.start, info.stop):
-            self._wait(file, info.start, info.stop)
+        self._wait(file, info.start, info.stop)
         assert file.view is not None  # it has a header at least
         return view(file.view, info)
 
