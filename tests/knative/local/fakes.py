@@ -55,6 +55,9 @@ class Events:
     def crashed(self, revision: Revision, pod: Pod, ended: str) -> None:
         self.told.append(ended)
 
+    def hung(self, revision: Revision, pod: Pod, reason: str) -> None:
+        self.told.append("hung")
+
     def failed(self, revision: Revision, reason: str) -> None:
         self.told.append("failed")
 
