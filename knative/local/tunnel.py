@@ -20,7 +20,10 @@ class _End(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._other.write(data)
 
-    feed_data = data_received  # what aiohttp calls for the bytes that came right behind the 101
+    def feed_data(self, data: bytes) -> tuple[bool, bytes]:
+        """What aiohttp calls for the bytes that came right behind the 101."""
+        self._other.write(data)
+        return False, b""
 
     def pause_writing(self) -> None:
         self._other.pause_reading()
@@ -36,17 +39,17 @@ class _End(asyncio.Protocol):
 
 async def tunnel(request: web.BaseRequest, answer: web.StreamResponse, reply: aiohttp.ClientResponse) -> None:
     """Send `answer`, the pod's 101, and pass bytes on until either side closes. Raises BadGateway if the pod is gone already."""
-    connection = reply.connection
-    client = request.transport
-    if not connection or not isinstance(connection.transport, asyncio.Transport) or not connection.protocol:
+    connection, client = reply.connection, request.transport
+    pod, protocol = (connection.transport, connection.protocol) if connection else (None, None)
+    if pod is None or protocol is None:
         raise BadGateway("the pod closed the connection that it had just upgraded")
-    pod = connection.transport
-    if not isinstance(client, asyncio.Transport):
+    if client is None:
         raise ConnectionResetError("the client is gone")
-    at_client, at_pod = _End(request.protocol, pod), _End(connection.protocol, client)
+    assert isinstance(pod, asyncio.Transport)
+    at_client, at_pod = _End(request.protocol, pod), _End(protocol, client)
     await answer.prepare(request)
     client.set_protocol(at_client)
-    connection.protocol.set_parser(at_pod, None)
+    protocol.set_parser(at_pod, None)  # hands on what has come already
     pod.set_protocol(at_pod)
     try:
         await at_client.lost.wait()
