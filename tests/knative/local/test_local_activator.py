@@ -95,6 +95,7 @@ async def setting(container_concurrency: int = 0, timeout_s: int = 300) -> Async
         try:
             yield revision, pod, f"http://127.0.0.1:{own}/"
         finally:
+            pod.answers.set()
             await connections.close()
             await revision.stop()
 
