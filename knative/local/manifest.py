@@ -188,6 +188,10 @@ def _service(file: str, where: str, item: ServiceObject, autoscaler_config: Mapp
     for index, volume in enumerate(spec.volumes):
         if volume.empty_dir is None and volume.persistent_volume_claim is None:
             raise ManifestError(file, f"{at}.volumes[{index}]", "allowed are emptyDir and persistentVolumeClaim")
+    limits = {"responseStartTimeoutSeconds": spec.response_start_timeout_seconds, "idleTimeoutSeconds": spec.idle_timeout_seconds}
+    for name, seconds in limits.items():
+        if seconds and seconds > spec.timeout_seconds:
+            raise ManifestError(file, f"{at}.{name}", f"found {seconds}; at most timeoutSeconds is allowed, here {spec.timeout_seconds}")
     annotations = item.spec.template.metadata.annotations
     scale = _scale(file, f"{where}: spec.template.metadata.annotations", annotations, spec.container_concurrency, autoscaler_config)
     return Service(file, item.metadata, spec, annotations, scale)

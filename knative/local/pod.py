@@ -12,6 +12,7 @@ from typing import Any, Literal
 import aiohttp
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from knative.local.breaker import Breaker
 from knative.local.fork_server import ForkServer
 from knative.local.launch import PodPlan, Probe, Process
 from knative.local.process import ContainerProcess, tail
@@ -66,6 +67,7 @@ class Pod:
         self.plan = plan
         self.phase: Phase = "pending"
         self.in_flight = 0
+        self.breaker = Breaker()
         self.started_at = time.time()  # for people
         self.asked_at = time.monotonic()
         self.unready_since: float | None = self.asked_at  # the progress deadline counts from here

@@ -12,11 +12,12 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from knative.autoscaler import TICK_S, Activity, Autoscaler, Status, reconcile
+from knative.local.breaker import TIME_OUTS
 from knative.local.errors import Overloaded, RevisionFailed, Stopping
 from knative.local.manifest import Service
 from knative.local.meter import ConcurrencyMeter
@@ -45,6 +46,9 @@ class Watcher(Protocol):
 
     def crashed(self, revision: "Revision", pod: Pod, ended: str) -> None:
         """One of a pod's processes ended by itself and will be started again."""
+
+    def hung(self, revision: "Revision", pod: Pod, reason: str) -> None:
+        """A pod answers nobody and is replaced."""
 
     def failed(self, revision: "Revision", reason: str) -> None:
         """The revision could not be brought up."""
@@ -83,6 +87,7 @@ class Revision:
         self._poked = 0.0  # concurrency already recorded by a poke in the present second
         self._failure: Failure | None = None
         self._retries = 0
+        self._hung = 0  # pods in a row that hung while none had ever answered
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = itertools.count()
@@ -120,24 +125,32 @@ class Revision:
             self.record.latencies.add(self._last_left, self._last_left - arrived)
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[Pod]:
+    async def slot(self, held: Callable[[], AbstractAsyncContextManager[object]] = nullcontext) -> AsyncIterator[Pod]:
         """A ready pod with room for one request more, waiting for one if there is none.
 
-        Raises Overloaded, RevisionFailed or Stopping instead.
+        held: entered while it waits. Raises Overloaded, RevisionFailed or Stopping instead.
         """
-        pod = await self._admit()
+        pod = self._take()
         try:
+            if pod is None:
+                async with held():
+                    pod = await self._wait()
             yield pod
         finally:
-            pod.leave()
-            self._dispatch()
+            if pod:
+                pod.leave()
+                self._dispatch()
 
-    async def _admit(self) -> Pod:
+    def _take(self) -> Pod | None:
+        """A pod with room, if there is one now and nobody waits."""
+        pod = None if self._waiting or self._stopping else self._pick()
+        if pod:
+            pod.in_flight += 1
+        return pod
+
+    async def _wait(self) -> Pod:
         if self._stopping:
             raise Stopping("the platform is shutting down")
-        if not self._waiting and (pod := self._pick()):
-            pod.in_flight += 1
-            return pod
         if (failure := self._failure) and not self._ready:
             if (left_s := failure.until - time.monotonic()) > 0:
                 raise RevisionFailed(failure.reason, retry_after_s=left_s)
@@ -254,6 +267,7 @@ class Revision:
         if (pod.phase == "ready") == (pod in self._ready):
             return
         if pod.phase == "ready":
+            pod.breaker.reset()
             self._ready.add(pod)
             self._failure, self._retries = None, 0
             self.record.ended(pod, "ready")
@@ -268,6 +282,33 @@ class Revision:
         """Called by a pod one of whose processes ended by itself."""
         self._watcher.crashed(self, pod, ended)
 
+    def timed_out(self, pod: Pod, had_s: float, limit_s: float) -> None:
+        """A request that the pod had for `had_s` seconds got no byte of an answer within its `limit_s`; a pod that hangs is replaced.
+
+        It takes no more requests, and those that it has may end (see Pod.drain). Another one is started at once, unless the one before
+        hung too and none has answered anybody: then after the pause that also follows a failed start.
+        """
+        if not pod.breaker.timed_out(had_s, limit_s) or pod.phase == "draining" or self._stopping:
+            return
+        answered = any(other.breaker.has_answered for other in self.pods)
+        self._hung = 0 if answered else self._hung + 1
+        reason = f"{pod.name} answers nobody: {TIME_OUTS} requests in a row timed out ({limit_s:g} s); it is replaced"
+        self.record.hung(pod, reason)
+        self._watcher.hung(self, pod, reason)
+        self._ready.discard(pod)
+        self._spawn(self._remove(pod))
+        if self._hung > 1:
+            self._fail(reason, self._hung - 2)
+        else:
+            self._add_pod()
+
+    def _fail(self, reason: str, earlier: int) -> None:
+        """No start for a while, the longer the more have failed before; who waits is told, unless there is a pod to wait for."""
+        pause_s = min(RETRY_LIMIT_S, RETRY_S * 2**earlier)
+        self._failure = Failure(reason, time.monotonic() + pause_s)
+        if not self._ready:
+            self._fail_waiting(RevisionFailed(reason, retry_after_s=pause_s))
+
     def _check_deadline(self, now: float) -> None:
         """A pod that is not ready by its progress deadline has failed, and with it the start of the revision."""
         limit_s = self.service.scale.progress_deadline_s
@@ -276,15 +317,11 @@ class Revision:
         ]
         for pod in late:
             reason = f"{pod.name} was not ready within {limit_s:g} s (progress-deadline). The last it said:\n{pod.last_words()}"
-            pause_s = min(RETRY_LIMIT_S, RETRY_S * 2**self._retries)
-            self._retries += 1
-            self._failure = Failure(reason, now + pause_s)
             self.record.ended(pod, "failed")
             self._watcher.failed(self, reason)
             self._spawn(self._remove(pod))
-        if late and not self._ready:
-            assert self._failure is not None
-            self._fail_waiting(RevisionFailed(self._failure.reason, retry_after_s=self._failure.until - now))
+            self._fail(reason, self._retries)
+            self._retries += 1
 
     @property
     def state(self) -> State:

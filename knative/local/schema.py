@@ -6,12 +6,15 @@ no Knative Service has is an error, because in a manifest a misspelt name is a s
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.alias_generators import to_camel
 
 # As Kubernetes has them; here they become parts of host names and of paths too.
 Label = Annotated[str, Field(pattern="^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
 Subdomain = Annotated[str, Field(pattern="^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$", max_length=253)]
+
+
+DEFAULT_TIMEOUT_S = 300  # of config-defaults: revision-timeout-seconds and revision-response-start-timeout-seconds
 
 
 class _Strict(BaseModel):
@@ -160,12 +163,16 @@ class Volume(_Strict):
 
 
 class PodSpec(_Strict):
-    """`spec.template.spec`."""
+    """`spec.template.spec`.
+
+    Seconds, all three from a request's arrival, its cold start included: timeout to the end of its answer, response_start_timeout to the
+    first byte, idle_timeout to the first byte and from one to the next.
+    """
 
     containers: list[Container] = Field(min_length=1)
     volumes: list[Volume] = []
     container_concurrency: int = Field(0, ge=0, le=1000)
-    timeout_seconds: int = Field(300, ge=1, le=600)
+    timeout_seconds: int = Field(DEFAULT_TIMEOUT_S, ge=0, le=600)  # 0 is the default, as in Knative; of the next two it is "none"
     response_start_timeout_seconds: int | None = Field(None, ge=0, le=600)
     idle_timeout_seconds: int | None = Field(None, ge=0, le=600)
     enable_service_links: bool | None = None
@@ -177,6 +184,19 @@ class PodSpec(_Strict):
     affinity: dict[str, Any] = {}
     runtime_class_name: str | None = None
     priority_class_name: str | None = None
+
+    @field_validator("timeout_seconds")
+    @classmethod
+    def _default(cls, seconds: int) -> int:
+        return seconds or DEFAULT_TIMEOUT_S
+
+    def first_byte_limit(self) -> tuple[int, str]:
+        """Seconds until the first byte of an answer must be there, and the field that says so; with Knative's defaults."""
+        start_s = DEFAULT_TIMEOUT_S if self.response_start_timeout_seconds is None else self.response_start_timeout_seconds
+        limits = [(self.timeout_seconds, "timeoutSeconds")]
+        limits += [(start_s, "responseStartTimeoutSeconds")] if start_s else []
+        limits += [(self.idle_timeout_seconds, "idleTimeoutSeconds")] if self.idle_timeout_seconds else []
+        return min(limits, key=lambda limit: limit[0])  # of equal ones the first
 
 
 class Template(_Strict):

@@ -90,6 +90,10 @@ class Terminal:
         """See Watcher."""
         self._event(revision, f"[yellow]{pod.name}[/]: {escape(ended)}")
 
+    def hung(self, revision: Revision, pod: Pod, reason: str) -> None:
+        """See Watcher."""
+        self._event(revision, f"[red]hangs[/]: {escape(reason)}")
+
     def failed(self, revision: Revision, reason: str) -> None:
         """See Watcher."""
         self._event(revision, f"[red]failed[/]: {escape(reason)}")

@@ -103,6 +103,27 @@ def test_what_is_not_set_is_as_in_knative() -> None:
     assert (hello.namespace, hello.spec.container_concurrency, hello.spec.timeout_seconds) == ("default", 0, 300)
 
 
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, (300, "timeoutSeconds")),
+        ({"timeoutSeconds": 0}, (300, "timeoutSeconds")),
+        ({"timeoutSeconds": 20}, (20, "timeoutSeconds")),
+        ({"timeoutSeconds": 600}, (300, "responseStartTimeoutSeconds")),
+        ({"timeoutSeconds": 600, "responseStartTimeoutSeconds": 0}, (600, "timeoutSeconds")),
+        ({"timeoutSeconds": 60, "responseStartTimeoutSeconds": 20, "idleTimeoutSeconds": 30}, (20, "responseStartTimeoutSeconds")),
+        ({"timeoutSeconds": 60, "responseStartTimeoutSeconds": 20, "idleTimeoutSeconds": 5}, (5, "idleTimeoutSeconds")),
+        ({"timeoutSeconds": 60, "idleTimeoutSeconds": 0}, (60, "timeoutSeconds")),
+        ({"timeoutSeconds": 60, "idleTimeoutSeconds": 60}, (60, "timeoutSeconds")),
+    ],
+)
+def test_the_first_byte_is_due_at_the_shortest_limit_that_is_set(limits: dict[str, int], expected: tuple[int, str]) -> None:
+    document = HELLO
+    for name, seconds in limits.items():
+        document = put((*SPEC, name), seconds, document)
+    assert read_service(document).spec.first_byte_limit() == expected
+
+
 def test_the_only_container_is_the_one_that_is_called() -> None:
     assert read_service(HELLO).user_container.name == "function"
 
@@ -168,7 +189,16 @@ def test_empty_documents_are_passed_over() -> None:
             (*FUNCTION, "livenessProbe"), {"httpGet": {"prot": 1}}, "did you mean port?", id="misspelt field below an optional one"
         ),
         pytest.param((*SPEC, "containerConcurrency"), 1001, "less than or equal to 1000 (found 1001)", id="number too large"),
-        pytest.param((*SPEC, "timeoutSeconds"), 0, "greater than or equal to 1 (found 0)", id="number too small"),
+        pytest.param((*SPEC, "timeoutSeconds"), -1, "greater than or equal to 0 (found -1)", id="number too small"),
+        pytest.param(
+            (*SPEC, "idleTimeoutSeconds"), 301, "found 301; at most timeoutSeconds is allowed, here 300", id="idle longer than the whole"
+        ),
+        pytest.param(
+            (*SPEC, "responseStartTimeoutSeconds"),
+            600,
+            "found 600; at most timeoutSeconds is allowed, here 300",
+            id="a first byte that may come after the last",
+        ),
         pytest.param(
             (*SPEC, "timeoutSeconds"), "long", "a valid integer, unable to parse string as an integer (found 'long')", id="no number"
         ),
