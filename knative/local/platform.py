@@ -25,9 +25,12 @@ from knative.local.embedded import OBJECT_STORE, ObjectStore, Seed
 from knative.local.errors import PlatformError
 from knative.local.fork_server import PROGRAM, ForkServer
 from knative.local.launch import Places, check_references, plan_pod
+from knative.local.limits import Limiter, delegated
 from knative.local.manifest import Manifests
 from knative.local.pod import Pod
+from knative.local.procfs import end_marked
 from knative.local.revision import Revision
+from knative.local.schema import CPU, MEMORY
 from knative.local.terminal import Terminal
 
 HOST = "127.0.0.1"
@@ -62,6 +65,7 @@ class Platform:
         check_references(manifests)
         self._session: aiohttp.ClientSession | None = None
         self._fork_server: ForkServer | None = None
+        self._limiter = Limiter()
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -89,11 +93,13 @@ class Platform:
     async def _start(self, started: AsyncExitStack) -> None:
         """Bring everything up; each thing that must be ended is pushed on `started` as soon as it is there."""
         self._lock_state_dir(started)
+        await self._end_leftovers(started)
         shutil.rmtree(self._settings.state_dir / "pods", ignore_errors=True)  # of a platform that was killed
         started.callback(self._terminal.close)
         # For probes. No connection is kept: an idle one would keep a pod that is told to end waiting for its next request.
         self._session = await started.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)))
         await self._start_store(started)
+        self._set_limits()
         for service in self._manifests.services:
             self._revisions[service.namespace, service.name] = Revision(service, self._make_pod, self._terminal)
         self._make_fork_server(started)
@@ -112,6 +118,15 @@ class Platform:
         if self._fork_server:
             self._fork_server.start()  # last: it waits for pods that start now
 
+    async def _end_leftovers(self, started: AsyncExitStack) -> None:
+        """What a platform of this state directory has left behind that was killed; and ours, at the end, should there be any."""
+        about = self._settings.state_dir.stat()
+        mark = f"{about.st_dev:x}-{about.st_ino:x}/"  # of this directory alone, not of a copy of it
+        self._places = Places(self._settings.state_dir, mark)
+        if count := await asyncio.to_thread(end_marked, mark):
+            self._terminal.say(f"ended {count} process{'es' * (count != 1)} of an earlier `relight run` that was killed")
+        started.push_async_callback(asyncio.to_thread, end_marked, mark)
+
     def status(self) -> dict[str, Any]:
         """The document of `/api/status`."""
         address = f"http://{HOST}:{self._settings.port}/"
@@ -120,12 +135,13 @@ class Platform:
             "services": [revision.status(self._url(revision), address) for revision in self._revisions.values()],
             "queue_sources": [],
             "fork_server": self._fork_server and self._fork_server.status(),
+            "limits": self._limiter.describe(),
         }
 
     async def _start_store(self, started: AsyncExitStack) -> None:
         if not self._settings.seeds and not self._manifests.mentions(OBJECT_STORE):
             return
-        store = ObjectStore(self._free_port(), self._settings.state_dir / "logs" / "object-store.log")
+        store = ObjectStore(self._free_port(), self._settings.state_dir / "logs" / "object-store.log", self._places.mark)
         started.push_async_callback(store.stop)
         await store.start()
         self._addresses[OBJECT_STORE] = store.address
@@ -133,11 +149,18 @@ class Platform:
         for seed in self._settings.seeds:
             await store.fill(seed)
 
+    def _set_limits(self) -> None:
+        """Say once which mechanism holds containers to their limits, if there are any."""
+        containers = [container for service in self._manifests.services for container in service.spec.containers]
+        if any({CPU, MEMORY} & container.resources.limits.keys() for container in containers):
+            self._limiter = Limiter(delegated())
+            self._terminal.say(f"resources.limits: {self._limiter.explain()}")
+
     def _make_fork_server(self, started: AsyncExitStack) -> None:
         commands = [(*container.command, *container.args)[1:] for s in self._manifests.services for container in s.spec.containers]
         if self._settings.fork_server and PROGRAM in commands:
             log = self._settings.state_dir / "logs" / "fork-server.log"
-            self._fork_server = ForkServer(log, self._is_starting, self._terminal.say)
+            self._fork_server = ForkServer(log, self._is_starting, self._terminal.say, self._places.mark)
             started.push_async_callback(self._fork_server.stop)
 
     def _is_starting(self) -> bool:
@@ -160,7 +183,16 @@ class Platform:
             addresses=self._addresses,
         )
         assert self._session is not None
-        return Pod(name, plan, self._places.pod(name), self._session, revision.pod_changed, revision.process_ended, self._fork_server)
+        return Pod(
+            name,
+            plan,
+            self._places.pod(name),
+            self._session,
+            revision.pod_changed,
+            revision.process_ended,
+            self._fork_server,
+            self._limiter,
+        )
 
     def _free_port(self) -> int:
         """A loopback port that nobody has, and that no other pod was just given."""

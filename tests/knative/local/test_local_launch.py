@@ -273,26 +273,34 @@ def test_what_is_optional_may_be_missing(container: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("container", "what"),
+    ("container", "said"),
     [
-        pytest.param({"envFrom": [{"secretRef": {"name": "lost"}}]}, "Secret lost", id="a whole Secret"),
-        pytest.param({"envFrom": [{"configMapRef": {"name": "lost"}}]}, "ConfigMap lost", id="a whole ConfigMap"),
+        pytest.param(
+            {"envFrom": [{"secretRef": {"name": "lost"}}]},
+            "envFrom[0].secretRef: found Secret 'lost', which is in no manifest here; in namespace default there are none",
+            id="a whole Secret",
+        ),
+        pytest.param(
+            {"envFrom": [{"configMapRef": {"name": "lost"}}]},
+            "envFrom[0].configMapRef: found ConfigMap 'lost', which is in no manifest here; in namespace default there are flags",
+            id="a whole ConfigMap",
+        ),
         pytest.param(
             {"env": [{"name": "X", "valueFrom": {"secretKeyRef": {"name": "lost", "key": "x"}}}]},
-            "key x of Secret lost",
+            "env[0].valueFrom.secretKeyRef: found Secret 'lost', which is in no manifest here; in namespace default there are none",
             id="a key of no Secret",
         ),
         pytest.param(
             {"env": [{"name": "X", "valueFrom": {"configMapKeyRef": {"name": "flags", "key": "x"}}}]},
-            "key x of ConfigMap flags",
+            "env[0].valueFrom.configMapKeyRef: ConfigMap flags has no key 'x'; it has COLOUR, SIZE",
             id="no such key",
         ),
     ],
 )
-def test_what_is_missing_and_not_optional_is_named(container: dict[str, Any], what: str) -> None:
+def test_what_is_missing_and_not_optional_is_named(container: dict[str, Any], said: str) -> None:
     with pytest.raises(ManifestError) as caught:
         plan(container, objects=[FLAGS])
-    assert str(caught.value) == f"hello.yaml: Service hello: container function: refers to {what}, which is in no manifest here"
+    assert str(caught.value) == f"hello.yaml: document 1 (Service hello): spec.template.spec.containers[0].{said}"
 
 
 @pytest.mark.parametrize(
