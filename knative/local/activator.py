@@ -53,8 +53,9 @@ class Activator:
                 return await self._forward(request, revision, response)
         except TimeoutError:
             limit_s = revision.service.spec.timeout_seconds
+            waited = f"; {revision.waits_for}" if revision.waits_for else ""
             error: RequestError = TooSlow(
-                f"{revision.service.name} did not answer within {limit_s} s (timeoutSeconds, cold start included)"
+                f"{revision.service.name} did not answer within {limit_s} s (timeoutSeconds, cold start included){waited}"
             )
         except RequestError as refused:
             error = refused

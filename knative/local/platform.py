@@ -21,6 +21,7 @@ from aiohttp import web
 from knative.local.activator import Activator
 from knative.local.address import announce
 from knative.local.admin import Admin
+from knative.local.devices import Devices, check, found
 from knative.local.embedded import OBJECT_STORE, ObjectStore, Seed
 from knative.local.errors import PlatformError
 from knative.local.fork_server import PROGRAM, ForkServer
@@ -47,6 +48,7 @@ class PlatformSettings:
     default_service: str | None
     seeds: Sequence[Seed]
     fork_server: bool = True
+    gpus: int | None = None  # None: as many as are found
 
 
 class Platform:
@@ -63,6 +65,8 @@ class Platform:
         self._revisions: dict[tuple[str, str], Revision] = {}
         self._default = self._find_default()
         check_references(manifests)
+        self._devices = Devices(found(settings.gpus, os.environ), self._make_room)
+        check(manifests, self._devices.names)
         self._session: aiohttp.ClientSession | None = None
         self._fork_server: ForkServer | None = None
         self._limiter = Limiter()
@@ -136,6 +140,7 @@ class Platform:
             "queue_sources": [],
             "fork_server": self._fork_server and self._fork_server.status(),
             "limits": self._limiter.describe(),
+            "gpus": self._devices.status(),
         }
 
     async def _start_store(self, started: AsyncExitStack) -> None:
@@ -192,7 +197,21 @@ class Platform:
             revision.process_ended,
             self._fork_server,
             self._limiter,
+            self._devices,
+            revision.needs,
         )
+
+    def _make_room(self, missing: int, claimant: str) -> None:
+        """Let idle pods go until a pod can have so many GPUs more, those first that nobody has called for longest; none if it is no use."""
+        revisions = [revision for revision in self._revisions.values() if all(pod.name != claimant for pod in revision.pods)]
+        spare = [(revision, pod) for revision in sorted(revisions, key=lambda one: one.last_left) for pod in revision.spare_pods()]
+        missing -= sum(pod.plan.gpus for revision in self._revisions.values() for pod in revision.pods if pod.phase == "draining")
+        if missing > sum(pod.plan.gpus for _, pod in spare):
+            return
+        for revision, pod in spare:
+            if missing > 0:
+                missing -= pod.plan.gpus
+                revision.give_up(pod)
 
     def _free_port(self) -> int:
         """A loopback port that nobody has, and that no other pod was just given."""

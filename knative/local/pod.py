@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import aiohttp
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from knative.local.devices import VISIBLE, Devices
 from knative.local.fork_server import ForkServer
 from knative.local.launch import PodPlan, Probe, Process
 from knative.local.limits import Limiter
@@ -64,8 +66,13 @@ class Pod:
         on_exit: Callable[["Pod", str], object] = lambda pod, ended: None,
         fork_server: ForkServer | None = None,
         limiter: Limiter | None = None,
+        devices: Devices | None = None,
+        is_urgent: Callable[["Pod"], bool] = lambda pod: True,
     ) -> None:
-        """on_change: called whenever its phase or its report changes. on_exit: told how one of its processes ended by itself."""
+        """on_change: called whenever its phase or its report changes. on_exit: told how one of its processes ended by itself.
+
+        devices: where it has its GPUs from, if its plan has any. is_urgent: whether others should give theirs up for it.
+        """
         self.name = name
         self.plan = plan
         self.phase: Phase = "pending"
@@ -80,6 +87,8 @@ class Pod:
         self._session = session
         self._on_change = on_change
         self._on_exit = on_exit
+        self._devices = devices or Devices(())
+        self._is_urgent = is_urgent
         self._containers = [
             ContainerProcess(process, partial(self._exited, process), fork_server, limiter, partial(self._began, process))
             for process in plan.processes
@@ -113,6 +122,8 @@ class Pod:
 
     async def start(self) -> None:
         """Start the processes and the probing; returns once they are spawned. One that is let go before it has started never does."""
+        if self.plan.gpus and not await self._take_devices():
+            return
         async with self._spawning:
             if self.phase == "draining":
                 return
@@ -134,9 +145,38 @@ class Pod:
                     self._tasks.append(asyncio.create_task(self._watch_liveness(container, process.liveness)))
         self._on_change(self)
 
+    async def _take_devices(self) -> bool:
+        """Wait for its GPUs; whether it has them. The progress deadline does not count meanwhile."""
+        taking = asyncio.ensure_future(self._devices.take(self.name, self.plan.gpus, lambda: self._is_urgent(self)))
+        await asyncio.sleep(0)
+        if not taking.done():
+            self.unready_since = None
+            self._on_change(self)
+        devices = list(await taking)
+        if not devices or self.phase == "draining":
+            return False
+        for container in self._containers:
+            if own := [devices.pop() for _ in range(container.process.limits.gpus)]:
+                container.process = replace(container.process, env={**container.process.env, VISIBLE: ",".join(reversed(own))})
+        if self.unready_since is None:
+            self.unready_since = time.monotonic()
+            self.stages["device"] = self._age()
+        return True
+
+    def ask_for_devices(self) -> None:
+        """Others may be idle by now, or the need be greater."""
+        self._devices.look()
+
+    @property
+    def waits_for(self) -> str | None:
+        """What keeps it from being started, if anything does."""
+        return self._devices.reason(self.name) if self.phase == "pending" else None
+
     async def drain(self, patience_s: float) -> None:
         """Take no more requests, let those in flight finish for at most `patience_s`, end the processes, remove what was the pod's."""
-        self.phase = "draining"
+        pending, self.phase = self.phase == "pending", "draining"
+        if pending:
+            self._devices.give_back(self.name)
         self._on_change(self)
         if self.in_flight:
             self._idle.clear()
@@ -150,6 +190,7 @@ class Pod:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*(container.stop(STOP_GRACE_S) for container in self._containers))
+        self._devices.give_back(self.name)
         await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
 
     def leave(self) -> None:
@@ -157,6 +198,7 @@ class Pod:
         self.in_flight -= 1
         if not self.in_flight:
             self._idle.set()
+            self._devices.look()
 
     def last_words(self, lines: int = 12) -> str:
         """The last lines of each container's log, for whoever asks why it is not ready."""
@@ -180,6 +222,8 @@ class Pod:
             "exits": {container.process.container: container.last_exit for container in self._containers if container.last_exit},
             "stages": self.stages,
         }
+        if waits_for := self.waits_for:
+            document["waits_for"] = waits_for
         if self.report.weights:
             document["weights"] = self.report.weights.model_dump()
         return document

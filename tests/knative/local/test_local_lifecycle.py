@@ -171,7 +171,8 @@ def test_a_mistake_in_a_manifest_stops_the_start(state: Path) -> None:
 def test_a_secret_that_is_in_no_manifest_stops_the_start_and_not_the_first_request(state: Path) -> None:
     (state / "manifests.yaml").write_text(manifests(service("hello", container={"envFrom": [{"secretRef": {"name": "lost"}}]})))
     said = refused(state)
-    assert said == f"{state}/manifests.yaml: Service hello: container function: refers to Secret lost, which is in no manifest here"
+    where = f"{state}/manifests.yaml: document 1 (Service hello): spec.template.spec.containers[0].envFrom[0].secretRef"
+    assert said == f"{where}: found Secret 'lost', which is in no manifest here; in namespace default there are none"
 
 
 def test_a_manifest_that_is_not_there_is_named(state: Path) -> None:
