@@ -175,7 +175,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
         with_gpus("hasty", scale={"window": "1m"}, spec={"timeoutSeconds": 2}, progress_deadline="1s"),
         service("free"),
     ]
-    with platform_running(tmp_path_factory.mktemp("gpus"), services, "--gpus", "1") as running:
+    with platform_running(tmp_path_factory.mktemp("gpus"), services, "--gpus", "1", CUDA_VISIBLE_DEVICES="4") as running:
         yield running
 
 
@@ -188,7 +188,7 @@ def visible(platform: Platform, name: str) -> str | None:
 
 def test_two_functions_take_turns_with_one_device(platform: Platform) -> None:
     for name in ("a", "b", "a", "b"):
-        assert visible(platform, name) == "0"
+        assert visible(platform, name) == "4"
         (device,) = platform.status()["gpus"]
         assert device["holder"].startswith(f"{name}-00001-")
     said = platform.server.said()
@@ -199,7 +199,9 @@ def test_two_functions_take_turns_with_one_device(platform: Platform) -> None:
 
 
 def test_a_pod_without_a_limit_needs_no_device(platform: Platform) -> None:
-    assert visible(platform, "free") is None
+    assert visible(platform, "a") is not None
+    assert platform.call("free").status == 200
+    assert platform.status()["gpus"][0]["holder"].startswith("a-00001-")
 
 
 def test_a_busy_function_keeps_its_device_and_the_next_one_waits_as_long_as_it_is_busy(platform: Platform) -> None:
