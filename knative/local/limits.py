@@ -143,6 +143,7 @@ class Limiter:
 
     async def _watch(self) -> None:
         while self._watched:
+            await asyncio.sleep(LOOK_S)
             watched = dict(self._watched)
             asked = {one: (root, one.limits.memory_bytes or 0) for one, (root, _) in watched.items()}
             used = await asyncio.to_thread(_measure, asked)
@@ -151,7 +152,6 @@ class Limiter:
                 if used[one] > limit and self._watched.get(one, (0,))[0] == root:
                     self.unwatch(one)
                     over(killed(used[one], limit))
-            await asyncio.sleep(LOOK_S)
 
 
 def _measure(watched: dict[Confinement, tuple[int, int]]) -> dict[Confinement, int]:
