@@ -26,18 +26,8 @@ def broken_rules(item: ServiceObject) -> Iterator[Broken]:
             "has no effect here; scale annotations belong under spec.template.metadata.annotations",
         )
     spec = item.spec.template.spec
-    yield from _limits(spec)
     yield from _containers(spec)
     yield from _volumes(spec)
-
-
-def _limits(spec: PodSpec) -> Iterator[Broken]:
-    for field, value in (
-        ("responseStartTimeoutSeconds", spec.response_start_timeout_seconds),
-        ("idleTimeoutSeconds", spec.idle_timeout_seconds),
-    ):
-        if value is not None and value > spec.timeout_seconds:
-            yield f"{_TEMPLATE}.{field}", f"found {value}; must be at most timeoutSeconds, {spec.timeout_seconds}"
 
 
 def _containers(spec: PodSpec) -> Iterator[Broken]:
