@@ -113,8 +113,9 @@ class _Call:
         if self._pod and not self.body.awaited:
             since = max(self._handed_at, self.body.came_at)
             self.revision.timed_out(self._pod, asyncio.get_running_loop().time() - since, self._first_byte_s)
-        name = self.revision.service.name
-        return TooSlow(f"{name} did not answer within {self._first_byte_s} s ({self._limit}, cold start included)")
+        name, waits_for = self.revision.service.name, self.revision.waits_for
+        text = f"{name} did not answer within {self._first_byte_s} s ({self._limit}, cold start included)"
+        return TooSlow(f"{text}; {waits_for}" if waits_for else text)
 
 
 async def _forward(call: _Call) -> web.StreamResponse:

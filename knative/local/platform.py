@@ -21,13 +21,17 @@ from aiohttp import web
 from knative.local.activator import Activator
 from knative.local.address import announce
 from knative.local.admin import Admin
+from knative.local.devices import Devices, check, found
 from knative.local.embedded import OBJECT_STORE, ObjectStore, Seed
 from knative.local.errors import PlatformError
 from knative.local.fork_server import PROGRAM, ForkServer
 from knative.local.launch import Places, check_references, plan_pod
+from knative.local.limits import Limiter, delegated
 from knative.local.manifest import Manifests
 from knative.local.pod import Pod
+from knative.local.procfs import end_marked
 from knative.local.revision import Revision
+from knative.local.schema import CPU, MEMORY
 from knative.local.terminal import Terminal
 
 HOST = "127.0.0.1"
@@ -44,6 +48,7 @@ class PlatformSettings:
     default_service: str | None
     seeds: Sequence[Seed]
     fork_server: bool = True
+    gpus: int | None = None  # None: as many as are found
 
 
 class Platform:
@@ -60,8 +65,11 @@ class Platform:
         self._revisions: dict[tuple[str, str], Revision] = {}
         self._default = self._find_default()
         check_references(manifests)
+        self._devices = Devices(found(settings.gpus, os.environ), self._make_room)
+        check(manifests, self._devices.names)
         self._session: aiohttp.ClientSession | None = None
         self._fork_server: ForkServer | None = None
+        self._limiter = Limiter()
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -89,11 +97,13 @@ class Platform:
     async def _start(self, started: AsyncExitStack) -> None:
         """Bring everything up; each thing that must be ended is pushed on `started` as soon as it is there."""
         self._lock_state_dir(started)
+        await self._end_leftovers(started)
         shutil.rmtree(self._settings.state_dir / "pods", ignore_errors=True)  # of a platform that was killed
         started.callback(self._terminal.close)
         # For probes. No connection is kept: an idle one would keep a pod that is told to end waiting for its next request.
         self._session = await started.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)))
         await self._start_store(started)
+        self._set_limits()
         for service in self._manifests.services:
             self._revisions[service.namespace, service.name] = Revision(service, self._make_pod, self._terminal)
         self._make_fork_server(started)
@@ -112,6 +122,15 @@ class Platform:
         if self._fork_server:
             self._fork_server.start()  # last: it waits for pods that start now
 
+    async def _end_leftovers(self, started: AsyncExitStack) -> None:
+        """What a platform of this state directory has left behind that was killed; and ours, at the end, should there be any."""
+        about = self._settings.state_dir.stat()
+        mark = f"{about.st_dev:x}-{about.st_ino:x}/"  # of this directory alone, not of a copy of it
+        self._places = Places(self._settings.state_dir, mark)
+        if count := await asyncio.to_thread(end_marked, mark):
+            self._terminal.say(f"ended {count} process{'es' * (count != 1)} of an earlier `relight run` that was killed")
+        started.push_async_callback(asyncio.to_thread, end_marked, mark)
+
     def status(self) -> dict[str, Any]:
         """The document of `/api/status`."""
         address = f"http://{HOST}:{self._settings.port}/"
@@ -120,12 +139,14 @@ class Platform:
             "services": [revision.status(self._url(revision), address) for revision in self._revisions.values()],
             "queue_sources": [],
             "fork_server": self._fork_server and self._fork_server.status(),
+            "limits": self._limiter.describe(),
+            "gpus": self._devices.status(),
         }
 
     async def _start_store(self, started: AsyncExitStack) -> None:
         if not self._settings.seeds and not self._manifests.mentions(OBJECT_STORE):
             return
-        store = ObjectStore(self._free_port(), self._settings.state_dir / "logs" / "object-store.log")
+        store = ObjectStore(self._free_port(), self._settings.state_dir / "logs" / "object-store.log", self._places.mark)
         started.push_async_callback(store.stop)
         await store.start()
         self._addresses[OBJECT_STORE] = store.address
@@ -133,11 +154,18 @@ class Platform:
         for seed in self._settings.seeds:
             await store.fill(seed)
 
+    def _set_limits(self) -> None:
+        """Say once which mechanism holds containers to their limits, if there are any."""
+        containers = [container for service in self._manifests.services for container in service.spec.containers]
+        if any({CPU, MEMORY} & container.resources.limits.keys() for container in containers):
+            self._limiter = Limiter(delegated())
+            self._terminal.say(f"resources.limits: {self._limiter.explain()}")
+
     def _make_fork_server(self, started: AsyncExitStack) -> None:
         commands = [(*container.command, *container.args)[1:] for s in self._manifests.services for container in s.spec.containers]
         if self._settings.fork_server and PROGRAM in commands:
             log = self._settings.state_dir / "logs" / "fork-server.log"
-            self._fork_server = ForkServer(log, self._is_starting, self._terminal.say)
+            self._fork_server = ForkServer(log, self._is_starting, self._terminal.say, self._places.mark)
             started.push_async_callback(self._fork_server.stop)
 
     def _is_starting(self) -> bool:
@@ -160,7 +188,30 @@ class Platform:
             addresses=self._addresses,
         )
         assert self._session is not None
-        return Pod(name, plan, self._places.pod(name), self._session, revision.pod_changed, revision.process_ended, self._fork_server)
+        return Pod(
+            name,
+            plan,
+            self._places.pod(name),
+            self._session,
+            revision.pod_changed,
+            revision.process_ended,
+            self._fork_server,
+            self._limiter,
+            self._devices,
+            revision.needs,
+        )
+
+    def _make_room(self, missing: int, claimant: str) -> None:
+        """Let idle pods go until a pod can have so many GPUs more, those first that nobody has called for longest; none if it is no use."""
+        revisions = [revision for revision in self._revisions.values() if all(pod.name != claimant for pod in revision.pods)]
+        spare = [(revision, pod) for revision in sorted(revisions, key=lambda one: one.last_left) for pod in revision.spare_pods()]
+        missing -= sum(pod.plan.gpus for revision in self._revisions.values() for pod in revision.pods if pod.phase == "draining")
+        if missing > sum(pod.plan.gpus for _, pod in spare):
+            return
+        for revision, pod in spare:
+            if missing > 0:
+                missing -= pod.plan.gpus
+                revision.give_up(pod)
 
     def _free_port(self) -> int:
         """A loopback port that nobody has, and that no other pod was just given."""

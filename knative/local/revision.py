@@ -53,6 +53,9 @@ class Watcher(Protocol):
     def failed(self, revision: "Revision", reason: str) -> None:
         """The revision could not be brought up."""
 
+    def gave_up(self, revision: "Revision", pod: Pod) -> None:
+        """A pod that was idle goes, as another function needs its GPU."""
+
     def at_zero(self, revision: "Revision", idle_s: float) -> None:
         """The last pod is gone, so long after the last request."""
 
@@ -84,6 +87,7 @@ class Revision:
         self._status = replace(Status.initial(now), proxied_since=-math.inf)
         self._waiting: deque[asyncio.Future[Pod]] = deque()
         self._last_left = now
+        self._has_gpus = any(container.resources.gpus for container in service.spec.containers)
         self._poked = 0.0  # concurrency already recorded by a poke in the present second
         self._failure: Failure | None = None
         self._retries = 0
@@ -160,6 +164,7 @@ class Revision:
         turn: asyncio.Future[Pod] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         self._poke()
+        self._ask_for_devices()
         try:
             return await turn
         except asyncio.CancelledError:
@@ -196,6 +201,7 @@ class Revision:
             now = time.monotonic()
             self._sample(now)
             self._check_deadline(now)
+            self._ask_for_devices()
             if beat % round(TICK_S / SAMPLE_S) == 0:
                 self._decide(now)
 
@@ -239,6 +245,9 @@ class Revision:
         if self._stopping:
             return
         kept = [pod for pod in self.pods if pod.phase != "draining"]
+        if self._has_gpus and not self.meter.current:
+            # A pod that has given its GPU up is not wanted back before somebody calls.
+            wanted = min(wanted, max(len(kept), self.service.scale.min_scale))
         if wanted > len(kept) and not (self._failure and self._failure.until > time.monotonic()):
             for _ in range(wanted - len(kept)):
                 self._add_pod()
@@ -251,6 +260,38 @@ class Revision:
         self.record.starting(pod, len(self._waiting))
         self._watcher.starting(self, pod, len(self._waiting))
         self._spawn(pod.start())
+
+    def _ask_for_devices(self) -> None:
+        """Of its pods that wait for a GPU, some may need it by now."""
+        for pod in self.pods:
+            if pod.phase == "pending":
+                pod.ask_for_devices()
+
+    def needs(self, pod: Pod) -> bool:
+        """Whether a pod that waits for a GPU is worth that another function gives its own up."""
+        return bool(self._waiting) or len(self._ready) < max(1, self.service.scale.min_scale)
+
+    def spare_pods(self) -> list[Pod]:
+        """Pods with a GPU that have nothing to do, beyond those that min-scale promises and one while there are requests."""
+        kept = [pod for pod in self.pods if pod.phase != "draining"]
+        idle = [pod for pod in kept if pod in self._ready and not pod.in_flight and pod.plan.gpus]
+        beyond = len(kept) - max(self.service.scale.min_scale, 1 if any(pod.in_flight for pod in kept) else 0)
+        return [] if self._waiting else idle[: max(0, beyond)]
+
+    def give_up(self, pod: Pod) -> None:
+        """Let a pod go whose GPU another function needs."""
+        self._watcher.gave_up(self, pod)
+        self._spawn(self._remove(pod))
+
+    @property
+    def last_left(self) -> float:
+        """When the last request was answered, on time.monotonic's clock."""
+        return self._last_left
+
+    @property
+    def waits_for(self) -> str | None:
+        """What keeps its pods from being started, if anything does."""
+        return None if self._ready else next((f"{pod.name} {pod.waits_for}" for pod in self.pods if pod.waits_for), None)
 
     async def _remove(self, pod: Pod) -> None:
         self.record.ended(pod, "dropped")

@@ -58,7 +58,7 @@ def pod_rows(status: dict[str, Any]) -> Iterator[Row]:
 def plain(status: dict[str, Any]) -> str:
     """Lines with columns, for whatever reads them."""
     blocks = [(SERVICE_HEAD, list(service_rows(status))), (POD_HEAD, list(pod_rows(status)))]
-    return "\n\n".join("\n".join(_aligned([head, *rows])) for head, rows in blocks if rows)
+    return "\n\n".join(["\n".join(_aligned([head, *rows])) for head, rows in blocks if rows] + list(_waits(status)))
 
 
 def rich(status: dict[str, Any]) -> Group:
@@ -72,7 +72,13 @@ def rich(status: dict[str, Any]) -> Group:
                 table.add_row(f"[bold]{escape(name)}[/]", shown, *map(escape, rest))
             parts += [table, ""]
     parts += [f"[red]✕[/] {escape(service['failure'])}" for service in status["services"] if service["failure"]]
+    parts += [f"[yellow]◌[/] {escape(line)}" for line in _waits(status)]
     return Group(*parts)
+
+
+def _waits(status: dict[str, Any]) -> Iterator[str]:
+    """What pods wait for that are not started."""
+    return (f"{pod['name']} {pod['waits_for']}" for service in status["services"] for pod in service["pods"] if pod.get("waits_for"))
 
 
 def _aligned(rows: Sequence[Row]) -> Iterator[str]:

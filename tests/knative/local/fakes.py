@@ -61,6 +61,9 @@ class Events:
     def failed(self, revision: Revision, reason: str) -> None:
         self.told.append("failed")
 
+    def gave_up(self, revision: Revision, pod: Pod) -> None:
+        self.told.append("gave up")
+
     def at_zero(self, revision: Revision, idle_s: float) -> None:
         self.told.append("at zero")
 
