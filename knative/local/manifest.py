@@ -12,7 +12,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from knative.autoscaler import Autoscaler, ScaleSpec, SpecError
+from knative.autoscaler import ScaleSpec, SpecError
+from knative.autoscaler.config import HPA, KPA
+from knative.autoscaler.spec import ANNOTATION_PREFIX
 from knative.local.errors import ManifestError
 from knative.local.schema import ConfigMap, Container, Metadata, PodSpec, Secret, ServiceObject
 
@@ -21,7 +23,20 @@ M = TypeVar("M", bound=BaseModel)
 SERVING = "serving.knative.dev/v1"
 AUTOSCALER_CONFIG = "config-autoscaler"
 # Of use to a cluster only; they may stand in the same file.
-_LEFT_ALONE = {"Namespace", "NetworkPolicy", "PersistentVolumeClaim", "ServiceAccount"}
+_LEFT_ALONE = {
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "DaemonSet",
+    "Namespace",
+    "NetworkPolicy",
+    "PersistentVolumeClaim",
+    "PodMonitor",
+    "PriorityClass",
+    "PrometheusRule",
+    "ServiceAccount",
+}
+# What belongs to another class of autoscaler, which measures what nobody measures here.
+_OF_THE_CLASS = ("class", "metric", "target", "target-utilization-percentage")
 
 
 @dataclass(frozen=True)
@@ -186,8 +201,8 @@ def _service(file: str, where: str, item: ServiceObject, autoscaler_config: Mapp
                     file, f"{at}.containers[{index}].volumeMounts[{number}].name", f"found {mount.name!r}; volumes are {sorted(volumes)}"
                 )
     for index, volume in enumerate(spec.volumes):
-        if volume.empty_dir is None and volume.persistent_volume_claim is None:
-            raise ManifestError(file, f"{at}.volumes[{index}]", "allowed are emptyDir and persistentVolumeClaim")
+        if volume.empty_dir is None and volume.persistent_volume_claim is None and volume.host_path is None:
+            raise ManifestError(file, f"{at}.volumes[{index}]", "allowed are emptyDir, persistentVolumeClaim and hostPath")
     annotations = item.spec.template.metadata.annotations
     scale = _scale(file, f"{where}: spec.template.metadata.annotations", annotations, spec.container_concurrency, autoscaler_config)
     return Service(file, item.metadata, spec, annotations, scale)
@@ -196,7 +211,9 @@ def _service(file: str, where: str, item: ServiceObject, autoscaler_config: Mapp
 def _scale(file: str, where: str, annotations: Mapping[str, str], container_concurrency: int, config: Mapping[str, str]) -> ScaleSpec:
     try:
         scale = ScaleSpec.parse(annotations, container_concurrency, config)
-        Autoscaler(scale, ready=0, now=0.0)  # takes one class of autoscaler only
+        if scale.autoscaler_class == HPA:  # by concurrency then, within the same bounds
+            ours = {name: value for name, value in annotations.items() if name.removeprefix(ANNOTATION_PREFIX) not in _OF_THE_CLASS}
+            scale = ScaleSpec.parse(ours | {"class": KPA}, container_concurrency, config)
     except SpecError as error:
         raise ManifestError(file, where, str(error)) from error
     return scale
