@@ -11,6 +11,7 @@ _COMMANDS = {
     "logs": ("knative.local.commands", "logs", "Print the log of a pod."),
     "push": ("weights_cache.cli", "push", "Upload a directory of weights to object storage."),
     "pull": ("weights_cache.cli", "pull", "Bring weights into a node's cache."),
+    "snapshot": ("weights_cache.cli", "snapshot", "Print which snapshot of weights the store has now."),
     "cache": ("weights_cache.cli", "cache_group", "See what is in a node's cache, check it, make room."),
     "convert": ("function.convert", "command", "Convert a llama model from GGUF to safetensors."),
 }
