@@ -41,7 +41,8 @@ def _field(name: str) -> Callable[[Object], bool]:
 
 
 def _writes_claim(spec: Object) -> bool:
-    return any(not volume.get("persistentVolumeClaim", {"readOnly": True}).get("readOnly") for volume in spec.get("volumes", []))
+    claims = [volume["persistentVolumeClaim"] for volume in spec.get("volumes", []) if "persistentVolumeClaim" in volume]
+    return not all(claim.get("readOnly") for claim in claims)
 
 
 def _probes_sidecar(spec: Object) -> bool:
@@ -155,4 +156,4 @@ def shipped(objects: Iterable[Object]) -> dict[str, dict[str, str]]:
 
 
 def _is_ours(item: Mapping[str, Any]) -> bool:
-    return item["metadata"].get("namespace") == NAMESPACE
+    return bool(item["metadata"].get("namespace") == NAMESPACE)

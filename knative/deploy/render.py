@@ -228,4 +228,3 @@ def deadline_s(service: Object) -> float:
     annotations = service["spec"]["template"].get("metadata", {}).get("annotations", {})
     named = {key: value for key, value in annotations.items() if key == PROGRESS_DEADLINE}
     return ScaleSpec.parse(named).progress_deadline_s
-
