@@ -145,7 +145,7 @@ def _pin(objects: list[Object], service: Object, say: Say) -> None:
         said = asked.stderr.strip().splitlines()
         raise DeployError(
             f"{uri} cannot be pinned to a snapshot: {said[-1] if said else 'the store did not answer'}\n"
-            "let the AWS_ variables here lead to the store, give WEIGHTS_URI=…#snapshot, or have each start take what is there then: PIN=false"
+            "let the AWS_ variables here lead to the store, give WEIGHTS_URI=…#snapshot, or have each start take the newest: PIN=false"
         )
     pinned = asked.stdout.strip()
     pin(objects, service, pinned)
