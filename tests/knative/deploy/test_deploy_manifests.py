@@ -195,6 +195,7 @@ def test_metrics_of_the_dashboard_and_the_alerts_are_those_that_there_are() -> N
     used = set(re.findall(r"\b(?:function|weights_cache)_[a-z_]+\b", " ".join(texts)))
     source = " ".join(path.read_text() for package in ("function", "weights_cache") for path in (ROOT / package).glob("metrics.py"))
     known = set(re.findall(r'"((?:function|weights_cache)_[a-z_]+)"', source))
+    known |= {f"weights_cache_{name}" for name in re.findall(r'_counter\("([a-z_]+)"', source)}
     suffixes = ("", "_total", "_bucket", "_sum", "_count")
     assert used
     assert used <= {name + suffix for name in known for suffix in suffixes}
