@@ -82,10 +82,12 @@ class Places:
         return self.state_dir / "logs" / service.namespace / pod / f"{container}.log"
 
     def volume(self, service: Service, pod: str, name: str) -> Path:
-        """A volume's directory: the pod's own for emptyDir, shared by all pods of a claim and kept for persistentVolumeClaim."""
+        """A volume's directory: the pod's own for emptyDir; for the other kinds one that all pods share and that is kept."""
         source = next(volume for volume in service.spec.volumes if volume.name == name)
         if source.persistent_volume_claim:
             return self.state_dir / "volumes" / service.namespace / source.persistent_volume_claim.claim_name
+        if source.host_path:
+            return self.state_dir / "host" / source.host_path.path.lstrip("/")
         return self.pod(pod) / "volumes" / name
 
 

@@ -12,7 +12,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from knative.autoscaler import Autoscaler, ScaleSpec, SpecError
+from knative.autoscaler import ScaleSpec, SpecError
+from knative.autoscaler.config import HPA, KPA
+from knative.autoscaler.spec import ANNOTATION_PREFIX
 from knative.local.errors import ManifestError
 from knative.local.rules import broken_rules
 from knative.local.schema import ConfigMap, Container, Metadata, PodSpec, Secret, ServiceObject
@@ -20,7 +22,6 @@ from knative.local.schema import ConfigMap, Container, Metadata, PodSpec, Secret
 # Fields of a Kubernetes pod that somebody may well write here, and what is to be said then.
 _NOT_HERE = {
     "grpc": "gRPC probes are not run here; allowed are httpGet, tcpSocket and exec",
-    "hostPath": "directories of the node are not mounted here; known are emptyDir and persistentVolumeClaim",
     "initContainers": "init containers are not run here; let a container's command do what is to be done first",
     "lifecycle": "Knative refuses lifecycle hooks; let the command do it, and end on SIGTERM",
     "privileged": "Knative refuses privileged containers",
@@ -35,7 +36,20 @@ M = TypeVar("M", bound=BaseModel)
 SERVING = "serving.knative.dev/v1"
 AUTOSCALER_CONFIG = "config-autoscaler"
 # Of use to a cluster only; they may stand in the same file.
-_LEFT_ALONE = {"Namespace", "NetworkPolicy", "PersistentVolumeClaim", "ServiceAccount"}
+_LEFT_ALONE = {
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "DaemonSet",
+    "Namespace",
+    "NetworkPolicy",
+    "PersistentVolumeClaim",
+    "PodMonitor",
+    "PriorityClass",
+    "PrometheusRule",
+    "ServiceAccount",
+}
+# What belongs to another class of autoscaler, which measures what nobody measures here.
+_OF_THE_CLASS = ("class", "metric", "target", "target-utilization-percentage")
 
 
 @dataclass(frozen=True)
@@ -209,7 +223,9 @@ def _service(file: str, where: str, item: ServiceObject, autoscaler_config: Mapp
 def _scale(file: str, where: str, annotations: Mapping[str, str], container_concurrency: int, config: Mapping[str, str]) -> ScaleSpec:
     try:
         scale = ScaleSpec.parse(annotations, container_concurrency, config)
-        Autoscaler(scale, ready=0, now=0.0)  # takes one class of autoscaler only
+        if scale.autoscaler_class == HPA:  # by concurrency then, within the same bounds
+            ours = {name: value for name, value in annotations.items() if name.removeprefix(ANNOTATION_PREFIX) not in _OF_THE_CLASS}
+            scale = ScaleSpec.parse(ours | {"class": KPA}, container_concurrency, config)
     except SpecError as error:
         raise ManifestError(file, where, str(error)) from error
     return scale

@@ -12,7 +12,7 @@ Broken = tuple[str, str]  # the path in the document, and what is wrong there
 
 RESERVED_PORTS = (8008, 8012, 8013, 8022, 8112, 9090, 9091)
 _RESERVED_NAMES = ("queue-proxy",)
-_RESERVED_PATHS = ("/", "/dev", "/dev/log", "/tmp", "/var", "/var/log")  # noqa: S108
+_RESERVED_PATHS = ("/", "/dev", "/dev/log")
 _RESERVED_ENV = ("K_SERVICE", "K_CONFIGURATION", "K_REVISION")
 _TEMPLATE = "spec.template.spec"
 
@@ -100,9 +100,10 @@ def _volumes(spec: PodSpec) -> Iterator[Broken]:
     mounted = {mount.name for container in spec.containers for mount in container.volume_mounts}
     for index, volume in enumerate(spec.volumes):
         here = f"{_TEMPLATE}.volumes[{index}]"
-        if (volume.empty_dir is None) == (volume.persistent_volume_claim is None):
-            found = "none" if volume.empty_dir is None else "both"
-            yield here, f"found {found}; allowed are emptyDir and persistentVolumeClaim, one of them"
+        sources = {"emptyDir": volume.empty_dir, "persistentVolumeClaim": volume.persistent_volume_claim, "hostPath": volume.host_path}
+        found = [name for name, source in sources.items() if source is not None]
+        if len(found) != 1:
+            yield here, f"found {' and '.join(found) or 'none'}; allowed are emptyDir, persistentVolumeClaim and hostPath, one of them"
         if names[volume.name] > 1:
             yield f"{here}.name", f"found {volume.name!r} twice; names must differ"
         if volume.name not in mounted:

@@ -238,12 +238,20 @@ class ClaimSource(_Strict):
     read_only: bool = False
 
 
+class HostPathSource(_Strict):
+    """A directory of the node, which here is one of the state directory."""
+
+    path: str = Field(pattern=r"^(/[-\w][-\w.]*)+/?$")
+    type: str = ""
+
+
 class Volume(_Strict):
-    """A volume: lives as long as the pod (emptyDir) or outlives it (persistentVolumeClaim)."""
+    """A volume: lives as long as the pod (emptyDir) or outlives it (persistentVolumeClaim, hostPath)."""
 
     name: Label
     empty_dir: dict[str, Any] | None = None
     persistent_volume_claim: ClaimSource | None = None
+    host_path: HostPathSource | None = None
 
 
 class PodSpec(_Strict):
@@ -268,6 +276,7 @@ class PodSpec(_Strict):
     affinity: dict[str, Any] = {}
     runtime_class_name: str | None = None
     priority_class_name: str | None = None
+    security_context: dict[str, Any] = {}
 
     @field_validator("timeout_seconds")
     @classmethod

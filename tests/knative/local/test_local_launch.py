@@ -121,6 +121,12 @@ def test_an_empty_dir_is_the_pods_own_and_a_claim_is_shared_by_all_pods() -> Non
     assert second.directories == (STATE / "volumes/default/models", STATE / "pods/hello-2/volumes/scratch")
 
 
+def test_a_directory_of_the_node_is_shared_by_all_pods_of_all_namespaces() -> None:
+    node = {"name": "models", "hostPath": {"path": "/var/cache/relight", "type": "DirectoryOrCreate"}}
+    planned = process({"volumeMounts": mounts(models="/models")}, volumes=[node])
+    assert planned.directories == (STATE / "host/var/cache/relight",)
+
+
 def test_containers_of_one_pod_share_its_empty_dir() -> None:
     here, there = plan({"volumeMounts": mounts(scratch="/a")}, {"volumeMounts": mounts(scratch="/b")}, volumes=[SCRATCH]).processes
     assert here.directories == there.directories

@@ -142,6 +142,21 @@ def test_what_only_a_cluster_needs_is_left_alone() -> None:
     assert [service.name for service in read(account, document).services] == ["hello"]
 
 
+def test_another_class_of_autoscaler_becomes_ours_within_the_same_bounds() -> None:
+    annotations = {
+        f"autoscaling.knative.dev/{name}": value
+        for name, value in {
+            "class": "hpa.autoscaling.knative.dev",
+            "metric": "cpu",
+            "target": "80",
+            "min-scale": "1",
+            "max-scale": "3",
+        }.items()
+    }
+    scale = read_service(put(ANNOTATIONS, annotations)).scale
+    assert (scale.metric, scale.target, scale.min_scale, scale.max_scale) == ("concurrency", 70.0, 1, 3)
+
+
 def test_the_autoscalers_cluster_settings_come_from_their_config_map() -> None:
     assert read(HELLO, config_map("config-autoscaler", **{"stable-window": "20s"})).services[0].scale.stable_window_s == 20
 
@@ -180,9 +195,9 @@ def test_empty_documents_are_passed_over() -> None:
         pytest.param((*FUNCTION, "comand"), [], "did you mean command?", id="misspelt field in a list"),
         pytest.param((*FUNCTION, "tty"), True, "known are args, command, env, envFrom, image, ", id="unknown field"),
         pytest.param(
-            (*SPEC, "volumes", 0, "hostPath"),
+            (*SPEC, "volumes", 0, "nfs"),
             {"path": "/"},
-            "are not mounted here; known are emptyDir and persistentVolumeClaim",
+            "known are emptyDir, hostPath, name, persistentVolumeClaim",
             id="volume that one machine has not",
         ),
         pytest.param(
@@ -333,7 +348,7 @@ def test_empty_documents_are_passed_over() -> None:
         ),
         pytest.param((*FUNCTION, "volumeMounts", 0, "name"), "dada", "found 'dada'; volumes are ['data']", id="mount of no volume"),
         pytest.param(
-            (*FUNCTION, "volumeMounts", 0, "mountPath"), "/var", "found '/var'; Knative keeps /, /dev, ", id="reserved mount path"
+            (*FUNCTION, "volumeMounts", 0, "mountPath"), "/dev", "found '/dev'; Knative keeps /, /dev, /dev/log for", id="reserved mount path"
         ),
         pytest.param((*FUNCTION, "volumeMounts", 0, "subPath"), "../up", "must be a path inside the volume", id="path out of the volume"),
         pytest.param(
@@ -360,7 +375,9 @@ def test_empty_documents_are_passed_over() -> None:
             "volume 'data' is readOnly, so its mounts must be too",
             id="writing to what is read-only",
         ),
-        pytest.param((*SPEC, "volumes", 0), {"name": "data"}, "allowed are emptyDir and persistentVolumeClaim", id="volume of no kind"),
+        pytest.param(
+            (*SPEC, "volumes", 0), {"name": "data"}, "allowed are emptyDir, persistentVolumeClaim and hostPath", id="volume of no kind"
+        ),
         pytest.param((*SPEC, "containers"), [], "at least 1 item", id="no containers"),
         pytest.param((*FUNCTION, "command"), [], "found none; here images are not run", id="no command"),
         pytest.param((*FUNCTION, "name"), "../escape", "found '../escape'", id="container name that leads elsewhere"),
@@ -391,7 +408,7 @@ def test_empty_documents_are_passed_over() -> None:
         ),
         pytest.param(
             (*ANNOTATIONS, "autoscaling.knative.dev/class"),
-            "hpa.autoscaling.knative.dev",
+            "vpa.autoscaling.knative.dev",
             "must be kpa.autoscaling.knative.dev",
             id="autoscaler that is not here",
         ),
