@@ -18,6 +18,7 @@ from yarl import URL
 from knative.local.errors import BadGateway, Overloaded, PodUnreached, RequestError, TooSlow
 from knative.local.pod import Pod
 from knative.local.revision import Revision
+from knative.local.router import Router
 
 # RFC 9110, 7.6.1: of one connection, not of the message.
 _HOP_BY_HOP = {
@@ -39,14 +40,12 @@ PIECE_BYTES = 256 * 1024
 class Activator:
     """Answers requests for all Services of the platform."""
 
-    def __init__(self, revisions: Mapping[tuple[str, str], Revision], default: Revision) -> None:
-        """revisions: by (namespace, service name). default: for any Host that names none of them."""
-        self._revisions = revisions
-        self._default = default
+    def __init__(self, router: Router) -> None:
+        self._router = router
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """One request, from its headers to the last byte of its answer."""
-        revision = self._revision(request.host)
+        revision = self._router.find(request.host, request.headers)
         response: list[web.StreamResponse] = []  # what has been begun; after that only cutting the connection can say "no"
         try:
             async with asyncio.timeout(revision.service.spec.timeout_seconds), revision.request():
@@ -61,13 +60,6 @@ class Activator:
         if response:
             return _cut(request, response[0])
         return error_response(error)
-
-    def _revision(self, host: str) -> Revision:
-        """`<service>.<namespace>.localhost` names a Service, in letters of any case."""
-        labels = host.lower().partition(":")[0].split(".")
-        if len(labels) == 3 and labels[2] == "localhost":
-            return self._revisions.get((labels[1], labels[0]), self._default)
-        return self._default
 
     async def _forward(self, request: web.BaseRequest, revision: Revision, response: list[web.StreamResponse]) -> web.StreamResponse:
         with closing(_Body(request.content)) as body:

@@ -1,4 +1,4 @@
-"""A revision: its pods, the requests that wait for one, and the beat that scales it.
+"""A revision: its pods, the requests that wait for one, and the beat that scales it. Which revision a request is for: see service.py.
 
 A request arrives, is admitted to a pod with room or waits; each second the load is sampled, every two seconds the autoscaler decides,
 and a request that finds no pod pokes it at once.
@@ -16,12 +16,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-from knative.autoscaler import TICK_S, Activity, Autoscaler, Status, reconcile
+from knative.autoscaler import TICK_S, Activity, Autoscaler, ScaleSpec, Status, reconcile
 from knative.local.errors import Overloaded, RevisionFailed, Stopping
 from knative.local.manifest import Service
 from knative.local.meter import ConcurrencyMeter
 from knative.local.pod import Pod
-from knative.local.record import Record, Sample
+from knative.local.record import Record
 
 SAMPLE_S = 1.0
 QUEUE_LIMIT = 10_000  # requests that may wait for a pod, as in Knative's activator
@@ -52,6 +52,9 @@ class Watcher(Protocol):
     def at_zero(self, revision: "Revision", idle_s: float) -> None:
         """The last pod is gone, so long after the last request."""
 
+    def about(self, service: str, text: str) -> None:
+        """Something about the Service as a whole."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -64,17 +67,31 @@ class Failure:
 class Revision:
     """One revision of a Service. Everything here runs in one event loop."""
 
-    def __init__(self, service: Service, make_pod: Callable[["Revision", str], Pod], watcher: Watcher) -> None:
-        """make_pod(revision, name): a pod that has not been started."""
+    def __init__(
+        self,
+        service: Service,
+        make_pod: Callable[["Revision", str], Pod],
+        watcher: Watcher,
+        *,
+        name: str = "",
+        record: Record | None = None,
+        on_change: Callable[["Revision"], object] = lambda _: None,
+    ) -> None:
+        """make_pod(revision, name): a pod that has not been started. record: the Service's. on_change: called when it settles or fails."""
         now = time.monotonic()
         self.service = service
-        self.name = f"{service.name}-00001"
+        self.name = name or f"{service.name}-00001"
         self.meter = ConcurrencyMeter(now)
-        self.record = Record()
+        self.record = record or Record()
         self.pods: list[Pod] = []
+        self.concurrency = self.rps = 0.0  # of the last second
+        self.held = False  # no pods yet, whoever waits
+        self.trouble: str | None = None  # how one of its processes ended last, until a pod is ready
         self._ready: set[Pod] = set()
         self._make_pod = make_pod
         self._watcher = watcher
+        self._on_change = on_change
+        self._scale = service.scale
         self._autoscaler = Autoscaler(service.scale, ready=0, now=now)
         # On one machine every request has always come through this activator: there is no ingress to be told first.
         self._status = replace(Status.initial(now), proxied_since=-math.inf)
@@ -86,12 +103,42 @@ class Revision:
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = itertools.count()
+        self._beating = False
 
-    def start(self) -> None:
-        """Begin to beat, and bring up the pods that the revision starts with."""
-        scale = self.service.scale
-        self._scale_to(max(scale.initial_scale, scale.min_scale))
-        self._spawn(self._beat())
+    def start(self, least: int = 0) -> None:
+        """Begin to beat, and bring up the pods that the revision starts with, at least so many; again, if that has failed."""
+        if self.settled and self._beating:
+            return
+        self._rescale(replace(self._scale, initial_scale=max(self._scale.initial_scale, least)))
+        self._status = replace(self._status, since=time.monotonic())
+        self._failure = None
+        self._scale_to(max(self._scale.initial_scale, self._scale.min_scale))
+        if not self._beating:
+            self._beating = True
+            self._spawn(self._beat())
+
+    def configure(self, service: Service) -> None:
+        """Take a manifest with the same template; the ConfigMaps and Secrets that came with it are for the pods that start from now on."""
+        if service.scale != self.service.scale:
+            self._rescale(replace(service.scale, reachable=self.reachable))
+        self.service = service
+
+    def set_reachable(self, *, reachable: bool) -> None:
+        """Whether any request can come here. If not, those who are here already are served, and then there are no pods."""
+        if reachable == self.reachable:
+            return
+        self._rescale(replace(self._scale, reachable=reachable))
+        if not reachable:
+            self._retreat()
+        elif self._scale.min_scale and self._beating:
+            self._scale_to(max(self._scale.min_scale, len(self._kept())))
+
+    def _rescale(self, scale: ScaleSpec) -> None:
+        now = time.monotonic()
+        windows = scale.stable_window_s, scale.panic_window_s, scale.aggregation
+        if windows != (self._scale.stable_window_s, self._scale.panic_window_s, self._scale.aggregation):
+            self._autoscaler = Autoscaler(scale, len(self._ready), now)
+        self._autoscaler.spec = self._scale = scale
 
     def close(self) -> None:
         """Take no more requests, and answer those who wait."""
@@ -183,25 +230,17 @@ class Revision:
             now = time.monotonic()
             self._sample(now)
             self._check_deadline(now)
+            self._retreat()
             if beat % round(TICK_S / SAMPLE_S) == 0:
                 self._decide(now)
 
     def _sample(self, now: float) -> None:
-        concurrency, rps = self.meter.report(now)
+        self.concurrency, self.rps = self.meter.report(now)
         # What a poke has recorded is not to be counted twice; with no pods and no requests there is nobody to report a zero.
-        if self.pods or concurrency:
-            self._autoscaler.record(now, concurrency=max(0.0, concurrency - self._poked), rps=max(0.0, rps - self._poked))
+        if self.pods or self.concurrency:
+            concurrency, rps = (max(0.0, value - self._poked) for value in (self.concurrency, self.rps))
+            self._autoscaler.record(now, concurrency=concurrency, rps=rps)
         self._poked = 0.0
-        last = Sample(
-            time=round(time.time(), 3),
-            concurrency=round(concurrency, 3),
-            rps=round(rps, 3),
-            ready=len(self._ready),
-            desired=self.desired,
-            queued=self.queued,
-            **self.record.latencies.percentiles(now),
-        )
-        self.record.samples.append(last)
 
     def _poke(self) -> None:
         """The first request at zero does not wait for the beat."""
@@ -217,15 +256,24 @@ class Revision:
         self._reconcile(now)
 
     def _reconcile(self, now: float) -> None:
-        step = reconcile(self.service.scale, self._autoscaler.last, self._status, len(self._ready), now)
+        step = reconcile(self._scale, self._autoscaler.last, self._status, len(self._ready), now)
         self._status = step.status
         if step.pods is not None:
             self._scale_to(step.pods)
 
+    def _retreat(self) -> None:
+        if not self.reachable and not self._waiting:
+            self._scale_to(0)
+
+    def _kept(self) -> list[Pod]:
+        return [pod for pod in self.pods if pod.phase != "draining"]
+
     def _scale_to(self, wanted: int) -> None:
-        if self._stopping:
+        if self._stopping or self.held:
             return
-        kept = [pod for pod in self.pods if pod.phase != "draining"]
+        if not self.reachable and not self._waiting:
+            wanted = 0
+        kept = self._kept()
         if wanted > len(kept) and not (self._failure and self._failure.until > time.monotonic()):
             for _ in range(wanted - len(kept)):
                 self._add_pod()
@@ -255,17 +303,21 @@ class Revision:
             return
         if pod.phase == "ready":
             self._ready.add(pod)
-            self._failure, self._retries = None, 0
+            self._failure, self._retries, self.trouble = None, 0, None
             self.record.ended(pod, "ready")
             self._watcher.ready(self, pod)
         else:
             self._ready.remove(pod)
         if not self._stopping:
+            was_settled = self.settled
             self._reconcile(time.monotonic())
             self._dispatch()
+            if self.settled and not was_settled:
+                self._on_change(self)
 
     def process_ended(self, pod: Pod, ended: str) -> None:
         """Called by a pod one of whose processes ended by itself."""
+        self.trouble = f"{pod.name}: {ended}"
         self._watcher.crashed(self, pod, ended)
 
     def _check_deadline(self, now: float) -> None:
@@ -285,6 +337,8 @@ class Revision:
         if late and not self._ready:
             assert self._failure is not None
             self._fail_waiting(RevisionFailed(self._failure.reason, retry_after_s=self._failure.until - now))
+        if late:
+            self._on_change(self)
 
     @property
     def state(self) -> State:
@@ -298,6 +352,26 @@ class Revision:
         return "draining" if self.pods else "zero"
 
     @property
+    def reachable(self) -> bool:
+        """Whether any request can come here."""
+        return self._scale.reachable
+
+    @property
+    def settled(self) -> bool:
+        """Whether it once had as many pods ready as it starts with."""
+        return self._status.initialized or not max(self._scale.initial_scale, self._scale.min_scale)
+
+    @property
+    def failure(self) -> str | None:
+        """Why its last start failed, if it did."""
+        return self._failure.reason if self._failure else None
+
+    @property
+    def ready(self) -> int:
+        """How many pods are ready."""
+        return len(self._ready)
+
+    @property
     def queued(self) -> int:
         """How many requests wait for a pod."""
         return len(self._waiting)
@@ -305,6 +379,8 @@ class Revision:
     @property
     def desired(self) -> int:
         """How many pods the autoscaler last wanted."""
+        if not self.reachable and not self._waiting:
+            return 0
         last = self._autoscaler.last
         return last.bounded if last else len(self.pods)
 
@@ -313,28 +389,23 @@ class Revision:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def status(self, url: str, address: str) -> dict[str, Any]:
-        """Its entry in `/api/status`."""
+    def status(self) -> dict[str, Any]:
+        """Its entry among its Service's revisions in `/api/status`."""
         last = self._autoscaler.last
         return {
-            "name": self.service.name,
-            "namespace": self.service.namespace,
-            "revision": self.name,
-            "url": url,
-            "address": address,
+            "name": self.name,
             "state": self.state,
             "mode": "panic" if last and last.panic else "stable",
             "active": self._status.activity is not Activity.INACTIVE,
             "desired": self.desired,
+            "ready": self.ready,
             "stable_concurrency": abs(round(last.stable, 6)) if last else 0.0,
             "panic_concurrency": abs(round(last.panic_value, 6)) if last else 0.0,
             "requests_total": self.meter.total,
             "concurrency": self.meter.current,
             "queued": self.queued,
-            "failure": self._failure.reason if self._failure else None,
-            "example": self.service.example,
-            "pods": [pod.status() for pod in self.pods],
-            **self.record.status(time.monotonic()),
+            "failure": self.failure,
+            "trouble": self.trouble,
         }
 
 
