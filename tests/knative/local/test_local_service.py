@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+import yaml
 
 from knative.local.errors import ManifestError
 from knative.local.manifest import Service, read_manifests
@@ -205,6 +206,21 @@ def test_what_is_not_in_the_template_is_taken_without_a_new_revision(same: str) 
             await settle()
             assert (list(live.revisions), events.told, len(list(live.pods))) == ([OLD], [], 1)
             assert live.status("", "")["example"] == ("[]" if same == "example" else '{"instances": ["hello"]}')
+
+    asyncio.run(main())
+
+
+def test_what_a_secret_or_the_cluster_says_is_taken_without_a_new_revision_for_what_starts_from_now_on() -> None:
+    async def main() -> None:
+        async with running(version(1)) as (live, _):
+            text = manifests(service("hello", scale={"initial-scale": "1"}, env={"VERSION": "1"}))
+            text += "---\n" + yaml.safe_dump({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "key"}, "stringData": {"A": "b"}})
+            text = text.replace("allow-zero-initial-scale", "max-scale: '7'\n  allow-zero-initial-scale")
+            change(live, read_manifests([("hello.yaml", text)]).services[0])
+            (revision,) = live.revisions.values()
+            assert revision.service.manifests.secrets == {("default", "key"): {"A": "b"}}
+            assert revision._autoscaler.spec.max_scale == 7
+            assert [pod.phase for pod in pods(live, OLD)] == ["ready"]
 
     asyncio.run(main())
 
