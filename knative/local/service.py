@@ -211,7 +211,8 @@ class LiveService:
                 route = self._route
         if route != self._route:
             self._route = route
-            self._tell("traffic: " + ", ".join(f"{percent} % {name}" for name, percent in route.shares.items()))
+            tags = [f"{tag} is {name}" for tag, name in route.tags.items()]
+            self._tell("traffic: " + ", ".join([*(f"{percent} % {name}" for name, percent in route.shares.items()), *tags]))
         for revision in self.revisions.values():
             revision.set_reachable(reachable=revision is going or revision.name in route.names)
         self._forget()
