@@ -88,6 +88,7 @@ class Revision:
         self.held = False  # no pods yet, whoever waits
         self.trouble: str | None = None  # how one of its processes ended last, until a pod is ready
         self._ready: set[Pod] = set()
+        self._going: set[Pod] = set()  # chosen to go, though the one or other may not know it yet
         self._make_pod = make_pod
         self._watcher = watcher
         self._on_change = on_change
@@ -244,7 +245,7 @@ class Revision:
 
     def _poke(self) -> None:
         """The first request at zero does not wait for the beat."""
-        if self._poked or any(pod.phase != "draining" for pod in self.pods):
+        if self._poked or self._kept():
             return
         now = time.monotonic()
         self._poked = 1.0
@@ -266,7 +267,7 @@ class Revision:
             self._scale_to(0)
 
     def _kept(self) -> list[Pod]:
-        return [pod for pod in self.pods if pod.phase != "draining"]
+        return [pod for pod in self.pods if pod not in self._going and pod.phase != "draining"]
 
     def _scale_to(self, wanted: int) -> None:
         if self._stopping or self.held:
@@ -278,7 +279,7 @@ class Revision:
             for _ in range(wanted - len(kept)):
                 self._add_pod()
         for pod in victims(kept, len(kept) - wanted):
-            self._spawn(self._remove(pod))
+            self._let_go(pod)
 
     def _add_pod(self) -> None:
         pod = self._make_pod(self, f"{self.name}-{secrets.token_hex(3)}")
@@ -287,9 +288,15 @@ class Revision:
         self._watcher.starting(self, pod, len(self._waiting))
         self._spawn(pod.start())
 
+    def _let_go(self, pod: Pod) -> None:
+        if pod not in self._going:
+            self._going.add(pod)
+            self._spawn(self._remove(pod))
+
     async def _remove(self, pod: Pod) -> None:
         self.record.ended(pod, "dropped")
         await pod.drain(self.service.spec.timeout_seconds)
+        self._going.discard(pod)
         if pod in self.pods:
             self.pods.remove(pod)
         if not self.pods and not self._failure:
@@ -333,7 +340,7 @@ class Revision:
             self._failure = Failure(reason, now + pause_s)
             self.record.ended(pod, "failed")
             self._watcher.failed(self, reason)
-            self._spawn(self._remove(pod))
+            self._let_go(pod)
         if late and not self._ready:
             assert self._failure is not None
             self._fail_waiting(RevisionFailed(self._failure.reason, retry_after_s=self._failure.until - now))
@@ -347,7 +354,7 @@ class Revision:
             return "ready"
         if self._failure:
             return "failed"
-        if any(pod.phase != "draining" for pod in self.pods):
+        if self._kept():
             return "starting"
         return "draining" if self.pods else "zero"
 

@@ -86,6 +86,8 @@ class Chaos:
         self._platform = platform
         self._random = random.Random(seed)
         self._version = 1
+        # Not while it is to go to zero: one that is killed when nobody calls is, as in Knative, kept until it has been ready again.
+        self.spared = {"bursty"}
         self.done: Counter[str] = Counter()
 
     def go_on(self, until: Callable[[], bool]) -> None:
@@ -98,7 +100,7 @@ class Chaos:
             act(what)
 
     def kill(self, what: str) -> None:
-        if found := processes(self._platform, what):
+        if found := processes(self._platform, what, self.spared):
             kill(self._random.choice(found), signal.SIGKILL)
             self.done[what] += 1
 
@@ -121,16 +123,17 @@ class Chaos:
         self._platform.wait_for("steady", "rolled", lambda found: not found["rollout"] and found["state"] == "ready", 60)
 
 
-def processes(platform: Platform, what: str) -> list[int]:
-    """Those that the platform has started, by what their command line says; oldest first."""
+def processes(platform: Platform, what: str, spared: set[str]) -> list[int]:
+    """Those that the platform has started, by what their command line says, and not of these Services; oldest first."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
+            environment = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # gone, or not ours
             continue
-        if parent == platform.server.process.pid and what in words:
+        if parent == platform.server.process.pid and what in words and not {f"K_SERVICE={name}" for name in spared} & set(environment):
             found.append(int(folder.name))
     return sorted(found)
 
@@ -154,9 +157,11 @@ def run(state: Path, seed: int, bursts: int) -> Counter[str]:
             try:
                 for _ in range(bursts):
                     end = time.monotonic() + 3
+                    chaos.spared.clear()
                     burst = [threads.submit(client.go_on, "bursty", lambda end=end: time.monotonic() > end) for _ in range(8)]  # type: ignore[misc]
                     for caller in burst:
                         caller.result()
+                    chaos.spared.add("bursty")
                     platform.wait_for("bursty", "at zero", lambda found: not found["pods"], 60)
             finally:
                 over.set()

@@ -147,6 +147,7 @@ def test_a_new_revision_that_is_not_ready_in_time_leaves_the_traffic_where_it_is
             assert live.failure.startswith(f"{NEW} failed; traffic stays on {OLD}. {NEW}-")
             assert "not ready within 0 s" in live.failure
             assert events.told[-1] == f"{NEW} failed; traffic stays on {OLD}"
+            await settle()
             assert {pod.phase for pod in pods(live, NEW)} == {"draining"}
             change(live, version(2, deadline="0s"))  # as it is: tried again
             await settle()
@@ -398,6 +399,20 @@ def test_a_service_that_leaves_serves_who_is_there_and_is_gone_then() -> None:
             await caller
             await asyncio.wait_for(going, 10)
             assert list(live.pods) == []
+
+    asyncio.run(main())
+
+
+def test_a_pod_that_is_let_go_for_two_reasons_at_once_goes_once() -> None:
+    async def main() -> None:
+        async with running(version(1, scale={"initial-scale": "2"})) as (live, events):
+            revision = live.choose()
+            live.leave()
+            revision._scale_to(0)
+            for pod in pods(live, OLD):
+                pod.gone.set()
+            await settle()
+            assert events.told == ["at zero"]
 
     asyncio.run(main())
 
