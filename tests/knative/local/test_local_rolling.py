@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from knative.local.embedded import OBJECT_STORE
 from tests.knative.local.running import Platform, command, manifests, platform_running, service
 from tests.support import BIN, clean_environment, free_port, request, running, wait_until
 
@@ -202,3 +203,12 @@ def test_a_terminal_that_is_closed_ends_the_platform(tmp_path: Path) -> None:
         os.kill(child, signal.SIGKILL)
         raise
     assert not (tmp_path / "platform.json").exists()
+
+
+def test_a_store_that_a_change_names_for_the_first_time_is_started(tmp_path: Path) -> None:
+    with platform_running(tmp_path, [service("hello")]) as platform:
+        assert "object store" not in platform.server.said()
+        platform.rewrite(service("hello", env={"AWS_ENDPOINT_URL": OBJECT_STORE}))
+        platform.wait_for("hello", "the new one", lambda found: found["revision"] == "hello-00002")
+        address = platform.call("hello", "/environment").json()["env"]["AWS_ENDPOINT_URL"]
+        assert f"object store at {address}, in memory" in platform.server.said()
