@@ -417,7 +417,7 @@ def test_empty_documents_are_passed_over() -> None:
         pytest.param(TRAFFIC, [{"percent": 60}, {"percent": 30}], "found percents that sum to 90; they must sum to 100", id="percents"),
         pytest.param((*TRAFFIC,), [{"tag": "next"}], "found percents that sum to 0; they must sum to 100", id="no percent at all"),
         pytest.param((*TRAFFIC, 0, "percent"), 101, "less than or equal to 100 (found 101)", id="percent above 100"),
-        pytest.param((*TRAFFIC, 0, "percent"), "half", "a valid integer, ", id="percent in words"),
+        pytest.param((*TRAFFIC, 0, "percent"), "half", "a valid integer (found 'half')", id="percent in words"),
         pytest.param((*TRAFFIC, 0, "revision"), "hello-00001", "did you mean revisionName?", id="misspelt field of the traffic"),
         pytest.param(
             (*TRAFFIC, 0, "configurationName"),
