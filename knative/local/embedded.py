@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from knative.local.procfs import MARK
 # What manifests call the object store; the real address takes its place.
 OBJECT_STORE = "http://object-store.relight.localhost"
 START_LIMIT_S = 60.0
+LOOK_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,16 @@ class Seed:
 
 
 class ObjectStore:
-    """The embedded S3 server, in memory."""
+    """The embedded S3 server, in memory. One that dies is started again, and filled again with the seeds."""
 
-    def __init__(self, port: int, log: Path, mark: str = "") -> None:
-        """mark: see `procfs.MARK`."""
+    def __init__(self, port: int, log: Path, seeds: Sequence[Seed], tell: Callable[[str], object], mark: str = "") -> None:
+        """tell: what happens to it, for a person. mark: see `procfs.MARK`."""
         self.address = f"http://127.0.0.1:{port}"
         self._port = port
+        self._seeds = seeds
+        self._tell = tell
+        self._ended = asyncio.Event()
+        self._mending: asyncio.Task[None] | None = None
         self._process = ContainerProcess(
             Process(
                 container="object-store",
@@ -54,28 +60,60 @@ class ObjectStore:
                 readiness=None,
                 liveness=None,
             ),
-            on_exit=lambda _: None,
+            on_exit=self._exited,
         )
 
     async def start(self) -> None:
-        """Returns once it answers. Raises PlatformError if it does not."""
+        """Returns once it answers and has the seeds. Raises PlatformError if it does not; it is to be stopped then too."""
         await self._process.start()
-        for _ in range(int(START_LIMIT_S / 0.05)):
-            try:
-                _, writer = await asyncio.open_connection("127.0.0.1", self._port)
-                writer.close()
-                return
-            except OSError:
-                if not self._process.running:
-                    break
-                await asyncio.sleep(0.05)
-        said = "\n".join(self._process.tail(10))
-        await self.stop()
-        raise PlatformError(f"the embedded object store did not start; it said:\n{said}")
+        if not await self._answers():
+            said = "\n".join(self._process.tail(10))
+            raise PlatformError(f"the embedded object store did not start; it said:\n{said}")
+        self._tell(f"object store at {self.address}, in memory")
+        for seed in self._seeds:
+            await self.fill(seed)
+        self._ended.clear()
+        self._mending = asyncio.create_task(self._mend())
 
     async def stop(self) -> None:
         """End it; what it held is gone."""
+        if self._mending:
+            self._mending.cancel()
+            await asyncio.gather(self._mending, return_exceptions=True)
         await self._process.stop(5)
+
+    def _exited(self, ended: str) -> None:
+        self._ended.set()
+        if self._mending:
+            self._tell(f"object store {ended}; starting it again")
+
+    async def _mend(self) -> None:
+        """Whenever it was started again it is empty: fill it."""
+        while True:
+            await self._ended.wait()
+            self._ended.clear()
+            while not await self._answers():
+                pass
+            try:
+                for seed in self._seeds:
+                    await self.fill(seed)
+            except PlatformError as error:  # it died again, or the seed's directory is gone
+                self._tell(str(error))
+            if not self._ended.is_set():
+                self._tell(f"object store is back, with what --seed names ({len(self._seeds)})")
+
+    async def _answers(self) -> bool:
+        """Whether it does, soon."""
+        for _ in range(int(START_LIMIT_S / LOOK_S)):
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", self._port)
+                writer.close()
+                return True
+            except OSError:
+                if not self._mending and not self._process.running:
+                    break
+                await asyncio.sleep(LOOK_S)
+        return False
 
     async def fill(self, seed: Seed) -> None:
         """Put a directory into it, with `relight push` in a process of its own, which shows its progress. Raises PlatformError."""

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import difflib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from knative.autoscaler.config import HPA, KPA
 from knative.autoscaler.spec import ANNOTATION_PREFIX
 from knative.local.errors import ManifestError
 from knative.local.rules import broken_rules
-from knative.local.schema import ConfigMap, Container, Metadata, PodSpec, Secret, ServiceObject
+from knative.local.schema import ConfigMap, Container, Metadata, PodSpec, Secret, ServiceObject, Template, TrafficTarget
 
 # Fields of a Kubernetes pod that somebody may well write here, and what is to be said then.
 _NOT_HERE = {
@@ -35,6 +36,11 @@ M = TypeVar("M", bound=BaseModel)
 
 SERVING = "serving.knative.dev/v1"
 AUTOSCALER_CONFIG = "config-autoscaler"
+FEATURES_CONFIG = "config-features"
+ROLLOUT = "relight/rollout"  # of a Service: what a Deployment calls its strategy
+RECREATE = "recreate"
+STDIN = Path("-")
+MAX_LABEL = 63  # signs, of a part of a host name
 # Of use to a cluster only; they may stand in the same file.
 _LEFT_ALONE = {
     "ClusterRole",
@@ -57,11 +63,12 @@ class Service:
     """A Knative Service as it stands in a file."""
 
     file: str
+    where: str  # in the file
     metadata: Metadata
-    spec: PodSpec
-    annotations: Mapping[str, str]  # of the template: the revision's
+    template: Template
+    traffic: Sequence[TrafficTarget]  # never empty
     scale: ScaleSpec
-    where: str = ""  # in the file
+    manifests: "Manifests" = field(repr=False, compare=False)  # what it was read with: its ConfigMaps and Secrets
 
     @property
     def name(self) -> str:
@@ -72,6 +79,16 @@ class Service:
     def namespace(self) -> str:
         """The Service's namespace."""
         return self.metadata.namespace
+
+    @property
+    def spec(self) -> PodSpec:
+        """The pods of a new revision."""
+        return self.template.spec
+
+    @property
+    def recreate(self) -> bool:
+        """Whether, in a roll-out, the old pods go before the new ones start: for what this machine has only one of."""
+        return self.metadata.annotations.get(ROLLOUT) == RECREATE
 
     @property
     def example(self) -> str:
@@ -92,6 +109,12 @@ class Manifests:
     config_maps: dict[tuple[str, str], Mapping[str, str]] = field(default_factory=dict)  # by (namespace, name)
     secrets: dict[tuple[str, str], Mapping[str, str]] = field(default_factory=dict)
 
+    @property
+    def routes_by_header(self) -> bool:
+        """Whether the header `Knative-Serving-Tag` chooses a tag, which in Knative is an alpha feature and off."""
+        data = next((data for (_, name), data in self.config_maps.items() if name == FEATURES_CONFIG), {})
+        return data.get("tag-header-based-routing", "").lower() == "enabled"
+
     def mentions(self, text: str) -> bool:
         """Whether `text` stands anywhere in an environment or an argument."""
         values = [value for data in (*self.config_maps.values(), *self.secrets.values()) for value in data.values()]
@@ -99,6 +122,11 @@ class Manifests:
             for container in service.spec.containers:
                 values += [*container.command, *container.args, *(variable.value for variable in container.env)]
         return any(text in value for value in values)
+
+
+def tag_label(tag: str, service: str) -> str:
+    """The first label of a tag's host, as Knative's default template has it."""
+    return f"{tag}-{service}"
 
 
 def read_manifests(sources: Sequence[tuple[str, str]]) -> Manifests:
@@ -136,26 +164,65 @@ def read_manifests(sources: Sequence[tuple[str, str]]) -> Manifests:
                 )
     autoscaler_config = next((data for (_, name), data in manifests.config_maps.items() if name == AUTOSCALER_CONFIG), {})
     for file, where, item in pending:
-        manifests.services.append(_service(file, where, item, autoscaler_config))
+        manifests.services.append(_service(file, where, item, autoscaler_config, manifests))
     if not manifests.services:
         raise ManifestError(", ".join(file for file, _ in sources), "", f"found no {SERVING} Service")
     _check_unique(manifests.services)
+    _check_hosts(manifests.services)
     return manifests
 
 
-def read_files(paths: Sequence[Path]) -> Manifests:
-    """The objects in some YAML files, `-` being standard input. Raises ManifestError."""
-    sources = []
-    for path in paths:
+class Sources:
+    """The files that manifests are read from, again and again; a directory stands for the YAML files in it, `-` for standard input."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._piped: str | None = None  # can be read only once
+
+    @property
+    def can_change(self) -> bool:
+        """Whether there is anything but standard input."""
+        return any(path != STDIN for path in self._paths)
+
+    def read(self) -> Manifests:
+        """What they hold now. Raises ManifestError."""
+        texts = []
+        for path in self._paths:
+            if path == STDIN:
+                self._piped = sys.stdin.read() if self._piped is None else self._piped
+                texts.append(("standard input", self._piped))
+                continue
+            try:
+                files = _files(path)
+                if not files:
+                    raise ManifestError(str(path), "", "found no .yaml or .yml file in this directory")
+                if any(file.stem == "kustomization" for file in files):
+                    raise ManifestError(str(path), "", f"is to be rendered first: kubectl kustomize {path} > manifests.yaml")
+                texts += [(str(file), file.read_text()) for file in files]
+            except UnicodeDecodeError as error:
+                raise ManifestError(str(path), "", f"cannot be read: byte {error.start} is not UTF-8; manifests are text") from error
+            except OSError as error:
+                raise ManifestError(str(path), "", f"cannot be read: {error.strerror or error}") from error
+        return read_manifests(texts)
+
+    def stamp(self) -> object:
+        """Something that is different once a file was written, replaced, added or removed."""
         try:
-            sources.append(("standard input", sys.stdin.read()) if path == Path("-") else (str(path), path.read_text()))
-        except IsADirectoryError as error:
-            raise ManifestError(str(path), "", "cannot be read: it is a directory; name the files in it, as DIRECTORY/*.yaml") from error
-        except UnicodeDecodeError as error:
-            raise ManifestError(str(path), "", f"cannot be read: byte {error.start} is not UTF-8; manifests are text") from error
-        except OSError as error:
-            raise ManifestError(str(path), "", f"cannot be read: {error.strerror or error}") from error
-    return read_manifests(sources)
+            return [(file, _stamp(file)) for path in self._paths if path != STDIN for file in _files(path)]
+        except OSError:  # a directory that is gone; to read it says so
+            return None
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.iterdir() if file.suffix in (".yaml", ".yml")) if path.is_dir() else [path]
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    try:
+        about = file.stat()
+    except OSError:
+        return None
+    return about.st_mtime_ns, about.st_size, about.st_ino
 
 
 class _Loader(yaml.SafeLoader):
@@ -211,13 +278,58 @@ def _no_such_field(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
     return "there is no such field; " + (f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}")
 
 
-def _service(file: str, where: str, item: ServiceObject, autoscaler_config: Mapping[str, str]) -> Service:
+def _service(file: str, where: str, item: ServiceObject, autoscaler_config: Mapping[str, str], manifests: Manifests) -> Service:
     for path, message in broken_rules(item):
         raise ManifestError(file, f"{where}: {path}", message)
     spec = item.spec.template.spec
     annotations = item.spec.template.metadata.annotations
     scale = _scale(file, f"{where}: spec.template.metadata.annotations", annotations, spec.container_concurrency, autoscaler_config)
-    return Service(file, item.metadata, spec, annotations, scale, where)
+    rollout = item.metadata.annotations.get(ROLLOUT, "rolling")
+    if rollout not in ("rolling", RECREATE):
+        raise ManifestError(file, f"{where}: metadata.annotations", f"{ROLLOUT} = {rollout!r}, must be rolling or {RECREATE}")
+    revision = item.spec.template.metadata.name
+    if revision and not (re.fullmatch(f"{item.metadata.name}-[a-z0-9]([-a-z0-9]*[a-z0-9])?", revision) and len(revision) <= MAX_LABEL):
+        raise ManifestError(
+            file,
+            f"{where}: spec.template.metadata.name",
+            f"found {revision!r}; the name of a revision must begin with {item.metadata.name}- and be a label of at most {MAX_LABEL} signs",
+        )
+    traffic = item.spec.traffic or [TrafficTarget(latestRevision=True, percent=100)]
+    _check_traffic(file, f"{where}: spec.traffic", traffic)
+    return Service(file, where, item.metadata, item.spec.template, traffic, scale, manifests)
+
+
+def _check_traffic(file: str, where: str, traffic: Sequence[TrafficTarget]) -> None:
+    """Knative's rules (knative/serving 98e5ef90aa, pkg/apis/serving/v1/route_validation.go)."""
+    tags: dict[str, int] = {}
+    for number, target in enumerate(traffic):
+        here = f"{where}[{number}]"
+        if target.latest_revision is not None and target.latest_revision == bool(target.revision_name):
+            found = f"found {str(target.latest_revision).lower()} {'with' if target.revision_name else 'without'} revisionName"
+            raise ManifestError(file, f"{here}.latestRevision", f"{found}; give either latestRevision: true or a revisionName")
+        if target.tag and target.tag in tags:
+            raise ManifestError(file, f"{here}.tag", f"found {target.tag!r} twice (first in traffic[{tags[target.tag]}]); tags must differ")
+        if target.tag:
+            tags[target.tag] = number
+    if (total := sum(target.percent or 0 for target in traffic)) != 100:
+        raise ManifestError(file, where, f"found percents that sum to {total}; they must sum to 100")
+
+
+def _check_hosts(services: Sequence[Service]) -> None:
+    """A tag makes a host name, which must be possible and nobody else's."""
+    owners = {(service.namespace, service.name): f"Service {service.name}" for service in services}
+    for service in services:
+        for number, target in enumerate(service.traffic):
+            if not target.tag:
+                continue
+            where, label = f"{service.where}: spec.traffic[{number}].tag", tag_label(target.tag, service.name)
+            if len(label) > MAX_LABEL:
+                raise ManifestError(
+                    service.file, where, f"found {target.tag!r}; {label} is longer than the {MAX_LABEL} signs of a host label"
+                )
+            if owner := owners.get((service.namespace, label)):
+                raise ManifestError(service.file, where, f"found {target.tag!r}; its host {label}.{service.namespace} is that of {owner}")
+            owners[service.namespace, label] = f"tag {target.tag} of Service {service.name}"
 
 
 def _scale(file: str, where: str, annotations: Mapping[str, str], container_concurrency: int, config: Mapping[str, str]) -> ScaleSpec:

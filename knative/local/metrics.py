@@ -1,5 +1,6 @@
 """The platform's `/metrics`: what each Service does, in Prometheus' text format."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import get_args
 
@@ -8,16 +9,18 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 
 from knative.local.pod import Phase
-from knative.local.revision import Revision
+from knative.local.service import LiveService
 
 LABELS = ["namespace", "service"]
+REVISION = [*LABELS, "revision"]
 
 
 class Metrics:
-    """Reads the revisions when somebody asks; keeps nothing."""
+    """Reads the Services when somebody asks; keeps nothing."""
 
-    def __init__(self, revisions: Iterable[Revision]) -> None:
-        self._revisions = list(revisions)
+    def __init__(self, services: Iterable[LiveService]) -> None:
+        """services: as many as there are whenever they are asked for."""
+        self._services = services
 
     def text(self) -> bytes:
         """Everything."""
@@ -38,17 +41,25 @@ class Metrics:
         weights = CounterMetricFamily(
             "relight_weights_starts", "Pods that became ready, by where their weights came from.", labels=[*LABELS, "source"]
         )
-        for revision in self._revisions:
-            record, labels = revision.record, [revision.service.namespace, revision.service.name]
-            requests.add_metric(labels, revision.meter.total)
-            concurrency.add_metric(labels, revision.meter.current)
-            queued.add_metric(labels, revision.queued)
-            desired.add_metric(labels, revision.desired)
+        share = GaugeMetricFamily("relight_revision_traffic_percent", "Percent of the requests that a revision is given.", labels=REVISION)
+        given = CounterMetricFamily("relight_revision_requests", "Requests that came for a revision that is still known.", labels=REVISION)
+        ready = GaugeMetricFamily("relight_revision_ready_pods", "Pods of a revision that are ready.", labels=REVISION)
+        for live in self._services:
+            record, labels = live.record, [live.service.namespace, live.service.name]
+            phases = Counter(pod.phase for pod in live.pods)
+            requests.add_metric(labels, live.requests_total)
+            concurrency.add_metric(labels, live.concurrency)
+            queued.add_metric(labels, live.queued)
+            desired.add_metric(labels, live.desired)
             hung.add_metric(labels, record.hung_total)
             for phase in get_args(Phase):
-                pods.add_metric([*labels, phase], sum(pod.phase == phase for pod in revision.pods))
+                pods.add_metric([*labels, phase], phases[phase])
             for family, histogram in ((latency, record.latencies.histogram), (cold, record.cold_start_s)):
                 family.add_metric(labels, histogram.buckets(), histogram.total_s)
             for source, count in record.weights.items():
                 weights.add_metric([*labels, source], count)
-        yield from (requests, concurrency, queued, desired, hung, pods, latency, cold, weights)
+            for name, percent in live.shares.items():
+                share.add_metric([*labels, name], percent)
+                given.add_metric([*labels, name], live.revisions[name].meter.total)
+                ready.add_metric([*labels, name], live.revisions[name].ready)
+        yield from (requests, concurrency, queued, desired, hung, pods, latency, cold, weights, share, given, ready)

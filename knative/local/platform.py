@@ -17,6 +17,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from rich.markup import escape
 
 from knative.local.activator import Activator
 from knative.local.address import announce
@@ -27,15 +28,23 @@ from knative.local.errors import PlatformError
 from knative.local.fork_server import PROGRAM, ForkServer
 from knative.local.launch import Places, check_references, plan_pod
 from knative.local.limits import Limiter, delegated
-from knative.local.manifest import Manifests
+from knative.local.manifest import Manifests, Service, Sources
 from knative.local.pod import Pod
 from knative.local.procfs import end_marked
 from knative.local.revision import Revision
+from knative.local.router import Router
 from knative.local.schema import CPU, MEMORY
+from knative.local.service import LiveService
 from knative.local.terminal import Terminal
+from knative.local.watch import Watch
 
 HOST = "127.0.0.1"
 LONG_START_S = 15.0
+
+
+def key(service: Service) -> tuple[str, str]:
+    """What a Service is known by."""
+    return service.namespace, service.name
 
 
 @dataclass(frozen=True)
@@ -54,22 +63,28 @@ class PlatformSettings:
 class Platform:
     """One machine's worth of Knative for some manifests."""
 
-    def __init__(self, settings: PlatformSettings, manifests: Manifests, terminal: Terminal) -> None:
-        """Raises PlatformError if the default service, or a ConfigMap or Secret that a container refers to, is none of the manifests'."""
+    def __init__(self, settings: PlatformSettings, sources: Sources, terminal: Terminal) -> None:
+        """Raises PlatformError for a mistake in the manifests, or if the default service is none of them."""
         self._settings = settings
-        self._manifests = manifests
+        self._watch = Watch(sources)
+        self._sources = sources
+        self._devices = Devices(found(settings.gpus, os.environ), self._make_room)
+        self._manifests = self._read()
+        self._problem: str | None = None  # with the manifests as they are now
         self._terminal = terminal
         self._places = Places(settings.state_dir)
         self._addresses: dict[str, str] = {}
         self._ports: deque[int] = deque(maxlen=1000)  # given lately, and perhaps not open yet
-        self._revisions: dict[tuple[str, str], Revision] = {}
-        self._default = self._find_default()
-        check_references(manifests)
-        self._devices = Devices(found(settings.gpus, os.environ), self._make_room)
-        check(manifests, self._devices.names)
+        self._services: dict[tuple[str, str], LiveService] = {
+            key(service): LiveService(service, self._make_pod, terminal) for service in self._manifests.services
+        }
+        self._leaving: dict[LiveService, asyncio.Task[None]] = {}  # they stand in no manifest any more
+        self._router = Router()
         self._session: aiohttp.ClientSession | None = None
+        self._store: ObjectStore | None = None
         self._fork_server: ForkServer | None = None
-        self._limiter = Limiter()
+        self._limiter = Limiter()  # until a manifest has limits
+        self._limiter_told = False
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -87,7 +102,10 @@ class Platform:
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 serving.result()
+                following = asyncio.create_task(self._follow())
                 await stopping
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
             else:
                 serving.cancel()
                 await asyncio.gather(serving, return_exceptions=True)
@@ -102,23 +120,22 @@ class Platform:
         started.callback(self._terminal.close)
         # For probes. No connection is kept: an idle one would keep a pod that is told to end waiting for its next request.
         self._session = await started.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)))
-        await self._start_store(started)
-        self._set_limits()
-        for service in self._manifests.services:
-            self._revisions[service.namespace, service.name] = Revision(service, self._make_pod, self._terminal)
-        self._make_fork_server(started)
-        default = self._revisions[self._default]
-        started.push_async_callback(self._stop_revisions)
-        await self._listen(started, self._settings.port, Activator(self._revisions, default).handle)
-        admin = Admin(self._revisions, self.status, self._settings.state_dir, self._session, self._settings.port)
+        started.push_async_callback(self._stop_helpers)
+        await self._start_helpers(self._manifests)
+        started.push_async_callback(self._stop_services)
+        self._update_router()
+        await self._listen(started, self._settings.port, Activator(self._router).handle)
+        admin = Admin(self._services, self.status, self._settings.state_dir, self._session, self._settings.port)
         await self._listen(started, self._settings.admin_port, admin.handle)
         started.push_async_callback(admin.close)  # before its port, which would wait for those who watch
         started.callback(announce(self._settings.state_dir, f"http://{HOST}:{self._settings.admin_port}"))
-        urls = [self._url(revision) for revision in self._revisions.values()]
-        self._terminal.serving(list(self._revisions.values()), urls, default, self._settings.port, self._settings.admin_port)
-        for revision in self._revisions.values():
-            started.callback(revision.close)  # before the ports: who is held is to be answered while that is possible
-            revision.start()
+        services = [live.service for live in self._services.values()]
+        urls = [f"http://{service.name}.{self._domain(service)}" for service in services]
+        default = self._services[self._find_default(self._manifests)].service
+        self._terminal.serving(services, urls, default, self._settings.port, self._settings.admin_port)
+        started.callback(self._close_services)  # before the ports: who is held is to be answered while that is possible
+        for live in self._services.values():
+            live.start()
         if self._fork_server:
             self._fork_server.start()  # last: it waits for pods that start now
 
@@ -131,51 +148,131 @@ class Platform:
             self._terminal.say(f"ended {count} process{'es' * (count != 1)} of an earlier `relight run` that was killed")
         started.push_async_callback(asyncio.to_thread, end_marked, mark)
 
+    async def _follow(self) -> None:
+        """Take what changes in the manifests, for as long as we run."""
+        self._watch.listen()
+        while True:
+            by_signal = await self._watch.changed()
+            if self._watch.hung_up:
+                self._stop.set()
+            elif self._sources.can_change:
+                await self._reload(by_signal=by_signal)
+            else:
+                self._terminal.say(
+                    "SIGHUP: the manifests came from standard input, which cannot be read again; name a file to be able to change them"
+                )
+
+    async def _reload(self, *, by_signal: bool) -> None:
+        """Read the manifests again; all of what they say is done, or nothing."""
+        try:
+            manifests = await asyncio.to_thread(self._read)
+            for service in manifests.services:
+                if live := self._services.get(key(service)):
+                    live.check(service)
+            new = {
+                key(service): LiveService(service, self._make_pod, self._terminal)
+                for service in manifests.services
+                if key(service) not in self._services
+            }
+            fork_server = self._fork_server
+            await self._start_helpers(manifests)
+        except PlatformError as error:
+            self._problem = str(error)
+            self._terminal.say(f"[red]nothing was changed[/]: {escape(self._problem)}")
+            return
+        self._manifests, self._problem = manifests, None
+        self._terminal.say(f"[dim]manifests read again{' (SIGHUP)' if by_signal else ''}[/]")
+        gone = [self._services.pop(name) for name in list(self._services) if name not in {key(service) for service in manifests.services}]
+        for service in manifests.services:
+            if live := self._services.get(key(service)):
+                live.apply(service)
+        self._services.update(new)
+        self._update_router()
+        for live in gone:
+            self._terminal.about(live.service.name, "stands in no manifest any more: its pods go")
+            live.leave()
+            self._leaving[live] = asyncio.create_task(self._see_off(live))
+        for live in new.values():
+            self._terminal.about(live.service.name, f"is new: http://{live.service.name}.{self._domain(live.service)}")
+            live.start()
+        if self._fork_server and self._fork_server is not fork_server:
+            self._fork_server.start()
+
+    async def _see_off(self, live: LiveService) -> None:
+        await live.gone()
+        await live.stop()
+        del self._leaving[live]
+
+    def _read(self) -> Manifests:
+        """The manifests as they are now. Raises PlatformError, also for a default service that is none of them."""
+        manifests = self._sources.read()
+        check_references(manifests)
+        check(manifests, self._devices.names)
+        self._find_default(manifests)
+        return manifests
+
+    def _update_router(self) -> None:
+        default = self._services[self._find_default(self._manifests)]
+        self._router.update(self._services.values(), default, by_header=self._manifests.routes_by_header)
+
     def status(self) -> dict[str, Any]:
         """The document of `/api/status`."""
         address = f"http://{HOST}:{self._settings.port}/"
         return {
             "now": round(time.time(), 3),
-            "services": [revision.status(self._url(revision), address) for revision in self._revisions.values()],
+            "services": [live.status(self._domain(live.service), address) for live in self._services.values()],
+            "manifests": {"problem": self._problem},
             "queue_sources": [],
             "fork_server": self._fork_server and self._fork_server.status(),
             "limits": self._limiter.describe(),
             "gpus": self._devices.status(),
         }
 
-    async def _start_store(self, started: AsyncExitStack) -> None:
-        if not self._settings.seeds and not self._manifests.mentions(OBJECT_STORE):
-            return
-        store = ObjectStore(self._free_port(), self._settings.state_dir / "logs" / "object-store.log", self._places.mark)
-        started.push_async_callback(store.stop)
-        await store.start()
-        self._addresses[OBJECT_STORE] = store.address
-        self._terminal.say(f"object store at {store.address}, in memory")
-        for seed in self._settings.seeds:
-            await store.fill(seed)
+    async def _start_helpers(self, manifests: Manifests) -> None:
+        """The object store, the limits and the fork server, as soon as a manifest has a use for them. Raises PlatformError."""
+        if not self._store and (self._settings.seeds or manifests.mentions(OBJECT_STORE)):
+            log = self._settings.state_dir / "logs" / "object-store.log"
+            self._store = ObjectStore(self._free_port(), log, self._settings.seeds, self._terminal.say, self._places.mark)
+            try:
+                await self._store.start()
+            except PlatformError:
+                await self._store.stop()
+                self._store = None
+                raise
+            self._addresses[OBJECT_STORE] = self._store.address
+        self._set_limits(manifests)
+        commands = [(*container.command, *container.args)[1:] for s in manifests.services for container in s.spec.containers]
+        if not self._fork_server and self._settings.fork_server and PROGRAM in commands:
+            log = self._settings.state_dir / "logs" / "fork-server.log"
+            self._fork_server = ForkServer(log, self._is_starting, self._terminal.say, self._places.mark)
 
-    def _set_limits(self) -> None:
-        """Say once which mechanism holds containers to their limits, if there are any."""
-        containers = [container for service in self._manifests.services for container in service.spec.containers]
-        if any({CPU, MEMORY} & container.resources.limits.keys() for container in containers):
+    def _set_limits(self, manifests: Manifests) -> None:
+        """Say once which mechanism holds containers to their limits, as soon as there are any."""
+        containers = [container for service in manifests.services for container in service.spec.containers]
+        if not self._limiter_told and any({CPU, MEMORY} & container.resources.limits.keys() for container in containers):
+            self._limiter_told = True
             self._limiter = Limiter(delegated())
             self._terminal.say(f"resources.limits: {self._limiter.explain()}")
 
-    def _make_fork_server(self, started: AsyncExitStack) -> None:
-        commands = [(*container.command, *container.args)[1:] for s in self._manifests.services for container in s.spec.containers]
-        if self._settings.fork_server and PROGRAM in commands:
-            log = self._settings.state_dir / "logs" / "fork-server.log"
-            self._fork_server = ForkServer(log, self._is_starting, self._terminal.say, self._places.mark)
-            started.push_async_callback(self._fork_server.stop)
+    async def _stop_helpers(self) -> None:
+        await asyncio.gather(*(helper.stop() for helper in (self._fork_server, self._store) if helper))
 
     def _is_starting(self) -> bool:
         """Whether somebody may be waiting for a pod that starts; one that takes long is not waited for."""
         now = time.monotonic()
-        pods = [pod for revision in self._revisions.values() for pod in revision.pods]
+        pods = [pod for live in self._services.values() for pod in live.pods]
         return any(pod.phase in ("pending", "starting") and now - pod.asked_at < LONG_START_S for pod in pods)
 
-    async def _stop_revisions(self) -> None:
-        await asyncio.gather(*(revision.stop() for revision in self._revisions.values()))
+    def _close_services(self) -> None:
+        for live in (*self._services.values(), *self._leaving):
+            live.close()
+
+    async def _stop_services(self) -> None:
+        leaving = dict(self._leaving)
+        for task in leaving.values():
+            task.cancel()
+        await asyncio.gather(*leaving.values(), return_exceptions=True)
+        await asyncio.gather(*(live.stop() for live in (*self._services.values(), *leaving)))
 
     def _make_pod(self, revision: Revision, name: str) -> Pod:
         plan = plan_pod(
@@ -183,7 +280,7 @@ class Platform:
             revision=revision.name,
             pod=name,
             places=self._places,
-            manifests=self._manifests,
+            manifests=revision.service.manifests,
             free_port=self._free_port,
             addresses=self._addresses,
         )
@@ -203,9 +300,10 @@ class Platform:
 
     def _make_room(self, missing: int, claimant: str) -> None:
         """Let idle pods go until a pod can have so many GPUs more, those first that nobody has called for longest; none if it is no use."""
-        revisions = [revision for revision in self._revisions.values() if all(pod.name != claimant for pod in revision.pods)]
-        spare = [(revision, pod) for revision in sorted(revisions, key=lambda one: one.last_left) for pod in revision.spare_pods()]
-        missing -= sum(pod.plan.gpus for revision in self._revisions.values() for pod in revision.pods if pod.phase == "draining")
+        revisions = [revision for live in (*self._services.values(), *self._leaving) for revision in live.revisions.values()]
+        others = [revision for revision in revisions if all(pod.name != claimant for pod in revision.pods)]
+        spare = [(revision, pod) for revision in sorted(others, key=lambda one: one.last_left) for pod in revision.spare_pods()]
+        missing -= sum(pod.plan.gpus for revision in revisions for pod in revision.going)
         if missing > sum(pod.plan.gpus for _, pod in spare):
             return
         for revision, pod in spare:
@@ -223,15 +321,16 @@ class Platform:
                 self._ports.append(port)
                 return port
 
-    def _find_default(self) -> tuple[str, str]:
-        services, wanted = self._manifests.services, self._settings.default_service
+    def _find_default(self, manifests: Manifests) -> tuple[str, str]:
+        services, wanted = manifests.services, self._settings.default_service
         for service in services:
             if wanted is None or service.name == wanted:
-                return service.namespace, service.name
+                return key(service)
         raise PlatformError(f"--default-service {wanted!r}: there is no such Service; there are {', '.join(s.name for s in services)}")
 
-    def _url(self, revision: Revision) -> str:
-        return f"http://{revision.service.name}.{revision.service.namespace}.localhost:{self._settings.port}/"
+    def _domain(self, service: Service) -> str:
+        """What follows the first label in the URLs of a Service."""
+        return f"{service.namespace}.localhost:{self._settings.port}/"
 
     def _lock_state_dir(self, started: AsyncExitStack) -> None:
         folder = self._settings.state_dir

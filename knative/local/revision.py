@@ -1,4 +1,4 @@
-"""A revision: its pods, the requests that wait for one, and the beat that scales it.
+"""A revision: its pods, the requests that wait for one, and the beat that scales it. Which revision a request is for: see service.py.
 
 A request arrives, is admitted to a pod with room or waits; each second the load is sampled, every two seconds the autoscaler decides,
 and a request that finds no pod pokes it at once.
@@ -16,13 +16,13 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcon
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-from knative.autoscaler import TICK_S, Activity, Autoscaler, Status, reconcile
+from knative.autoscaler import TICK_S, Activity, Autoscaler, ScaleSpec, Status, reconcile
 from knative.local.breaker import TIME_OUTS
 from knative.local.errors import Overloaded, RevisionFailed, Stopping
 from knative.local.manifest import Service
 from knative.local.meter import ConcurrencyMeter
 from knative.local.pod import Pod
-from knative.local.record import Record, Sample
+from knative.local.record import Record
 
 SAMPLE_S = 1.0
 QUEUE_LIMIT = 10_000  # requests that may wait for a pod, as in Knative's activator
@@ -59,6 +59,9 @@ class Watcher(Protocol):
     def at_zero(self, revision: "Revision", idle_s: float) -> None:
         """The last pod is gone, so long after the last request."""
 
+    def about(self, service: str, text: str) -> None:
+        """Something about the Service as a whole."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -71,17 +74,32 @@ class Failure:
 class Revision:
     """One revision of a Service. Everything here runs in one event loop."""
 
-    def __init__(self, service: Service, make_pod: Callable[["Revision", str], Pod], watcher: Watcher) -> None:
-        """make_pod(revision, name): a pod that has not been started."""
+    def __init__(
+        self,
+        service: Service,
+        make_pod: Callable[["Revision", str], Pod],
+        watcher: Watcher,
+        *,
+        name: str = "",
+        record: Record | None = None,
+        on_change: Callable[["Revision"], object] = lambda _: None,
+    ) -> None:
+        """make_pod(revision, name): a pod that has not been started. record: the Service's. on_change: called when it settles or fails."""
         now = time.monotonic()
         self.service = service
-        self.name = f"{service.name}-00001"
+        self.name = name or f"{service.name}-00001"
         self.meter = ConcurrencyMeter(now)
-        self.record = Record()
+        self.record = record or Record()
         self.pods: list[Pod] = []
+        self.concurrency = self.rps = 0.0  # of the last second
+        self.held = False  # no pods yet, whoever waits
+        self.trouble: str | None = None  # how one of its processes ended last, until a pod is ready
         self._ready: set[Pod] = set()
+        self._going: set[Pod] = set()  # chosen to go, though the one or other may not know it yet
         self._make_pod = make_pod
         self._watcher = watcher
+        self._on_change = on_change
+        self._scale = service.scale
         self._autoscaler = Autoscaler(service.scale, ready=0, now=now)
         # On one machine every request has always come through this activator: there is no ingress to be told first.
         self._status = replace(Status.initial(now), proxied_since=-math.inf)
@@ -95,12 +113,42 @@ class Revision:
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = itertools.count()
+        self._beating = False
 
-    def start(self) -> None:
-        """Begin to beat, and bring up the pods that the revision starts with."""
-        scale = self.service.scale
-        self._scale_to(max(scale.initial_scale, scale.min_scale))
-        self._spawn(self._beat())
+    def start(self, least: int = 0) -> None:
+        """Begin to beat, and bring up the pods that the revision starts with, at least so many; again, if that has failed."""
+        if self.settled and self._beating:
+            return
+        self._rescale(replace(self._scale, initial_scale=max(self._scale.initial_scale, least)))
+        self._status = replace(self._status, since=time.monotonic())
+        self._failure = None
+        self._scale_to(max(self._scale.initial_scale, self._scale.min_scale))
+        if not self._beating:
+            self._beating = True
+            self._spawn(self._beat())
+
+    def configure(self, service: Service) -> None:
+        """Take a manifest with the same template; the ConfigMaps and Secrets that came with it are for the pods that start from now on."""
+        if service.scale != self.service.scale:
+            self._rescale(replace(service.scale, reachable=self.reachable))
+        self.service = service
+
+    def set_reachable(self, *, reachable: bool) -> None:
+        """Whether any request can come here. If not, those who are here already are served, and then there are no pods."""
+        if reachable == self.reachable:
+            return
+        self._rescale(replace(self._scale, reachable=reachable))
+        if not reachable:
+            self._retreat()
+        elif self._scale.min_scale and self._beating:
+            self._scale_to(max(self._scale.min_scale, len(self._kept())))
+
+    def _rescale(self, scale: ScaleSpec) -> None:
+        now = time.monotonic()
+        windows = scale.stable_window_s, scale.panic_window_s, scale.aggregation
+        if windows != (self._scale.stable_window_s, self._scale.panic_window_s, self._scale.aggregation):
+            self._autoscaler = Autoscaler(scale, len(self._ready), now)
+        self._autoscaler.spec = self._scale = scale
 
     def close(self) -> None:
         """Take no more requests, and answer those who wait."""
@@ -202,29 +250,21 @@ class Revision:
             self._sample(now)
             self._check_deadline(now)
             self._ask_for_devices()
+            self._retreat()
             if beat % round(TICK_S / SAMPLE_S) == 0:
                 self._decide(now)
 
     def _sample(self, now: float) -> None:
-        concurrency, rps = self.meter.report(now)
+        self.concurrency, self.rps = self.meter.report(now)
         # What a poke has recorded is not to be counted twice; with no pods and no requests there is nobody to report a zero.
-        if self.pods or concurrency:
-            self._autoscaler.record(now, concurrency=max(0.0, concurrency - self._poked), rps=max(0.0, rps - self._poked))
+        if self.pods or self.concurrency:
+            concurrency, rps = (max(0.0, value - self._poked) for value in (self.concurrency, self.rps))
+            self._autoscaler.record(now, concurrency=concurrency, rps=rps)
         self._poked = 0.0
-        last = Sample(
-            time=round(time.time(), 3),
-            concurrency=round(concurrency, 3),
-            rps=round(rps, 3),
-            ready=len(self._ready),
-            desired=self.desired,
-            queued=self.queued,
-            **self.record.latencies.percentiles(now),
-        )
-        self.record.samples.append(last)
 
     def _poke(self) -> None:
         """The first request at zero does not wait for the beat."""
-        if self._poked or any(pod.phase != "draining" for pod in self.pods):
+        if self._poked or self._kept():
             return
         now = time.monotonic()
         self._poked = 1.0
@@ -236,23 +276,32 @@ class Revision:
         self._reconcile(now)
 
     def _reconcile(self, now: float) -> None:
-        step = reconcile(self.service.scale, self._autoscaler.last, self._status, len(self._ready), now)
+        step = reconcile(self._scale, self._autoscaler.last, self._status, len(self._ready), now)
         self._status = step.status
         if step.pods is not None:
             self._scale_to(step.pods)
 
+    def _retreat(self) -> None:
+        if not self.reachable and not self._waiting:
+            self._scale_to(0)
+
+    def _kept(self) -> list[Pod]:
+        return [pod for pod in self.pods if pod not in self._going and pod.phase != "draining"]
+
     def _scale_to(self, wanted: int) -> None:
-        if self._stopping:
+        if self._stopping or self.held:
             return
-        kept = [pod for pod in self.pods if pod.phase != "draining"]
-        if self._has_gpus and not self.meter.current:
+        if not self.reachable and not self._waiting:
+            wanted = 0
+        kept = self._kept()
+        if self._has_gpus and self.settled and not self.meter.current:
             # A pod that has given its GPU up is not wanted back before somebody calls.
-            wanted = min(wanted, max(len(kept), self.service.scale.min_scale))
+            wanted = min(wanted, max(len(kept), self._scale.min_scale))
         if wanted > len(kept) and not (self._failure and self._failure.until > time.monotonic()):
             for _ in range(wanted - len(kept)):
                 self._add_pod()
         for pod in victims(kept, len(kept) - wanted):
-            self._spawn(self._remove(pod))
+            self._let_go(pod)
 
     def _add_pod(self) -> None:
         pod = self._make_pod(self, f"{self.name}-{secrets.token_hex(3)}")
@@ -260,6 +309,11 @@ class Revision:
         self.record.starting(pod, len(self._waiting))
         self._watcher.starting(self, pod, len(self._waiting))
         self._spawn(pod.start())
+
+    def _let_go(self, pod: Pod) -> None:
+        if pod not in self._going:
+            self._going.add(pod)
+            self._spawn(self._remove(pod))
 
     def _ask_for_devices(self) -> None:
         """Of its pods that wait for a GPU, some may need it by now."""
@@ -273,7 +327,7 @@ class Revision:
 
     def spare_pods(self) -> list[Pod]:
         """Pods with a GPU that have nothing to do, beyond those that min-scale promises and one while there are requests."""
-        kept = [pod for pod in self.pods if pod.phase != "draining"]
+        kept = self._kept()
         idle = [pod for pod in kept if pod in self._ready and not pod.in_flight and pod.plan.gpus]
         beyond = len(kept) - max(self.service.scale.min_scale, 1 if any(pod.in_flight for pod in kept) else 0)
         return [] if self._waiting else idle[: max(0, beyond)]
@@ -281,7 +335,13 @@ class Revision:
     def give_up(self, pod: Pod) -> None:
         """Let a pod go whose GPU another function needs."""
         self._watcher.gave_up(self, pod)
-        self._spawn(self._remove(pod))
+        self._let_go(pod)
+
+    @property
+    def going(self) -> list[Pod]:
+        """Pods that serve what they have, and go."""
+        kept = self._kept()
+        return [pod for pod in self.pods if pod not in kept]
 
     @property
     def last_left(self) -> float:
@@ -296,6 +356,7 @@ class Revision:
     async def _remove(self, pod: Pod) -> None:
         self.record.ended(pod, "dropped")
         await pod.drain(self.service.spec.timeout_seconds)
+        self._going.discard(pod)
         if pod in self.pods:
             self.pods.remove(pod)
         if not self.pods and not self._failure:
@@ -310,17 +371,21 @@ class Revision:
         if pod.phase == "ready":
             pod.breaker.reset()
             self._ready.add(pod)
-            self._failure, self._retries = None, 0
+            self._failure, self._retries, self.trouble = None, 0, None
             self.record.ended(pod, "ready")
             self._watcher.ready(self, pod)
         else:
             self._ready.remove(pod)
         if not self._stopping:
+            was_settled = self.settled
             self._reconcile(time.monotonic())
             self._dispatch()
+            if self.settled and not was_settled:
+                self._on_change(self)
 
     def process_ended(self, pod: Pod, ended: str) -> None:
         """Called by a pod one of whose processes ended by itself."""
+        self.trouble = f"{pod.name}: {ended}"
         self._watcher.crashed(self, pod, ended)
 
     def timed_out(self, pod: Pod, had_s: float, limit_s: float) -> None:
@@ -329,7 +394,7 @@ class Revision:
         It takes no more requests, and those that it has may end (see Pod.drain). Another one is started at once, unless the one before
         hung too and none has answered anybody: then after the pause that also follows a failed start.
         """
-        if not pod.breaker.timed_out(had_s, limit_s) or pod.phase == "draining" or self._stopping:
+        if not pod.breaker.timed_out(had_s, limit_s) or pod not in self._kept() or self._stopping:
             return
         answered = any(other.breaker.has_answered for other in self.pods)
         self._hung = 0 if answered else self._hung + 1
@@ -337,10 +402,10 @@ class Revision:
         self.record.hung(pod, reason)
         self._watcher.hung(self, pod, reason)
         self._ready.discard(pod)
-        self._spawn(self._remove(pod))
+        self._let_go(pod)
         if self._hung > 1:
             self._fail(reason, self._hung - 2)
-        else:
+        elif self.reachable and not self.held:
             self._add_pod()
 
     def _fail(self, reason: str, earlier: int) -> None:
@@ -360,9 +425,11 @@ class Revision:
             reason = f"{pod.name} was not ready within {limit_s:g} s (progress-deadline). The last it said:\n{pod.last_words()}"
             self.record.ended(pod, "failed")
             self._watcher.failed(self, reason)
-            self._spawn(self._remove(pod))
+            self._let_go(pod)
             self._fail(reason, self._retries)
             self._retries += 1
+        if late:
+            self._on_change(self)
 
     @property
     def state(self) -> State:
@@ -371,9 +438,29 @@ class Revision:
             return "ready"
         if self._failure:
             return "failed"
-        if any(pod.phase != "draining" for pod in self.pods):
+        if self._kept():
             return "starting"
         return "draining" if self.pods else "zero"
+
+    @property
+    def reachable(self) -> bool:
+        """Whether any request can come here."""
+        return self._scale.reachable
+
+    @property
+    def settled(self) -> bool:
+        """Whether it once had as many pods ready as it starts with."""
+        return self._status.initialized or not max(self._scale.initial_scale, self._scale.min_scale)
+
+    @property
+    def failure(self) -> str | None:
+        """Why its last start failed, if it did."""
+        return self._failure.reason if self._failure else None
+
+    @property
+    def ready(self) -> int:
+        """How many pods are ready."""
+        return len(self._ready)
 
     @property
     def queued(self) -> int:
@@ -383,6 +470,8 @@ class Revision:
     @property
     def desired(self) -> int:
         """How many pods the autoscaler last wanted."""
+        if not self.reachable and not self._waiting:
+            return 0
         last = self._autoscaler.last
         return last.bounded if last else len(self.pods)
 
@@ -391,28 +480,23 @@ class Revision:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def status(self, url: str, address: str) -> dict[str, Any]:
-        """Its entry in `/api/status`."""
+    def status(self) -> dict[str, Any]:
+        """Its entry among its Service's revisions in `/api/status`."""
         last = self._autoscaler.last
         return {
-            "name": self.service.name,
-            "namespace": self.service.namespace,
-            "revision": self.name,
-            "url": url,
-            "address": address,
+            "name": self.name,
             "state": self.state,
             "mode": "panic" if last and last.panic else "stable",
             "active": self._status.activity is not Activity.INACTIVE,
             "desired": self.desired,
+            "ready": self.ready,
             "stable_concurrency": abs(round(last.stable, 6)) if last else 0.0,
             "panic_concurrency": abs(round(last.panic_value, 6)) if last else 0.0,
             "requests_total": self.meter.total,
             "concurrency": self.meter.current,
             "queued": self.queued,
-            "failure": self._failure.reason if self._failure else None,
-            "example": self.service.example,
-            "pods": [pod.status() for pod in self.pods],
-            **self.record.status(time.monotonic()),
+            "failure": self.failure,
+            "trouble": self.trouble,
         }
 
 

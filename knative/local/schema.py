@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 # As Kubernetes has them; here they become parts of host names and of paths too.
 Label = Annotated[str, Field(pattern="^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+# A tag and a revision's name are DNS 1035 labels: they begin with a letter.
+Name = Annotated[str, Field(pattern="^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
 Subdomain = Annotated[str, Field(pattern="^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$", max_length=253)]
 
 
@@ -299,11 +301,20 @@ class Template(_Strict):
     spec: PodSpec
 
 
+class TrafficTarget(_Strict):
+    """One item of `spec.traffic`: a share of the requests, or a host of its own (tag), for one revision or for the latest that is ready."""
+
+    revision_name: Name | None = None
+    latest_revision: bool | None = None
+    percent: int | None = Field(None, ge=0, le=100)
+    tag: Name | None = None
+
+
 class ServiceSpec(_Strict):
     """`spec` of a Service."""
 
     template: Template
-    traffic: list[dict[str, Any]] = []
+    traffic: list[TrafficTarget] = []
 
 
 class ServiceObject(_Strict):

@@ -10,6 +10,7 @@ from rich.table import Table
 Row = Sequence[str]
 
 SERVICE_HEAD = ("SERVICE", "STATE", "PODS", "BUSY", "QUEUED", "REQUESTS", "P50", "P95", "P99", "LAST START", "URL")
+REVISION_HEAD = ("REVISION", "STATE", "TRAFFIC", "PODS", "BUSY", "REQUESTS", "TAGS")
 POD_HEAD = ("POD", "PHASE", "BUSY", "AGE", "RESTARTS", "WEIGHTS")
 _MARKS = {"zero": "○", "pending": "◌", "starting": "◐", "ready": "●", "draining": "↓", "failed": "✕"}
 _STYLES = {"zero": "dim", "pending": "yellow", "starting": "yellow", "ready": "green", "draining": "blue", "failed": "red"}
@@ -40,6 +41,35 @@ def service_rows(status: dict[str, Any]) -> Iterator[Row]:
         )
 
 
+def revision_rows(status: dict[str, Any]) -> Iterator[Row]:
+    """A row for each revision of a Service that has several, or tags."""
+    for service in status["services"]:
+        for revision in service["revisions"]:
+            if len(service["revisions"]) > 1 or revision["tags"]:
+                yield (
+                    revision["name"],
+                    revision["state"],
+                    f"{revision['percent']} %",
+                    f"{revision['ready']}/{revision['desired']}",
+                    str(revision["concurrency"]),
+                    str(revision["requests_total"]),
+                    ", ".join(revision["tags"]) or "-",
+                )
+
+
+def _blocks(status: dict[str, Any]) -> Iterator[tuple[Row, list[Row]]]:
+    for head, rows in ((SERVICE_HEAD, service_rows), (REVISION_HEAD, revision_rows), (POD_HEAD, pod_rows)):
+        if found := list(rows(status)):
+            yield head, found
+
+
+def _problems(status: dict[str, Any]) -> list[str]:
+    """What a person has to look after."""
+    failures = [service["failure"] for service in status["services"] if service["failure"]]
+    problem = status["manifests"]["problem"]
+    return [*failures, *([f"manifests not taken: {problem}"] if problem else [])]
+
+
 def pod_rows(status: dict[str, Any]) -> Iterator[Row]:
     """A row for each pod."""
     for service in status["services"]:
@@ -57,21 +87,20 @@ def pod_rows(status: dict[str, Any]) -> Iterator[Row]:
 
 def plain(status: dict[str, Any]) -> str:
     """Lines with columns, for whatever reads them."""
-    blocks = [(SERVICE_HEAD, list(service_rows(status))), (POD_HEAD, list(pod_rows(status)))]
-    return "\n\n".join(["\n".join(_aligned([head, *rows])) for head, rows in blocks if rows] + list(_waits(status)))
+    blocks = ["\n".join(_aligned([head, *rows])) for head, rows in _blocks(status)]
+    return "\n\n".join([*blocks, *_problems(status), *_waits(status)])
 
 
 def rich(status: dict[str, Any]) -> Group:
     """Tables for a terminal; a state has a sign besides its colour."""
     parts: list[Any] = []
-    for head, rows in ((SERVICE_HEAD, list(service_rows(status))), (POD_HEAD, list(pod_rows(status)))):
-        if rows:
-            table = Table(*head, box=None, padding=(0, 2, 0, 0), header_style="dim")
-            for name, state, *rest in rows:
-                shown = f"[{_STYLES.get(state, '')}]{_MARKS.get(state, '?')} {state}[/]" if state in _STYLES else escape(state)
-                table.add_row(f"[bold]{escape(name)}[/]", shown, *map(escape, rest))
-            parts += [table, ""]
-    parts += [f"[red]✕[/] {escape(service['failure'])}" for service in status["services"] if service["failure"]]
+    for head, rows in _blocks(status):
+        table = Table(*head, box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for name, state, *rest in rows:
+            shown = f"[{_STYLES.get(state, '')}]{_MARKS.get(state, '?')} {state}[/]" if state in _STYLES else escape(state)
+            table.add_row(f"[bold]{escape(name)}[/]", shown, *map(escape, rest))
+        parts += [table, ""]
+    parts += [f"[red]✕[/] {escape(problem)}" for problem in _problems(status)]
     parts += [f"[yellow]◌[/] {escape(line)}" for line in _waits(status)]
     return Group(*parts)
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TransferSpeedColumn
 
+from knative.local.manifest import Service
 from knative.local.pod import Pod
 from knative.local.revision import Revision
 
@@ -37,14 +38,14 @@ class Terminal:
         """A line outside any service."""
         self.console.print(text, soft_wrap=True)
 
-    def serving(self, revisions: Sequence[Revision], urls: Sequence[str], default: Revision, port: int, admin_port: int) -> None:
+    def serving(self, services: Sequence[Service], urls: Sequence[str], default: Service, port: int, admin_port: int) -> None:
         """The platform takes requests."""
         self.say("")
-        for revision, url in zip(revisions, urls, strict=True):
-            scale = revision.service.scale
+        for service, url in zip(services, urls, strict=True):
+            scale = service.scale
             standing = "at zero: costs nothing until somebody calls" if not max(scale.initial_scale, scale.min_scale) else "starting"
-            self.say(f"  [bold]{revision.service.name}[/]  {url}  [dim]{standing}[/]")
-        body = default.service.example
+            self.say(f"  [bold]{service.name}[/]  {url}  [dim]{standing}[/]")
+        body = default.example
         self.say(f"\n  call it   curl http://127.0.0.1:{port}/ -H 'Content-Type: application/json' -d {escape(shlex.quote(body))}")
         self.say(f"  watch it  http://127.0.0.1:{admin_port}/")
         self.say("  stop      Ctrl-C ends everything that was started\n")
@@ -108,7 +109,14 @@ class Terminal:
 
     def at_zero(self, revision: Revision, idle_s: float) -> None:
         """See Watcher."""
-        self._event(revision, f"[cyan]scaled to zero[/], {idle_s:.1f} s after the last request")
+        if revision.reachable:
+            self._event(revision, f"[cyan]scaled to zero[/], {idle_s:.1f} s after the last request")
+        else:
+            self._event(revision, f"{revision.name} is gone")
+
+    def about(self, service: str, text: str) -> None:
+        """See Watcher."""
+        self._tell(service, escape(text))
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -116,7 +124,10 @@ class Terminal:
             self._live.stop()
 
     def _event(self, revision: Revision, text: str) -> None:
-        self.say(f"[dim]{time.strftime('%H:%M:%S')}[/] [bold]{revision.service.name}[/] {text}")
+        self._tell(revision.service.name, text)
+
+    def _tell(self, service: str, text: str) -> None:
+        self.say(f"[dim]{time.strftime('%H:%M:%S')}[/] [bold]{service}[/] {text}")
 
     def _forget(self, pod: Pod) -> None:
         self._phases.pop(pod.name, None)

@@ -67,6 +67,9 @@ class Events:
     def at_zero(self, revision: Revision, idle_s: float) -> None:
         self.told.append("at zero")
 
+    def about(self, service: str, text: str) -> None:
+        self.told.append(text)
+
 
 def parsed(
     container_concurrency: int = 0, *, scale: Mapping[str, str] | None = None, progress_deadline: str = "60s", timeout_s: int = 300

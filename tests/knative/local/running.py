@@ -113,10 +113,16 @@ class Platform:
         """The Service's status, as soon as `probe` says so of it."""
 
         def look() -> Any:
-            found = self.service(name)
-            return found if probe(found) else None
+            found = next((service for service in self.status()["services"] if service["name"] == name), None)
+            return found if found and probe(found) else None
 
         return wait_until(f"{name}: {what}", look, seconds)
+
+    def rewrite(self, *objects: Mapping[str, Any]) -> None:
+        """Other manifests, as an editor saves them."""
+        new = self.state / "manifests.yaml.new"
+        new.write_text(manifests(*objects))
+        new.replace(self.state / "manifests.yaml")
 
     def note(self, name: str, text: str) -> None:
         """Put down a file that the Service's pods wait for."""

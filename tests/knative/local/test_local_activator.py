@@ -17,7 +17,9 @@ from knative.local.breaker import TIME_OUTS
 from knative.local.errors import Overloaded
 from knative.local.launch import PodPlan
 from knative.local.revision import Revision
-from tests.knative.local.fakes import fake, fake_revision
+from knative.local.router import Router
+from knative.local.service import LiveService
+from tests.knative.local.fakes import Events, FakePod, fake, parsed
 
 LARGE = 20_000_000  # much more than the buffers on the way hold
 
@@ -84,9 +86,12 @@ async def listening(handle: Callable[[web.BaseRequest], Awaitable[web.StreamResp
 async def setting(container_concurrency: int = 0, timeout_s: int = 300) -> AsyncIterator[tuple[Revision, Pod, str]]:
     """A revision with one ready pod, what stands at its port, and the activator's address."""
     pod = Pod()
-    revision, _ = fake_revision(container_concurrency, scale={"initial-scale": "1"}, timeout_s=timeout_s)
-    revision.start()
-    async with listening(pod.handle) as port, listening(activator.Activator({}, revision).handle) as own:
+    live = LiveService(parsed(container_concurrency, scale={"initial-scale": "1"}, timeout_s=timeout_s), FakePod, Events())
+    revision = live.choose()
+    router = Router()
+    router.update([live], live, by_header=False)
+    live.start()
+    async with listening(pod.handle) as port, listening(activator.Activator(router).handle) as own:
         while not revision.pods or revision.pods[0].phase == "pending":
             await asyncio.sleep(0)
         revision.pods[0].plan = PodPlan(port, ())
@@ -97,7 +102,7 @@ async def setting(container_concurrency: int = 0, timeout_s: int = 300) -> Async
         finally:
             pod.answers.set()
             await connections.close()
-            await revision.stop()
+            await live.stop()
 
 
 def test_a_full_queue_is_a_503_that_says_when_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:

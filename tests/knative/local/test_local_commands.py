@@ -169,11 +169,29 @@ def test_in_a_terminal_a_state_has_a_sign_and_a_failure_its_reason() -> None:
         "url": "http://x/",
         "failure": "[boom]",
         "pods": [pod],
+        "revisions": [
+            {"name": f"x-{number}", "state": "ready", "percent": percent, "tags": tags, "ready": 1, "desired": 2, "concurrency": 0}
+            | {"requests_total": 7}
+            for number, percent, tags in ((1, 90, {}), (2, 10, {"next": "http://next-x/"}))
+        ],
     }
     screen = io.StringIO()
-    Console(file=screen, width=200).print(tables.rich({"now": 9.0, "services": [found]}))
+    Console(file=screen, width=200).print(tables.rich({"now": 9.0, "services": [found], "manifests": {"problem": "a.yaml: [broken]"}}))
     text = screen.getvalue()
-    for expected in ("other/[x]", "✕ failed", "1/2", "1.0 ms", "50 ms", "failed 2.00 s", "● ready", "91.6 MB from cache", "[boom]"):
+    for expected in (
+        "other/[x]",
+        "✕ failed",
+        "1/2",
+        "1.0 ms",
+        "50 ms",
+        "failed 2.00 s",
+        "● ready",
+        "91.6 MB from cache",
+        "[boom]",
+        "90 %",
+        "next",
+        "[broken]",
+    ):
         assert expected in text, text
 
 

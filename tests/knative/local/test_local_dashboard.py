@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -14,6 +15,7 @@ from tests.support import wait_until
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="no chromium here (apt-get install chromium)")
 
+GATED = {"GATE": "open"}  # such a pod opens its port only when the test lets it
 BROKEN = ["python", "-c", "print('there is no model'); raise SystemExit(3)"]
 ODD = "<img src=x onerror=alert(1)>"
 
@@ -112,6 +114,30 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(browser: Browser, platform:
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(19, 18, 16)"
     assert dark == (scheme == "dark")
+    page.close()
+
+
+def test_a_roll_out_is_seen_as_it_goes_and_so_are_shares_tags_and_what_was_not_taken(browser: Browser, tmp_path: Path) -> None:
+    page = browser.new_page()
+    with platform_running(tmp_path, [service("echo", scale={"initial-scale": "1"}), service("other")]) as platform:
+        page.goto(f"http://127.0.0.1:{platform.admin_port}/")
+        echo = page.locator("#s-default-echo")
+        expect(echo.locator("header .badge")).to_have_text("ready", timeout=30_000)
+        expect(echo.get_by_role("heading", name="Revisions")).not_to_be_visible()
+        changed = service("echo", scale={"initial-scale": "1"}, env=GATED)
+        changed["spec"]["traffic"] = [{"revisionName": "echo-00001", "percent": 90}, {"percent": 10, "tag": "next"}]
+        platform.rewrite(changed)
+        expect(echo.get_by_text("echo-00002 is starting; traffic moves when it is ready")).to_be_visible(timeout=30_000)
+        expect(page.locator("#s-default-other")).to_have_count(0)
+        platform.note("echo", "open")
+        new = echo.locator(".revisions tbody tr").first
+        expect(new).to_contain_text("00002", timeout=30_000)
+        expect(new).to_contain_text("10 %", timeout=30_000)
+        expect(new.get_by_role("link", name="next")).to_have_attribute("href", f"http://next-echo.default.localhost:{platform.port}/")
+        expect(echo.locator(".revisions tbody tr").last).to_contain_text("90 %")
+        (platform.state / "manifests.yaml").write_text("a: [1\n")
+        expect(page.locator("#problem")).to_contain_text("line 2: not YAML", timeout=30_000)
+        expect(echo.locator("header .badge")).to_have_text("ready")
     page.close()
 
 

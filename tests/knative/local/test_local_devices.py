@@ -235,6 +235,24 @@ def test_a_pod_that_min_scale_promises_keeps_its_device(tmp_path: Path) -> None:
         assert [pod["name"] for pod in platform.pods("a")] == [found["pods"][0]["name"]]
 
 
+def test_a_new_revision_gets_the_device_of_the_old_one_when_that_is_idle(tmp_path: Path) -> None:
+    scale = {"initial-scale": "1", "window": "1m"}
+    with platform_running(tmp_path, [with_gpus("a", scale=scale)], "--gpus", "1") as platform:
+        assert visible(platform, "a") == "0"
+        platform.rewrite(with_gpus("a", scale=scale, env={"VERSION": "2"}))
+        platform.wait_for("a", "the new one", lambda found: found["revision"] == "a-00002" and not found["rollout"])
+        assert visible(platform, "a") == "0"
+        assert platform.status()["gpus"][0]["holder"].startswith("a-00002-")
+
+
+def test_devices_are_counted_when_the_manifests_are_read_again(tmp_path: Path) -> None:
+    with platform_running(tmp_path, [with_gpus("a")], "--gpus", "1") as platform:
+        platform.rewrite(with_gpus("a", 2))
+        problem = wait_until("its problem", lambda: platform.status()["manifests"]["problem"])
+        assert "a pod needs 2, this machine has 1" in problem
+        assert visible(platform, "a") == "0"
+
+
 def test_two_devices_serve_two_functions_at_once(tmp_path: Path) -> None:
     with platform_running(tmp_path, [with_gpus("a"), with_gpus("b")], "--gpus", "2", CUDA_VISIBLE_DEVICES="3,5") as platform:
         assert {visible(platform, "a"), visible(platform, "b")} == {"3", "5"}

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from knative.local.errors import ManifestError
-from knative.local.manifest import Manifests, Service, read_files, read_manifests
+from knative.local.manifest import Manifests, Service, Sources, read_manifests
 from tests.support import BIN, ROOT
 
 FILE = "hello.yaml"
@@ -21,19 +21,21 @@ TEMPLATE = ("spec", "template")
 SPEC = (*TEMPLATE, "spec")
 FUNCTION = (*SPEC, "containers", 0)
 ANNOTATIONS = (*TEMPLATE, "metadata", "annotations")
+TRAFFIC = ("spec", "traffic")
 
 HELLO: dict[str, Any] = {
     "apiVersion": "serving.knative.dev/v1",
     "kind": "Service",
     "metadata": {"name": "hello"},
     "spec": {
+        "traffic": [{"percent": 100}],
         "template": {
             "metadata": {"annotations": {}},
             "spec": {
                 "containers": [{"name": "function", "command": ["serve"], "volumeMounts": [{"name": "data", "mountPath": "/data"}]}],
                 "volumes": [{"name": "data", "emptyDir": {}}],
             },
-        }
+        },
     },
 }
 SIDECAR = {"name": "sidecar", "command": ["help"]}
@@ -348,7 +350,10 @@ def test_empty_documents_are_passed_over() -> None:
         ),
         pytest.param((*FUNCTION, "volumeMounts", 0, "name"), "dada", "found 'dada'; volumes are ['data']", id="mount of no volume"),
         pytest.param(
-            (*FUNCTION, "volumeMounts", 0, "mountPath"), "/dev", "found '/dev'; Knative keeps /, /dev, /dev/log for", id="reserved mount path"
+            (*FUNCTION, "volumeMounts", 0, "mountPath"),
+            "/dev",
+            "found '/dev'; Knative keeps /, /dev, /dev/log for",
+            id="reserved mount path",
         ),
         pytest.param((*FUNCTION, "volumeMounts", 0, "subPath"), "../up", "must be a path inside the volume", id="path out of the volume"),
         pytest.param(
@@ -428,6 +433,27 @@ def test_empty_documents_are_passed_over() -> None:
         pytest.param(("metadata", "name"), "hello.world", "found 'hello.world'", id="name that is no host label"),
         pytest.param(("metadata", "namespace"), "../up", "found '../up'", id="namespace that leads elsewhere"),
         pytest.param(("spec", "template"), None, "valid dictionary", id="template left empty"),
+        pytest.param(TRAFFIC, {"percent": 100}, "a valid list", id="traffic that is no list"),
+        pytest.param(TRAFFIC, [{"percent": 60}, {"percent": 30}], "found percents that sum to 90; they must sum to 100", id="percents"),
+        pytest.param((*TRAFFIC,), [{"tag": "next"}], "found percents that sum to 0; they must sum to 100", id="no percent at all"),
+        pytest.param((*TRAFFIC, 0, "percent"), 101, "less than or equal to 100 (found 101)", id="percent above 100"),
+        pytest.param((*TRAFFIC, 0, "percent"), "half", "a valid integer (found 'half')", id="percent in words"),
+        pytest.param((*TRAFFIC, 0, "revision"), "hello-00001", "did you mean revisionName?", id="misspelt field of the traffic"),
+        pytest.param(
+            (*TRAFFIC, 0, "configurationName"),
+            "hello",
+            "there is no such field; known are latestRevision, percent, revisionName, tag",
+            id="configuration, which a Service has of its own",
+        ),
+        pytest.param(
+            (*TRAFFIC, 0, "latestRevision"), False, "found false without revisionName; give either", id="neither latest nor a name"
+        ),
+        pytest.param((*TRAFFIC, 0, "tag"), "0new", "found '0new'", id="tag that is no DNS label"),
+        pytest.param((*TRAFFIC, 0, "tag"), "a" * 60, "is longer than the 63 signs of a host label", id="tag too long for a host"),
+        pytest.param((*TRAFFIC, 0, "revisionName"), "Hello_1", "found 'Hello_1'", id="name that no revision has"),
+        pytest.param(
+            (*TEMPLATE, "metadata", "name"), "v2", "found 'v2'; the name of a revision must begin with hello- and", id="revision's name"
+        ),
     ],
 )
 def test_a_mistake_in_a_service_is_told_with_file_and_path_and_what_is_allowed(place: tuple[str | int, ...], value: Any, said: str) -> None:
@@ -531,19 +557,109 @@ def test_the_file_of_a_mistake_is_named_where_there_are_several() -> None:
 def test_files_and_standard_input_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / FILE).write_text(yaml.safe_dump(HELLO))
     monkeypatch.setattr("sys.stdin", io.StringIO(yaml.safe_dump(put(("metadata", "name"), "piped"))))
-    manifests = read_files([tmp_path / FILE, Path("-")])
+    manifests = Sources([tmp_path / FILE, Path("-")]).read()
     assert [(service.file, service.name) for service in manifests.services] == [
         (str(tmp_path / FILE), "hello"),
         ("standard input", "piped"),
     ]
 
 
-@pytest.mark.parametrize(
-    "make", [Path.mkdir, lambda path: path.write_bytes(b"name: \xff"), lambda path: None], ids=["folder", "not UTF-8", "absent"]
-)
+@pytest.mark.parametrize("make", [lambda path: path.write_bytes(b"name: \xff"), lambda path: None], ids=["not UTF-8", "absent"])
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, make: Any) -> None:
     make(tmp_path / FILE)
-    with pytest.raises(ManifestError, match=r"cannot be read: (it is a directory; name|byte 6 is not UTF-8|No such file)") as caught:
-        read_files([tmp_path / FILE])
+    with pytest.raises(ManifestError, match=r"cannot be read: (byte 6 is not UTF-8|No such file)") as caught:
+        Sources([tmp_path / FILE]).read()
     assert str(caught.value).startswith(f"{tmp_path / FILE}: ")
     assert len(str(caught.value).splitlines()) == 1
+
+
+def traffic(*targets: dict[str, Any], name: str = "hello") -> dict[str, Any]:
+    return put(TRAFFIC, list(targets), put(("metadata", "name"), name))
+
+
+@pytest.mark.parametrize(
+    ("documents", "said"),
+    [
+        pytest.param(
+            [traffic({"percent": 50, "tag": "a"}, {"percent": 50, "tag": "a"})],
+            "(Service hello): spec.traffic[1].tag: found 'a' twice (first in traffic[0]); tags must differ",
+            id="one tag twice",
+        ),
+        pytest.param(
+            [traffic({"percent": 100, "revisionName": "hello-1", "latestRevision": True})],
+            "spec.traffic[0].latestRevision: found true with revisionName; give either latestRevision: true or a revisionName",
+            id="both latest and a name",
+        ),
+        pytest.param(
+            [traffic({"percent": 100, "tag": "a"}), traffic({"percent": 100}, name="a-hello")],
+            "(Service hello): spec.traffic[0].tag: found 'a'; its host a-hello.default is that of Service a-hello",
+            id="the host of another Service",
+        ),
+        pytest.param(
+            [traffic({"percent": 100, "tag": "a"}, name="b-c"), traffic({"percent": 100, "tag": "a-b"}, name="c")],
+            "(Service c): spec.traffic[0].tag: found 'a-b'; its host a-b-c.default is that of tag a of Service b-c",
+            id="the host of another tag",
+        ),
+        pytest.param(
+            [put(("metadata", "annotations"), {"relight/rollout": "blue-green"})],
+            "(Service hello): metadata.annotations: relight/rollout = 'blue-green', must be rolling or recreate",
+            id="a kind of roll-out that there is not",
+        ),
+    ],
+)
+def test_a_mistake_in_the_traffic_of_a_service_is_told_with_its_place(documents: list[dict[str, Any]], said: str) -> None:
+    assert said in mistake(*documents)
+
+
+def test_without_traffic_all_of_it_is_for_the_latest_revision() -> None:
+    (target,) = read_service(put(TRAFFIC, [])).traffic
+    assert (target.revision_name, target.percent, target.tag) == (None, 100, None)
+
+
+def test_a_tag_may_be_chosen_by_a_header_where_the_cluster_allows_it() -> None:
+    assert not read(HELLO).routes_by_header
+    assert not read(HELLO, config_map("config-features", **{"tag-header-based-routing": "disabled"})).routes_by_header
+    assert read(HELLO, config_map("config-features", **{"tag-header-based-routing": "Enabled"})).routes_by_header
+
+
+def test_a_directory_stands_for_the_yaml_files_in_it(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"found no \.yaml or \.yml file in this directory$"):
+        Sources([tmp_path]).read()
+    (tmp_path / "b.yml").write_text(yaml.safe_dump(HELLO))
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(put(("metadata", "name"), "first")))
+    (tmp_path / "notes.txt").write_text("no YAML: [")
+    assert [service.name for service in Sources([tmp_path]).read().services] == ["first", "hello"]
+    (tmp_path / "kustomization.yaml").touch()
+    with pytest.raises(ManifestError, match=rf"is to be rendered first: kubectl kustomize {tmp_path} > manifests.yaml$"):
+        Sources([tmp_path]).read()
+
+
+def test_what_was_piped_in_is_still_there_when_the_files_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / FILE).write_text(yaml.safe_dump(HELLO))
+    monkeypatch.setattr("sys.stdin", io.StringIO(yaml.safe_dump(put(("metadata", "name"), "piped"))))
+    sources = Sources([tmp_path / FILE, Path("-")])
+    assert [len(sources.read().services) for _ in range(2)] == [2, 2]
+    assert sources.can_change
+    assert not Sources([Path("-")]).can_change
+
+
+def test_the_stamp_of_files_is_another_when_one_is_written_replaced_added_or_removed(tmp_path: Path) -> None:
+    sources = Sources([tmp_path])
+    stamps = [sources.stamp()]
+
+    def note() -> None:
+        assert sources.stamp() == sources.stamp()
+        stamps.append(sources.stamp())
+
+    (tmp_path / FILE).write_text("a")
+    note()
+    (tmp_path / FILE).write_text("ab")
+    note()
+    (tmp_path / "new").write_text("ab")
+    (tmp_path / "new").replace(tmp_path / FILE)
+    note()
+    (tmp_path / FILE).unlink()
+    note()
+    (tmp_path).rmdir()
+    note()
+    assert [stamps.count(stamp) for stamp in stamps] == [2, 1, 1, 1, 2, 1]  # empty at the beginning, and again

@@ -7,11 +7,12 @@ import pytest
 from knative.local.pod import Report, Weights
 from knative.local.record import COLD_STARTS
 from knative.local.revision import Revision
-from tests.knative.local.fakes import FakePod, fake_revision
+from knative.local.service import LiveService
+from tests.knative.local.fakes import Events, FakePod, fake_revision, parsed
 
 
 def starts(revision: Revision) -> list[dict[str, object]]:
-    found: list[dict[str, object]] = revision.status("", "")["cold_starts"]
+    found: list[dict[str, object]] = revision.record.status(0)["cold_starts"]
     return found
 
 
@@ -33,7 +34,7 @@ def test_a_cold_start_is_told_while_it_goes_on_and_kept_as_it_ended() -> None:
         await caller
         (over,) = starts(revision)
         assert (over["outcome"], over["seconds"]) == ("ready", pod.stages["ready"])
-        assert revision.status("", "")["weights"] == {"cache": 1}
+        assert revision.record.status(0)["weights"] == {"cache": 1}
         assert revision.record.cold_start_s.buckets()[-1][1] == 1
         pod.become("starting")
         pod.become("ready")  # of a pod that was ready already: no cold start
@@ -71,15 +72,17 @@ def test_only_the_latest_cold_starts_are_kept_the_latest_first() -> None:
 
 def test_a_request_is_a_latency_and_each_second_is_a_sample() -> None:
     async def scenario() -> None:
-        revision, _ = fake_revision()
+        live = LiveService(parsed(), FakePod, Events())
+        revision = live.choose()
         async with revision.request():
             revision._sample(revision.meter._changed_at + 1)
-        assert revision.record.samples[-1].concurrency == pytest.approx(1, abs=0.1)  # the clock goes on meanwhile
-        assert revision.record.samples[-1].p50 is None
-        revision._sample(revision.meter._changed_at + 1)
-        assert revision.record.samples[-1].p50 is not None
-        assert [sample["ready"] for sample in revision.record.history()] == [0, 0]
-        assert revision.status("", "")["sample"] == revision.record.history()[-1]
-        assert revision.state == "zero"
+            live._sample(revision.meter._changed_at + 1)
+        assert live.record.samples[-1].concurrency == pytest.approx(1, abs=0.1)  # the clock goes on meanwhile
+        assert live.record.samples[-1].p50 is None
+        live._sample(revision.meter._changed_at + 1)
+        assert live.record.samples[-1].p50 is not None
+        assert [sample["ready"] for sample in live.record.history()] == [0, 0]
+        assert live.status("", "")["sample"] == live.record.history()[-1]
+        assert live.state == "zero"
 
     asyncio.run(scenario())

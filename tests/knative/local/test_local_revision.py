@@ -110,7 +110,7 @@ async def settle() -> None:
 
 
 def queued(revision: Revision) -> int:
-    waiting: int = revision.status("", "")["queued"]
+    waiting: int = revision.status()["queued"]
     return waiting
 
 
@@ -304,7 +304,7 @@ def test_when_no_pod_is_ready_by_the_deadline_those_who_wait_and_those_who_come_
         assert told.value.retry_after_s == pytest.approx(RETRY_S, abs=1)
         with pytest.raises(RevisionFailed) as told_at_once:
             await Caller(revision).task
-        assert str(told_at_once.value) == str(told.value) == revision.status("", "")["failure"]
+        assert str(told_at_once.value) == str(told.value) == revision.status()["failure"]
         assert events.told == ["starting, 1 waiting", "failed"]
         fake(revision.pods[0]).gone.set()
         await settle()
@@ -342,10 +342,10 @@ def test_a_failure_is_over_once_a_pod_is_ready() -> None:
         first.become("ready")
         while "failed" not in events.told:  # the other one
             await asyncio.sleep(0.01)
-        assert revision.status("", "")["failure"]
+        assert revision.status()["failure"]
         first.become("starting")
         first.become("ready")
-        assert revision.status("", "")["failure"] is None
+        assert revision.status()["failure"] is None
         await revision.stop()
 
     asyncio.run(main())

@@ -136,6 +136,7 @@ def test_a_pod_that_dies_ends_the_connection(platform: Platform) -> None:
             assert call.close_code == 1006
 
     play(scene)
+    platform.wait_for("talk", "another start", lambda found: found["state"] == "ready" and any(found["pods"][0]["restarts"].values()))
     assert platform.call("talk").status == 200
 
 
