@@ -211,6 +211,8 @@ def test_the_fork_server_keeps_nothing_of_what_it_forked_and_no_process_is_left_
 
     async def scene(stage: Stage) -> None:
         files = Path(f"/proc/{await stage.warm()}/fd")
+        async with stage.running(stage.process(name="first")):  # from here on it has everything that it forks with
+            pass
         before = sorted(str(file.readlink()) for file in files.iterdir())
         processes = [stage.process(name=f"function-{number}") for number in range(3)]
         async with contextlib.AsyncExitStack() as stack:
