@@ -1,5 +1,6 @@
 """The two images, built and pushed by whichever container engine is here."""
 
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -28,7 +29,7 @@ def build(variables: Variables, say: Callable[[str], object]) -> None:
     for target, image in names(variables).items():
         say(f"building {image}")
         arguments = ["build", "--file", str(ROOT / "Containerfile"), "--target", target, "--tag", image]
-        _run(engine, [*arguments, "--build-arg", f"VARIANT={variables.variant}", str(ROOT)])
+        _run(engine, [*arguments, "--build-arg", f"VARIANT={variables.variant}", *shlex.split(variables.options), str(ROOT)])
 
 
 def push(variables: Variables, say: Callable[[str], object]) -> None:

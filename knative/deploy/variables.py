@@ -18,7 +18,7 @@ _IMAGE = re.compile(
 )
 _WEIGHTS = re.compile(r"s3://[^/#\s]+/[^#\s]*[^/#\s](#[0-9a-f]{32})?")
 # Of the Makefile, and of no concern here.
-_OTHERS = {"TORCH", "PYTHON", "VENV", "BIN", "PORT", "ADMIN_PORT", "STATE_DIR", "OPTIONS", "SEED"}
+_OTHERS = {"TORCH", "PYTHON", "VENV", "BIN", "PORT", "ADMIN_PORT", "STATE_DIR", "SEED"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Variables:
     container: str = "function"  # whose log
     follow: bool = False  # go on with the log
     variant: str = "cpu"  # of the function's image
+    options: str = ""  # more options of the engine's `build`
     kubectl: Path | None = None  # the executable
 
     @classmethod
@@ -126,6 +127,7 @@ _CHECKS: Mapping[str, Callable[[str, str], Any]] = {
     "CONTAINER": _name,
     "FOLLOW": _yes,
     "VARIANT": _matching(re.compile("cpu|cuda"), "must be cpu or cuda"),
+    "OPTIONS": lambda _, text: text,
     "KUBECTL": lambda _, text: Path(text),
 }
 assert {key.lower() for key in _CHECKS} == {field.name for field in fields(Variables)}
