@@ -1,12 +1,14 @@
 """From a file in the node's cache to tensors that were touched: `Weights` beside a bare mapping and the usual loaders, in turn.
 
 Every run is a fresh process that imports what it needs first and is timed from there until one byte of each page of each tensor has been
-read. The last table is what several replicas of one model take together.
+read. Python's garbage collector is off meanwhile, as it is in a function that loads its model: otherwise it is chance which of the ways
+makes the object at which it looks through torch's. The last table is what several replicas of one model take together.
 
     .venv/bin/python bench/load.py [--rounds 7] [--sizes 270M,2G] [--directory DIR ...] [--replicas 4] [--markdown FILE]
 """
 
 import argparse
+import gc
 import json
 import mmap
 import os
@@ -166,6 +168,7 @@ def _pss(pid: int) -> int:
 def _way(way: str, folder: Path) -> None:
     """One timed run; prints the seconds."""
     load = _loaders(folder)[way]
+    gc.disable()
     began = time.perf_counter()
     kept = load()
     print(time.perf_counter() - began)

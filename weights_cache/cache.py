@@ -101,7 +101,7 @@ class NodeCache:
     def check_format(self) -> None:
         """Raise CacheError if the directory was laid out by another version of Relight."""
         try:
-            found = (self.root / "FORMAT").read_text(errors="replace").strip()
+            found = (self.root / "FORMAT").read_bytes().decode(errors="replace").strip()
         except FileNotFoundError:
             return  # nothing there yet
         if found != FORMAT:
@@ -249,7 +249,7 @@ def check_path(path: str) -> None:
 
 def _read_ref(path: Path) -> Ref | None:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_bytes())
         ref = Ref(found["uri"], found["snapshot"], float(found["checked"]), found.get("next"))
         ids = [ref.snapshot] if ref.next is None else [ref.snapshot, ref.next]
         return ref if isinstance(ref.uri, str) and all(map(_is_snapshot_id, ids)) else None

@@ -62,7 +62,7 @@ def vouches_for(record: Path, file: os.stat_result) -> bool:
             length = os.fstat(opened.fileno()).st_size
     except FileNotFoundError:
         return False
-    return length == record_bytes(file.st_size) and found in (_synced_header(file), _header(file))
+    return length == record_bytes(file.st_size) and (found == _synced_header(file) or found == _header(file))
 
 
 class ChunkMap:

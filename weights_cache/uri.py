@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from weights_cache.errors import SettingsError
 
+_FORM = re.compile(r"s3://([^/#]+)/([^#]*[^/#])/?(?:#([0-9a-f]{32}))?")
+
 
 @dataclass(frozen=True)
 class WeightsUri:
@@ -17,7 +19,7 @@ class WeightsUri:
     @classmethod
     def parse(cls, text: str) -> "WeightsUri":
         """Raises SettingsError if `text` is not such a URI."""
-        match = re.fullmatch(r"s3://([^/#]+)/([^#]*[^/#])/?(?:#([0-9a-f]{32}))?", text)
+        match = _FORM.fullmatch(text)
         if not match:
             raise SettingsError(
                 f"weights URI {text!r}: must be s3://bucket/prefix, or s3://bucket/prefix#snapshot with the 32 hex digits of one"
