@@ -10,7 +10,7 @@ import fcntl
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -187,6 +187,11 @@ class Blob:
             return True
         finally:
             os.close(fd)
+
+
+def are_complete(blobs: Mapping[str, Blob]) -> bool:
+    """Whether a snapshot is there to the last byte that consists of these; without any there is none."""
+    return bool(blobs) and all(blob.is_complete() for blob in blobs.values())
 
 
 class BlobWriter:

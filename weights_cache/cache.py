@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from weights_cache.blob import Blob, unique
+from weights_cache.blob import Blob, are_complete, unique
 from weights_cache.errors import CacheError
 
 FORMAT = "1"
@@ -231,8 +231,7 @@ class NodeCache:
 
     def is_complete(self, snapshot: str) -> bool:
         """Whether every file of the snapshot is there to the last byte."""
-        blobs = self.snapshot_blobs(snapshot)
-        return bool(blobs) and all(blob.is_complete() for blob in blobs.values())
+        return are_complete(self.snapshot_blobs(snapshot))
 
 
 def check_path(path: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weights_cache.blob import Blob
+from weights_cache.blob import Blob, are_complete
 from weights_cache.cache import Lease, NodeCache
 from weights_cache.chunks import ChunkMap
 from weights_cache.errors import WeightsError
@@ -263,7 +263,7 @@ class Weights(Mapping[str, "Tensor"]):
             candidates = self._candidates()
             for snapshot in candidates:
                 blobs = self._cache.snapshot_blobs(snapshot)
-                if blobs and all(blob.is_complete() for blob in blobs.values()) and self._open(snapshot, blobs):
+                if are_complete(blobs) and self._open(snapshot, blobs):
                     return True
             self._source = "store"
             # Half a snapshot that nobody fills is what an earlier pod left behind; our sidecar may be about to choose another.

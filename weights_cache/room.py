@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from weights_cache.blob import Blob, free_bytes, is_locked, unique
+from weights_cache.blob import Blob, are_complete, free_bytes, is_locked, unique
 from weights_cache.cache import FileRef, Lease, NodeCache
 from weights_cache.errors import CacheError
 
@@ -51,7 +51,7 @@ def stored(cache: NodeCache) -> list[Stored]:
                 path.name,
                 sorted(ref.uri for ref in refs if ref.snapshot == path.name),
                 sum(sizes.values()),
-                bool(blobs) and all(blob.is_complete() for blob in blobs.values()),
+                are_complete(blobs),
                 used,
                 is_locked(path, fcntl.LOCK_EX),
                 sizes,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from knative.autoscaler.config import TARGET_MIN
 from knative.autoscaler.spec import CONTAINER_CONCURRENCY_MAX
 from knative.deploy.errors import VariableError
 
@@ -92,8 +93,8 @@ def _target(name: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0.01 <= value <= CONTAINER_CONCURRENCY_MAX:
-        raise VariableError(name, text, f"must be a number from 0.01 to {CONTAINER_CONCURRENCY_MAX}")
+    if not TARGET_MIN <= value <= CONTAINER_CONCURRENCY_MAX:
+        raise VariableError(name, text, f"must be a number from {TARGET_MIN:g} to {CONTAINER_CONCURRENCY_MAX}")
     return value
 
 
