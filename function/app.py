@@ -3,7 +3,7 @@
 import flask
 from werkzeug.exceptions import HTTPException
 
-from function.access import Access
+from function.access import Access, Trace
 from function.express import Express
 from function.gate import Gate
 from function.http import Function, failure, refusal, reply
@@ -19,10 +19,11 @@ def create_app(settings: FunctionSettings, model: Model, metrics: Metrics | None
     return create(settings, model, metrics or Metrics(model, settings.model_name))[0]
 
 
-def create(settings: FunctionSettings, model: Model, metrics: Metrics) -> tuple[flask.Flask, Express]:
-    """The app, and what answers ordinary requests without it, by the same rules."""
+def create(settings: FunctionSettings, model: Model, metrics: Metrics, trace: Trace | None = None) -> tuple[flask.Flask, Express]:
+    """The app, and what answers ordinary requests without it, by the same rules. trace: who wants to know of each request."""
     app = flask.Flask("function", static_folder=None)
-    function, access, gate = Function(settings, model, metrics), Access(metrics, is_logged=settings.access_log), Gate(settings)
+    function, gate = Function(settings, model, metrics), Gate(settings)
+    access = Access(metrics, is_logged=settings.access_log, trace=trace)
     access.watch(app)
     for protocol in (plain, v1, v2, openai, openapi):
         protocol.add_routes(app, function)

@@ -12,9 +12,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from function.errors import ClientGone, TimedOut
+
+
+class Span(NamedTuple):
+    """A stretch of a request's time, on `time.monotonic`'s clock."""
+
+    name: str
+    began: float
+    ended: float
+    inputs: int = 0  # that shared it, if it was a batch
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,7 @@ class Ask:
     is_batch: bool = False
     is_gone: Callable[[], bool] = lambda: False  # whether the caller has hung up
     timing: dict[str, float] = field(default_factory=dict)  # seconds in the queue and in the model, noted as they pass
+    spans: list[Span] | None = None  # the same one by one; None if nobody wants to know
 
     def late(self) -> TimedOut:
         """What the caller is told at the deadline."""

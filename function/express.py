@@ -130,6 +130,10 @@ class Express:
             errand.failed = error
         return errand
 
+    def refused(self, head: bytes) -> None:
+        """A request was refused with no more than a look at its head, without the empty line at the end."""
+        self._access.refused(head)
+
     def expire(self, now: float) -> None:
         """Fail the calls whose deadline has come."""
         if now < self.wake_at:

@@ -93,8 +93,11 @@ class Function:
     def stream(self, item: Any) -> Stream:
         """The answer to one input, piece by piece, once its first piece is there. Raises what Model.stream does."""
         self.metrics.instances.inc()
+        note: Note = flask.g.note
         with self.metrics.first_piece.time():
-            return self.model.stream(item, self.ask())
+            stream = self.model.stream(item, self.ask())
+        note.timing.setdefault("first_piece", time.monotonic() - note.began)
+        return stream
 
     def ask(self, urgency: int | None = None) -> Ask:
         """What Flask's request says of its deadline and its priority. urgency: said elsewhere than in the Priority header."""
@@ -107,7 +110,7 @@ class Function:
         timeout_s = own_s if said is None else min(own_s, _milliseconds(said) / 1000)
         if urgency is None:
             urgency = _urgency(headers.get("priority") or "")
-        return Ask(timeout_s, timeout_s == own_s, urgency >= URGENCY_OF_BATCH, _is_gone(sock), note.timing)
+        return Ask(timeout_s, timeout_s == own_s, urgency >= URGENCY_OF_BATCH, _is_gone(sock), note.timing, note.spans)
 
     def json_body(self) -> Any:
         """The request's body, parsed. Raises what `body` does, and BadInput."""
@@ -220,6 +223,8 @@ def events(
     An error half-way is told in an event, as `failure` makes it, since the status is out already. The stream ends when the client leaves.
     """
 
+    note: Note = flask.g.note
+
     def lines() -> Iterator[bytes]:
         try:
             yield from first
@@ -229,6 +234,7 @@ def events(
             yield from last()
         except Exception as error:  # noqa: BLE001  `told` logs it
             found = error if isinstance(error, FunctionError) else told(error)
+            note.error = found.type
             yield event(failure(found))
         finally:
             stream.close()

@@ -16,7 +16,7 @@ from typing import Any
 
 from function import lean_torch
 from function.agent import InferenceAgent, TensorSpec, load_agent
-from function.batcher import Ask, Batcher, Call, Opening, Reply, Slice
+from function.batcher import Ask, Batcher, Call, Opening, Reply, Slice, Span
 from function.breaker import Breaker
 from function.errors import CannotStream, ClientGone, FunctionError, TimedOut, Unavailable, told
 from function.settings import FunctionSettings
@@ -37,9 +37,6 @@ class Observer:
 
     def step(self, sequences: int, seconds: float) -> None:
         """The agent made a piece of each of these."""
-
-    def refused(self) -> None:
-        """A request was refused before anybody looked at it."""
 
 
 class Model:
@@ -280,9 +277,13 @@ class Model:
         seconds = self.batcher.took_s = time.monotonic() - began
         self._seconds_per_input += 0.2 * (seconds / inputs - self._seconds_per_input)
         for part in slices:
-            timing = part.call.ask.timing
+            timing, spans = part.call.ask.timing, part.call.ask.spans
             timing.setdefault("queue", began - part.call.arrived)
             timing["model"] = timing.get("model", 0.0) + seconds
+            if spans is not None:
+                if part.call.taken == len(part.inputs):  # its first batch
+                    spans.append(Span("queue", part.call.arrived, began))
+                spans.append(Span("model", began, began + seconds, inputs))
         self.observer.batch(inputs, seconds, [began - part.call.arrived for part in slices])
 
     def _predict_apart(self, agent: InferenceAgent, slices: Sequence[Slice]) -> None:

@@ -17,6 +17,7 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from prometheus_client import start_http_server
 
+from function import tracing
 from function.app import create
 from function.keys import Keys
 from function.metrics import Metrics
@@ -66,7 +67,9 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
         """The WSGI app; called by gunicorn in the worker, after the fork."""
         self._model = Model(self._settings, Weights(self._weights), started_at=self._started_at)
         self._metrics = Metrics(self._model, self._settings.model_name)
-        app, self._express = create(self._settings, self._model, self._metrics)
+        self._tracing = tracing.from_environment(self._settings.model_name)
+        trace = self._tracing.finished if self._tracing else None
+        app, self._express = create(self._settings, self._model, self._metrics, trace)
         return app
 
     def _start_model(self, worker: FunctionWorker) -> None:
@@ -81,7 +84,9 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
             start_http_server(self._settings.metrics_port, self._settings.host, self._metrics.registry)
         worker.express = self._express
         worker.refusal = model.refusal
-        worker.on_refused = model.observer.refused
+        if self._tracing:
+            self._tracing.start()
+            worker.last_words = self._tracing.flush
         signal.signal(signal.SIGTERM, on_term)
         # gunicorn ends, instead of trying again for ever, when a worker leaves with this status; the platform then sees the failure.
         model.start(on_failure=lambda: os._exit(Arbiter.WORKER_BOOT_ERROR))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from function.batcher import Ask, Opening
+from function.batcher import Ask, Opening, Span
 from function.errors import ClientGone, FunctionError, TimedOut, told
 
 log = logging.getLogger("relight.function")
@@ -147,9 +147,13 @@ class Streams:
         if not stream.is_wanted():
             stream.end(ClientGone("the caller has hung up"))
             return
-        if time.monotonic() >= opening.arrived + opening.ask.timeout_s:
+        now, ask = time.monotonic(), opening.ask
+        if now >= opening.arrived + ask.timeout_s:
             stream.end(TimedOut("it waited too long"))
             return
+        ask.timing.setdefault("queue", now - opening.arrived)
+        if ask.spans is not None:
+            ask.spans.append(Span("queue", opening.arrived, now))
         try:
             if self._shared:
                 stream.sequence = self._agent.start(opening.input)

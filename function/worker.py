@@ -75,7 +75,7 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
 
     express: Express
     refusal: Refusal = staticmethod(lambda: None)  # why a call that came now would be refused
-    on_refused: Callable[[], object] = staticmethod(lambda: None)
+    last_words: Callable[[], object] | None = None  # what is to be done after the last answer, within the grace time
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -133,6 +133,11 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
                 self._close_expired(now)
             if not self.alive and deadline is None:
                 deadline = now + self.cfg.graceful_timeout
+            if deadline is not None and self.last_words and not self._busy:
+                with self._lock:
+                    self._busy += 1  # so that whoever asks meanwhile is still told
+                self.tpool.submit(self._say, self.last_words)
+                self.last_words = None
         self._tell(len(self._refused))
         logging.shutdown()
         sys.stderr.flush()
@@ -285,10 +290,10 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         if note:
             with self._lock:
                 self._busy -= 1
-            if note.line and self._stderr.poll(0):
-                access.write(note)
-            elif note.line:  # who reads the log is late; that is not to stop the loop
-                self.tpool.submit(access.write, note)
+            if note.is_wanted and self._stderr.poll(0):
+                access.finish(note)
+            elif note.is_wanted:  # who reads the log is late; that is not to stop the loop
+                self.tpool.submit(access.finish, note)
         self._go_on(conn, is_open=is_whole and self.alive)
 
     def _go_on(self, conn: Connection, *, is_open: bool) -> None:
@@ -321,7 +326,7 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         is_whole = self.alive and b"chunked" not in head.lower() and len(rest) == (int(length[1]) if length else 0)
         path = head.split(b" ", 2)[1].decode("latin-1") if head.count(b" ") > 1 else "/"
         conn.head = b""
-        self.on_refused()
+        self.express.refused(head)
         try:
             # It fits into the socket's buffer, which is empty: one request at a time.
             said = refusal_reply(str(refusal), retry_after(refusal.retry_after_s or 1), is_v2=path.startswith("/v2/"), close=not is_whole)
@@ -352,6 +357,14 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         finally:
             if not self.alive:
                 os.eventfd_write(self._wake, 1)
+
+    def _say(self, last_words: Callable[[], object]) -> None:
+        try:
+            last_words()
+        finally:
+            with self._lock:
+                self._busy -= 1
+            os.eventfd_write(self._wake, 1)
 
     def _serve(self, conn: Connection) -> None:
         """Answer the connection's request, and more for as long as they come at once; then leave it to the poller."""

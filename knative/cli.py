@@ -9,8 +9,10 @@ _COMMANDS = {
     "status": ("knative.local.commands", "status", "Show a running platform's Services and pods."),
     "invoke": ("knative.local.commands", "invoke", "Send a request to a Service."),
     "logs": ("knative.local.commands", "logs", "Print the log of a pod."),
+    "cluster": ("knative.deploy.cli", "cluster", "Bring manifests to a cluster; what `make deploy` and its like do."),
     "push": ("weights_cache.cli", "push", "Upload a directory of weights to object storage."),
     "pull": ("weights_cache.cli", "pull", "Bring weights into a node's cache."),
+    "snapshot": ("weights_cache.cli", "snapshot", "Print which snapshot of weights the store has now."),
     "cache": ("weights_cache.cli", "cache_group", "See what is in a node's cache, check it, make room."),
     "convert": ("function.convert", "command", "Convert a llama model from GGUF to safetensors."),
 }

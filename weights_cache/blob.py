@@ -89,9 +89,13 @@ class Blob:
     def is_complete(self) -> bool:
         """Whether the blob was published, and nothing can have happened to it since."""
         try:
-            return vouches_for(self.record, self.path.stat())
+            return self.vouches_for(self.path.stat())
         except FileNotFoundError:
             return False
+
+    def vouches_for(self, file: os.stat_result) -> bool:
+        """Whether the file with this stat is the complete blob."""
+        return vouches_for(self.record, file)
 
     def is_being_filled(self) -> bool:
         """Whether a process holds the part's lock right now."""

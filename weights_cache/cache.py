@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -226,7 +225,7 @@ class NodeCache:
         """The snapshot's blobs by path below the prefix, in path order; empty if there is no such snapshot."""
         top = self.snapshot_path(snapshot)
         try:
-            return {link.relative_to(top).as_posix(): self.blob(link.readlink().name) for link in sorted(_links(top))}
+            return {path: self.blob((top / path).readlink().name) for path in sorted(_links(top))}
         except FileNotFoundError:
             return {}  # evicted while we looked
 
@@ -253,18 +252,22 @@ def _read_ref(path: Path) -> Ref | None:
         found = json.loads(path.read_text())
         ref = Ref(found["uri"], found["snapshot"], float(found["checked"]), found.get("next"))
         ids = [ref.snapshot] if ref.next is None else [ref.snapshot, ref.next]
-        return ref if isinstance(ref.uri, str) and all(re.fullmatch("[0-9a-f]{32}", snapshot) for snapshot in ids) else None
+        return ref if isinstance(ref.uri, str) and all(map(_is_snapshot_id, ids)) else None
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # a damaged ref is as good as none: the sidecar writes it anew
 
 
-def _links(folder: Path) -> Iterator[Path]:
-    for top, folders, names in os.walk(folder):
-        folders.sort()
-        for name in names:
-            yield Path(top, name)
+def _is_snapshot_id(found: object) -> bool:
+    return isinstance(found, str) and len(found) == 32 and set(found) <= set("0123456789abcdef")
+
+
+def _links(folder: Path) -> Iterator[str]:
+    """The paths below `folder` of the files in it."""
+    for top, _, names in os.walk(folder):
+        below = os.path.relpath(top, folder)
+        yield from (name if below == "." else f"{below}/{name}" for name in names)
 
 
 def _write(path: Path, text: str) -> None:

@@ -103,6 +103,23 @@ def push(directory: Path, uri: str, create_bucket: bool) -> None:
 
 @main.command()
 @click.argument("uri")
+def snapshot(uri: str) -> None:
+    """Print URI with the snapshot at its end that the store has now."""
+    from weights_cache.cache import snapshot_id
+    from weights_cache.fetch import list_snapshot
+    from weights_cache.store import Store
+    from weights_cache.uri import WeightsUri
+
+    source = WeightsUri.parse(uri)
+    store = Store(source)
+    found = snapshot_id(store.namespace, list_snapshot(store)[0])
+    if source.snapshot not in (None, found):
+        raise WeightsError(f"{uri}: the store has {found} now")
+    click.echo(f"s3://{source.bucket}/{source.prefix}#{found}")
+
+
+@main.command()
+@click.argument("uri")
 @_CACHE_DIR
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object, on the last line.")
 def pull(uri: str, cache_dir: Path | None, as_json: bool) -> None:

@@ -49,13 +49,13 @@ class _File:
         fd = self._open()
         try:
             self._stat = os.fstat(fd)
+            self._complete = blob.vouches_for(self._stat)
             self.size = self._stat.st_size
             # An empty file cannot be mapped.
             self.view = MappedFile(fd, self.size).view if self.size else None
         finally:
             os.close(fd)
         self._chunks: ChunkMap | None = None
-        self._complete = False
 
     def _open(self) -> int:
         for path in (self._blob.path, self._blob.part, self._blob.path):  # again: it may be published between the first two
@@ -262,15 +262,16 @@ class Weights(Mapping[str, "Tensor"]):
             self._cache.check_format()
             candidates = self._candidates()
             for snapshot in candidates:
-                if self._cache.is_complete(snapshot) and self._open(snapshot):
+                blobs = self._cache.snapshot_blobs(snapshot)
+                if blobs and all(blob.is_complete() for blob in blobs.values()) and self._open(snapshot, blobs):
                     return True
             self._source = "store"
             # Half a snapshot that nobody fills is what an earlier pod left behind; our sidecar may be about to choose another.
-            return any(
-                self._open(snapshot)
-                for snapshot in candidates
-                if any(blob.is_being_filled() for blob in self._cache.snapshot_blobs(snapshot).values())
-            )
+            for snapshot in candidates:
+                blobs = self._cache.snapshot_blobs(snapshot)
+                if any(blob.is_being_filled() for blob in blobs.values()) and self._open(snapshot, blobs):
+                    return True
+            return False
 
     def _candidates(self) -> list[str]:
         """The snapshots that our URI stands for, the better one first."""
@@ -280,12 +281,12 @@ class Weights(Mapping[str, "Tensor"]):
         ref = self._cache.ref(self._uri or "")
         return [snapshot for snapshot in (ref.snapshot, ref.next) if snapshot] if ref else []
 
-    def _open(self, snapshot: str) -> bool:
+    def _open(self, snapshot: str, blobs: Mapping[str, Blob]) -> bool:
         lease = self._cache.lease(snapshot)
         if not lease:
             return False  # evicted since we looked
         try:
-            self._files = {path: _File(path, blob) for path, blob in self._cache.snapshot_blobs(snapshot).items()}
+            self._files = {path: _File(path, blob) for path, blob in blobs.items()}
         except FileNotFoundError:
             return False  # a part was thrown away; another one will come
         self._lease = lease

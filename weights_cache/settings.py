@@ -30,4 +30,6 @@ class WeightsSettings:
     part_bytes: int = setting(
         "WEIGHTS_PART_BYTES", 16 << 20, minimum=1 << 20, maximum=1 << 30, text="bytes of one range request (rounded up to whole MiB)"
     )
+    prefetch: str | None = setting("WEIGHTS_PREFETCH", None, text="for the agent: `name=s3://bucket/prefix …`, brought before anybody asks")
+    node: str | None = setting("WEIGHTS_NODE", None, text="for the agent: the node that gets the label `weights.relight/name` then")
     bytes_per_second: int = setting("WEIGHTS_BYTES_PER_SECOND", 0, minimum=0, text="the most that is fetched per second; 0 is no bound")

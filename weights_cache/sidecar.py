@@ -14,11 +14,12 @@ import signal
 import socket
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from weights_cache import prefetch
 from weights_cache.cache import NodeCache
 from weights_cache.errors import SettingsError, WeightsError
 from weights_cache.keeper import SOCKET, Keeper, Pulled, Settle, make_keeper
@@ -28,6 +29,7 @@ from weights_cache.uri import WeightsUri
 log = logging.getLogger("relight.weights")
 
 MAX_REQUEST_BYTES = 64 * 1024
+TELL_S = 5.0
 
 
 class Sidecar:
@@ -39,8 +41,10 @@ class Sidecar:
         self._keepers: dict[str, Keeper] = {}
         self._pulling: set[str] = set()  # each by one thread
         self._stop = threading.Event()
-        if settings.uri:
-            self._keeper(settings.uri)
+        self._prefetched = prefetch.parse(settings.prefetch)
+        self._kept = {*self._prefetched.values(), *filter(None, [settings.uri])}  # whoever asks for them, and whoever does not
+        for uri in self._kept:
+            self._keeper(uri)
         self._metrics: Any = None
 
     def keep_present(self, uri: str) -> None:
@@ -52,6 +56,31 @@ class Sidecar:
             if settle or self._stop.wait(pause_s):
                 break
         self._finish(uri, settle)
+
+    def bring_ahead(self) -> None:
+        """Bring what WEIGHTS_PREFETCH names, one after the other, and label the node with what is there."""
+        labels = prefetch.NodeLabels(self._settings.node) if self._settings.node else None
+        self._label(labels, dict.fromkeys(self._prefetched))
+        for name, uri in self._prefetched.items():
+            self.keep_present(uri)
+            if self._stop.is_set():
+                return
+            with self._lock:
+                snapshot = self._keepers[uri].row()["snapshot"]
+            self._label(labels, {name: snapshot})
+
+    def _label(self, labels: prefetch.NodeLabels | None, snapshots: Mapping[str, str | None]) -> None:
+        """Until it works: without the label a Service would look for its weights elsewhere for good."""
+        for pause_s in backoff(1, 60):
+            if not labels or not snapshots or labels.set(snapshots) or self._stop.wait(pause_s):
+                return
+
+    def tell(self) -> None:
+        """A line in the log every few seconds while weights come, for whoever has nothing but the log to look at."""
+        while not self._stop.wait(TELL_S):
+            for row in self.rows():
+                if row["phase"] == "fetching" and row.get("total_bytes"):
+                    log.info("%s: %.1f of %.1f MB", row["uri"], row["bytes"] / 1e6, row["total_bytes"] / 1e6)
 
     def ask(self, uri: str) -> None:
         """See that what the store has now is, or is going to be, in the cache; what it takes happens in another thread."""
@@ -66,7 +95,7 @@ class Sidecar:
     def _pull_for_others(self, uri: str) -> None:
         self._finish(uri, self._pull(uri))
         with self._lock:
-            if uri not in self._pulling and uri != self._settings.uri:
+            if uri not in self._pulling and uri not in self._kept:
                 self._keepers[uri].close()  # whoever asked has a lease of its own
 
     def _pull(self, uri: str, pause_s: float = 0.0) -> Settle | None:
@@ -263,6 +292,9 @@ def serve(settings: WeightsSettings, *, agent: bool = False) -> int:
         pulling = threading.Thread(target=sidecar.keep_present, args=(settings.uri,), name="pull", daemon=True)
         if settings.uri:
             pulling.start()
+        threading.Thread(target=sidecar.tell, name="tell", daemon=True).start()
+        if agent:
+            threading.Thread(target=sidecar.bring_ahead, name="prefetch", daemon=True).start()
         server.serve_forever(poll_interval=0.1)
     sidecar.stop()
     if settings.uri:

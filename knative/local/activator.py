@@ -6,12 +6,13 @@ Host → Service → revision.slot(), the body read on meanwhile → pod → the
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing
+from http import HTTPStatus
 from io import FileIO
 from tempfile import TemporaryFile
 
 import aiohttp
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from multidict import CIMultiDict
 from yarl import URL
 
@@ -19,6 +20,7 @@ from knative.local.errors import BadGateway, Overloaded, PodUnreached, RequestEr
 from knative.local.pod import Pod
 from knative.local.revision import Revision
 from knative.local.router import Router
+from knative.local.tunnel import tunnel
 
 # RFC 9110, 7.6.1: of one connection, not of the message.
 _HOP_BY_HOP = {
@@ -46,30 +48,80 @@ class Activator:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """One request, from its headers to the last byte of its answer."""
         revision = self._router.find(request.host, request.headers)
-        response: list[web.StreamResponse] = []  # what has been begun; after that only cutting the connection can say "no"
+        call = _Call(request, revision)
         try:
-            async with asyncio.timeout(revision.service.spec.timeout_seconds), revision.request():
-                return await self._forward(request, revision, response)
+            async with call.clock, revision.request():
+                return await _forward(call)
         except TimeoutError:
-            limit_s = revision.service.spec.timeout_seconds
-            error: RequestError = TooSlow(
-                f"{revision.service.name} did not answer within {limit_s} s (timeoutSeconds, cold start included)"
-            )
+            error: RequestError = call.too_slow()
         except RequestError as refused:
             error = refused
-        if response:
-            return _cut(request, response[0])
-        return error_response(error)
+        return _cut(request, call.answer) if call.answer else error_response(error)
 
-    async def _forward(self, request: web.BaseRequest, revision: Revision, response: list[web.StreamResponse]) -> web.StreamResponse:
-        with closing(_Body(request.content)) as body:
-            for _ in range(UNREACHED_TRIES):
-                async with _slot(revision, body) as pod:
-                    try:
-                        return await _hand_over(request, body, pod, response)
-                    except PodUnreached:
-                        await asyncio.sleep(0.1)  # until its readiness probe finds out too
-        raise BadGateway(f"no pod of {revision.service.name} could be reached; they may be crashing, see their logs")
+
+class _Call:
+    """A request on its way, and its three limits (see PodSpec), which are Knative's activator's and queue-proxy's.
+
+    It ends with a 504, or, once the caller has bytes of the answer, with the connection, where Knative appends its error to the answer as
+    if it were a part of it. An upgraded connection ends at whichever limit comes first, also as in Knative, which does not look at the
+    bytes on it.
+    """
+
+    def __init__(self, request: web.BaseRequest, revision: Revision) -> None:
+        now = asyncio.get_running_loop().time()
+        spec = revision.service.spec
+        self.request = request
+        self.revision = revision
+        self.body = _Body(request.content)
+        self.answer: web.StreamResponse | None = None  # once begun; after that only cutting the connection can say "no"
+        self._first_byte_s, self._limit = spec.first_byte_limit()
+        self._idle_s = spec.idle_timeout_seconds
+        self._ends_at = now + spec.timeout_seconds
+        self.clock = asyncio.timeout_at(now + self._first_byte_s)
+        self._pod: Pod | None = None
+        self._handed_at = now
+
+    def handed_to(self, pod: Pod | None) -> None:
+        """It is the pod's turn, or nobody's."""
+        self._pod = pod
+        self._handed_at = asyncio.get_running_loop().time()
+
+    def begins(self, answer: web.StreamResponse) -> None:
+        """The pod answers."""
+        assert self._pod
+        self._pod.breaker.answered()
+        self._pod = None  # from here on it may be slow
+        self.answer = answer
+
+    def goes_on(self) -> None:
+        """Bytes of the answer go to the caller."""
+        if self._idle_s:
+            self.clock.reschedule(min(self._ends_at, asyncio.get_running_loop().time() + self._idle_s))
+        elif self.clock.when() != self._ends_at:
+            self.clock.reschedule(self._ends_at)
+
+    def too_slow(self) -> TooSlow:
+        """A limit has passed."""
+        if self._pod and not self.body.awaited:
+            since = max(self._handed_at, self.body.came_at)
+            self.revision.timed_out(self._pod, asyncio.get_running_loop().time() - since, self._first_byte_s)
+        name, waits_for = self.revision.service.name, self.revision.waits_for
+        text = f"{name} did not answer within {self._first_byte_s} s ({self._limit}, cold start included)"
+        return TooSlow(f"{text}; {waits_for}" if waits_for else text)
+
+
+async def _forward(call: _Call) -> web.StreamResponse:
+    """Hold the request until there is a pod, and hand it over; to another one if nothing of it has reached the first."""
+    with closing(call.body):
+        for _ in range(UNREACHED_TRIES):
+            async with call.revision.slot(call.body.read_on) as pod:
+                call.handed_to(pod)
+                try:
+                    return await _hand_over(call, pod)
+                except PodUnreached:
+                    call.handed_to(None)
+                    await asyncio.sleep(0.1)  # until its readiness probe finds out too
+    raise BadGateway(f"no pod of {call.revision.service.name} could be reached; they may be crashing, see their logs")
 
 
 class _Body:
@@ -80,6 +132,8 @@ class _Body:
     """
 
     def __init__(self, content: aiohttp.StreamReader) -> None:
+        self.awaited = False  # whether somebody who takes it waits for the client to send more
+        self.came_at = 0.0  # on the loop's clock: when somebody who takes it last got something from the client
         self._content = content
         self._early: FileIO | None = None  # of no name; what came while nobody took it
 
@@ -110,8 +164,13 @@ class _Body:
             self._early.seek(0)
             while piece := self._early.read(PIECE_BYTES):
                 yield piece
+        clock = asyncio.get_running_loop().time
+        self.awaited = True
         async for piece in self._content.iter_any():
+            self.awaited, self.came_at = False, clock()
             yield piece
+            self.awaited = True
+        self.awaited, self.came_at = False, clock()
 
     def close(self) -> None:
         """Forget what was kept."""
@@ -119,21 +178,16 @@ class _Body:
             self._early.close()
 
 
-@asynccontextmanager
-async def _slot(revision: Revision, body: _Body) -> AsyncIterator[Pod]:
-    """A slot of the revision, the body read on until there is one."""
-    async with AsyncExitStack() as slot:
-        async with body.read_on():
-            pod = await slot.enter_async_context(revision.slot())
-        yield pod
-
-
-async def _hand_over(request: web.BaseRequest, body: _Body, pod: Pod, response: list[web.StreamResponse]) -> web.StreamResponse:
+async def _hand_over(call: _Call, pod: Pod) -> web.StreamResponse:
     """Send the request to the pod and stream its answer back. Raises PodUnreached or BadGateway."""
+    request = call.request
+    upgrade = _upgrade(request.headers) if request.version >= HttpVersion11 else ""
     headers = _end_to_end(request.headers)
     headers["X-Forwarded-For"] = request.remote or ""
     headers["X-Forwarded-Host"] = request.host
     headers["X-Forwarded-Proto"] = request.scheme
+    if upgrade:
+        headers.update({"Connection": "Upgrade", "Upgrade": upgrade})
     if headers.popall("Expect", None):
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     sent = asyncio.Event()
@@ -142,15 +196,25 @@ async def _hand_over(request: web.BaseRequest, body: _Body, pod: Pod, response: 
             request.method,
             _target(request, pod),
             headers=headers,
-            data=body if request.body_exists else None,
+            data=call.body if request.body_exists else None,
             skip_auto_headers=_AUTOMATIC,
             allow_redirects=False,
             trace_request_ctx=sent,
         ) as reply:
             answer = web.StreamResponse(status=reply.status, reason=reply.reason, headers=_end_to_end(reply.headers))
+            if reply.status == HTTPStatus.SWITCHING_PROTOCOLS:
+                taken = _upgrade(reply.headers)
+                if not upgrade or taken.lower() != upgrade.lower():
+                    raise BadGateway(f"{pod.name} switched to the protocol {taken!r}; {upgrade or 'no other'} was asked for")
+                answer.headers.update({"Connection": "Upgrade", "Upgrade": taken})
+                call.begins(answer)
+                await tunnel(request, answer, reply)
+                return answer
+            call.begins(answer)
+            call.goes_on()
             await answer.prepare(request)
-            response.append(answer)
             async for piece in reply.content.iter_any():
+                call.goes_on()
                 await answer.write(piece)
             await answer.write_eof()
             return answer
@@ -159,6 +223,12 @@ async def _hand_over(request: web.BaseRequest, body: _Body, pod: Pod, response: 
         if isinstance(error, aiohttp.ClientConnectorError) and not sent.is_set():
             raise PodUnreached(str(error)) from error
         raise BadGateway(f"{pod.name} ended the connection before it had answered: {error or type(error).__name__}") from error
+
+
+def _upgrade(headers: Mapping[str, str]) -> str:
+    """The protocol that a message asks to change to, or changes to; an empty text if none."""
+    named = (name.strip().lower() for name in headers.get("Connection", "").split(","))
+    return headers.get("Upgrade", "") if "upgrade" in named else ""
 
 
 def _target(request: web.BaseRequest, pod: Pod) -> URL:

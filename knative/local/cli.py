@@ -26,6 +26,12 @@ MAX_PORT = 65535
     show_default=True,
     help="Fork functions from a process that has imported their libraries, or import them anew at each start.",
 )
+@click.option(
+    "--gpus",
+    type=click.IntRange(0, 1024),
+    metavar="N",
+    help="How many GPUs there are for `nvidia.com/gpu`. [default: as many as are found]",
+)
 def run(
     manifests: tuple[Path, ...],
     port: int,
@@ -34,6 +40,7 @@ def run(
     default_service: str | None,
     seeds: tuple[str, ...],
     fork_server: bool,
+    gpus: int | None,
 ) -> None:
     """Run the Knative Services in MANIFESTS on this machine until Ctrl-C.
 
@@ -47,7 +54,7 @@ def run(
         if port == MAX_PORT and not admin_port:
             raise PlatformError(f"--admin-port: must be named with --port {port}, after which there is none")
         settings = PlatformSettings(
-            port, admin_port or port + 1, state_dir, default_service, [Seed.parse(text) for text in seeds], fork_server
+            port, admin_port or port + 1, state_dir, default_service, [Seed.parse(text) for text in seeds], fork_server, gpus
         )
 
         async def main() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from knative.local.errors import PlatformError
 from knative.local.launch import Process
 from knative.local.process import ContainerProcess
+from knative.local.procfs import MARK
 
 # What manifests call the object store; the real address takes its place.
 OBJECT_STORE = "http://object-store.relight.localhost"
@@ -39,8 +40,8 @@ class Seed:
 class ObjectStore:
     """The embedded S3 server, in memory. One that dies is started again, and filled again with the seeds."""
 
-    def __init__(self, port: int, log: Path, seeds: Sequence[Seed], tell: Callable[[str], object]) -> None:
-        """tell: what happens to it, for a person."""
+    def __init__(self, port: int, log: Path, seeds: Sequence[Seed], tell: Callable[[str], object], mark: str = "") -> None:
+        """tell: what happens to it, for a person. mark: see `procfs.MARK`."""
         self.address = f"http://127.0.0.1:{port}"
         self._port = port
         self._seeds = seeds
@@ -52,7 +53,7 @@ class ObjectStore:
                 container="object-store",
                 is_main=True,
                 argv=(sys.executable, "-m", "knative.local.object_store", str(port)),
-                env=dict(os.environ),
+                env=dict(os.environ) | {MARK: f"{mark}object-store/"},
                 cwd=None,
                 directories=(),
                 log=log,

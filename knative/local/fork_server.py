@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from knative.local.launch import Process, inherited
+from knative.local.procfs import MARK
 
 PROGRAM = ("-m", "function")
 ANSWER_S = 2.0  # for a fork, then it is not well
@@ -65,13 +66,22 @@ class Forked:
 class ForkServer:
     """Keeps one fork server running from `start` to `stop`, and asks it for processes."""
 
-    def __init__(self, log: Path, is_busy: Callable[[], bool] = lambda: False, say: Callable[[str], object] = lambda text: None) -> None:
-        """is_busy: whether something starts that must not be disturbed: it waits meanwhile. say: told when it is not well."""
+    def __init__(
+        self,
+        log: Path,
+        is_busy: Callable[[], bool] = lambda: False,
+        say: Callable[[str], object] = lambda text: None,
+        mark: str = "",
+    ) -> None:
+        """is_busy: whether something starts that must not be disturbed: it waits meanwhile. say: told when it is not well.
+
+        mark: see `procfs.MARK`; what is forked has that of the fork server, until it starts programs of its own.
+        """
         self.starts = 0
         self._log = log
         self._is_busy = is_busy
         self._say = say
-        self._env = inherited() | _ONE_THREAD
+        self._env = inherited() | _ONE_THREAD | {MARK: f"{mark}fork-server/"}
         self._child: asyncio.subprocess.Process | None = None
         self._control: socket.socket | None = None  # once it is warm
         self._keeper: asyncio.Task[None] | None = None
@@ -105,8 +115,11 @@ class ForkServer:
     def _agrees(self, env: Mapping[str, str]) -> bool:
         return _ONE_THREAD | _read_at_start(env) == _read_at_start(self._env)
 
-    async def fork(self, process: Process, log: IO[bytes]) -> Forked | None:
-        """The container as a process, or None if it has to be a fresh one."""
+    async def fork(self, process: Process, log: IO[bytes], enter: Callable[[int], object] = lambda pid: None) -> Forked | None:
+        """The container as a process, or None if it has to be a fresh one.
+
+        enter: called with its process id before anything of it runs, to be brought into its limits; may raise OSError.
+        """
         if not self._control or not self.can_be(process):
             return None
         ours, theirs = socket.socketpair()
@@ -114,7 +127,7 @@ class ForkServer:
             try:
                 async with asyncio.timeout(ANSWER_S):
                     child = await self._ask(theirs, log)
-                    return child and await _converse(ours, child, process)
+                    return child and await _converse(ours, child, process, enter)
             except TimeoutError:
                 self._give_up(f"did not answer within {ANSWER_S:g} s")
             except _Refused as refused:
@@ -232,7 +245,7 @@ class _Refused(Exception):
     """A fork would not be the same as a fresh process; its text says why."""
 
 
-async def _converse(ours: socket.socket, child: Forked, process: Process) -> Forked:
+async def _converse(ours: socket.socket, child: Forked, process: Process, enter: Callable[[int], object]) -> Forked:
     """Let a new process be what is ordered. Raises _Refused, EOFError or OSError if it ends instead, which it does if this is given up."""
     reader, writer = await asyncio.open_unix_connection(sock=ours)
     try:
@@ -240,6 +253,7 @@ async def _converse(ours: socket.socket, child: Forked, process: Process) -> For
         writer.write(json.dumps(order).encode() + b"\n")
         if (answer := (await reader.readuntil()).decode().strip()) != "ready":
             raise _Refused(answer)
+        enter(child.pid)
         writer.write(b"\n")
         return child
     finally:

@@ -5,11 +5,14 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from knative.local.errors import ManifestError
+from knative.local.limits import NO_LIMITS, Limits
 from knative.local.manifest import Manifests, Service
-from knative.local.schema import Container, ProbeSpec
+from knative.local.procfs import MARK
+from knative.local.schema import CPU, MEMORY, Container, ProbeSpec
 
 # A process inherits our environment, but not what configures somebody else: a container has just what its manifest says.
 _NOT_INHERITED = re.compile(r"^(FUNCTION_|WEIGHTS_|QUEUE_SOURCE_|AWS_|K_|MAKE|PORT$|MFLAGS$)")
@@ -20,7 +23,7 @@ _PORT_SETTINGS = {"WEIGHTS_PORT", "FUNCTION_METRICS_PORT"}
 
 @dataclass(frozen=True)
 class Probe:
-    """A probe of a process; `port` is the local one."""
+    """A probe of a process; `port` is the local one. With a `command` that is run instead, and ends with status 0 if all is well."""
 
     port: int
     path: str | None  # None: a TCP connect is enough
@@ -28,7 +31,9 @@ class Probe:
     period_s: float
     timeout_s: float
     failures: int  # in a row until it counts as failed
-    delay_s: float
+    delay_s: float  # since the process started
+    successes: int = 1  # in a row until it counts as well
+    command: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Process:
     log: Path
     readiness: Probe | None
     liveness: Probe | None
+    startup: Probe | None = None  # until it has succeeded the others are not asked
+    limits: Limits = NO_LIMITS
 
 
 @dataclass(frozen=True)
@@ -53,12 +60,18 @@ class PodPlan:
     port: int
     processes: tuple[Process, ...]
 
+    @property
+    def gpus(self) -> int:
+        """Devices that the pod has for itself."""
+        return sum(process.limits.gpus for process in self.processes)
+
 
 @dataclass(frozen=True)
 class Places:
     """Where things lie on this machine."""
 
     state_dir: Path
+    mark: str = ""  # what the mark of every process begins with that was started for this state directory, and of no other
 
     def pod(self, name: str) -> Path:
         """What lives as long as the pod."""
@@ -69,18 +82,20 @@ class Places:
         return self.state_dir / "logs" / service.namespace / pod / f"{container}.log"
 
     def volume(self, service: Service, pod: str, name: str) -> Path:
-        """A volume's directory: the pod's own for emptyDir, shared by all pods of a claim and kept for persistentVolumeClaim."""
+        """A volume's directory: the pod's own for emptyDir; for the other kinds one that all pods share and that is kept."""
         source = next(volume for volume in service.spec.volumes if volume.name == name)
         if source.persistent_volume_claim:
             return self.state_dir / "volumes" / service.namespace / source.persistent_volume_claim.claim_name
+        if source.host_path:
+            return self.state_dir / "host" / source.host_path.path.lstrip("/")
         return self.pod(pod) / "volumes" / name
 
 
 def check_references(manifests: Manifests) -> None:
     """Raises ManifestError for a reference to a ConfigMap or Secret that is not there."""
     for service in manifests.services:
-        for container in service.spec.containers:
-            _declared_env(service, container, manifests)
+        for index in range(len(service.spec.containers)):
+            _declared_env(service, index, manifests)
 
 
 def plan_pod(
@@ -105,11 +120,11 @@ def plan_pod(
         for port in _own_ports(container):
             ports.setdefault(port, free_port())
     processes = []
-    for container in service.spec.containers:
+    for index, container in enumerate(service.spec.containers):
         mounts = {
             mount.mount_path.rstrip("/"): places.volume(service, pod, mount.name) / mount.sub_path for mount in container.volume_mounts
         }
-        env = _declared_env(service, container, manifests)
+        env = _declared_env(service, index, manifests)
         env = {
             name: str(ports.get(int(value), value)) if name.endswith("_PORT") and value.isdigit() else value for name, value in env.items()
         }
@@ -119,6 +134,13 @@ def plan_pod(
         here = _rewriter(mounts, addresses)
         env = {name: here(value) for name, value in env.items()}
         argv = tuple(_expand(here(word), env) for word in (*container.command, *container.args))
+        limits = _limits(container)
+        env |= _threads(env, limits) | {MARK: f"{places.mark}{service.namespace}/{pod}/{container.name}/"}
+
+        probe = partial(_probe, declared=declared, ports=ports, here=here)
+        readiness = container.readiness_probe
+        if readiness is None and container is main:
+            readiness = ProbeSpec()  # Knative's default for the container that is called: its port is open
         processes.append(
             Process(
                 container=container.name,
@@ -128,8 +150,10 @@ def plan_pod(
                 cwd=Path(here(container.working_dir)) if container.working_dir else None,
                 directories=tuple(mounts.values()),
                 log=places.log(service, pod, container.name),
-                readiness=_readiness(container, is_main=container is main, declared=declared, ports=ports),
-                liveness=_probe(container.liveness_probe, declared, ports, every_s=10) if container.liveness_probe else None,
+                readiness=probe(readiness, every_s=1),
+                liveness=probe(container.liveness_probe, every_s=10),
+                startup=probe(container.startup_probe, every_s=10),
+                limits=limits,
             )
         )
     return PodPlan(ports[declared], tuple(processes))
@@ -142,45 +166,69 @@ def _own_ports(container: Container) -> set[int]:
     """
     probes = (container.liveness_probe, container.readiness_probe, container.startup_probe)
     targets = [probe.http_get or probe.tcp_socket for probe in probes if probe]
-    asked = {target.port for target in targets if target}
+    asked = {target.port for target in targets if target and isinstance(target.port, int)}
     told = [
         (variable.name, int(variable.value)) for variable in container.env if variable.name.endswith("_PORT") and variable.value.isdigit()
     ]
     return {port for name, port in told if name in _PORT_SETTINGS or port in asked}
 
 
-def _declared_env(service: Service, container: Container, manifests: Manifests) -> dict[str, str]:
+def _limits(container: Container) -> Limits:
+    limits = container.resources.limits
+    memory = limits.get(MEMORY)
+    return Limits(limits.get(CPU) or None, int(memory) if memory else None, container.resources.gpus)
+
+
+def _threads(env: Mapping[str, str], limits: Limits) -> dict[str, str]:
+    """How many threads our function's torch has: what it would find in a cluster's cgroup, but one core is left for everybody else.
+
+    All other libraries see the cores that a container may use. (Not OMP_NUM_THREADS, which would have to agree with the fork server's.)
+    """
+    if not limits.cpus or "FUNCTION_AGENT" not in env or "FUNCTION_TORCH_THREADS" in env:
+        return {}
+    return {"FUNCTION_TORCH_THREADS": str(max(1, min(int(limits.cpus), len(os.sched_getaffinity(0)) - 1)))}
+
+
+def _declared_env(service: Service, index: int, manifests: Manifests) -> dict[str, str]:
     env: dict[str, str] = {}
-    for source in container.env_from:
-        for kind, objects, ref in (
-            ("ConfigMap", manifests.config_maps, source.config_map_ref),
-            ("Secret", manifests.secrets, source.secret_ref),
+    container = service.spec.containers[index]
+    for number, source in enumerate(container.env_from):
+        for field, kind, objects, ref in (
+            ("configMapRef", "ConfigMap", manifests.config_maps, source.config_map_ref),
+            ("secretRef", "Secret", manifests.secrets, source.secret_ref),
         ):
             if ref:
                 data = objects.get((service.namespace, ref.name))
                 if data is None and not ref.optional:
-                    raise _missing(service, container, f"{kind} {ref.name}")
+                    raise _missing(service, f"containers[{index}].envFrom[{number}].{field}", kind, ref.name, objects)
                 env |= {source.prefix + key: value for key, value in (data or {}).items()}
-    for variable in container.env:
+    for number, variable in enumerate(container.env):
         value: str | None = variable.value
         if variable.value_from:
-            for kind, objects, key in (
-                ("ConfigMap", manifests.config_maps, variable.value_from.config_map_key_ref),
-                ("Secret", manifests.secrets, variable.value_from.secret_key_ref),
+            for field, kind, objects, key in (
+                ("configMapKeyRef", "ConfigMap", manifests.config_maps, variable.value_from.config_map_key_ref),
+                ("secretKeyRef", "Secret", manifests.secrets, variable.value_from.secret_key_ref),
             ):
                 if key:
                     value = objects.get((service.namespace, key.name), {}).get(key.key)
                     if value is None and not key.optional:
-                        raise _missing(service, container, f"key {key.key} of {kind} {key.name}")
+                        at = f"containers[{index}].env[{number}].valueFrom.{field}"
+                        raise _missing(service, at, kind, key.name, objects, key.key)
         if value is not None:
             env[variable.name] = _expand(value, env)
     return env
 
 
-def _missing(service: Service, container: Container, what: str) -> ManifestError:
-    return ManifestError(
-        service.file, f"Service {service.name}: container {container.name}", f"refers to {what}, which is in no manifest here"
-    )
+def _missing(
+    service: Service, path: str, kind: str, name: str, objects: Mapping[tuple[str, str], Mapping[str, str]], key: str | None = None
+) -> ManifestError:
+    held = objects.get((service.namespace, name))
+    if held is not None:
+        message = f"{kind} {name} has no key {key!r}; it has {', '.join(sorted(held)) or 'none'}"
+    else:
+        there = ", ".join(sorted(other for space, other in objects if space == service.namespace)) or "none"
+        message = f"found {kind} {name!r}, which is in no manifest here; in namespace {service.namespace} there are {there}"
+    return ManifestError(service.file, f"{service.where}: spec.template.spec.{path}", message)
 
 
 def _expand(text: str, env: Mapping[str, str]) -> str:
@@ -212,17 +260,11 @@ def inherited() -> dict[str, str]:
     return env
 
 
-def _readiness(container: Container, *, is_main: bool, declared: int, ports: Mapping[int, int]) -> Probe | None:
-    if container.readiness_probe:
-        return _probe(container.readiness_probe, declared, ports, every_s=1)
-    if not is_main:
+def _probe(spec: ProbeSpec | None, *, declared: int, ports: Mapping[int, int], here: Callable[[str], str], every_s: float) -> Probe | None:
+    if spec is None:
         return None
-    return _probe(ProbeSpec(), declared, ports, every_s=1)  # Knative's default for the container that is called: its port is open
-
-
-def _probe(spec: ProbeSpec, declared: int, ports: Mapping[int, int], *, every_s: float) -> Probe:
     target = spec.http_get or spec.tcp_socket
-    port = (target and target.port) or declared
+    port = target.port if target and isinstance(target.port, int) and target.port else declared
     return Probe(
         port=ports.get(port, port),
         path=spec.http_get.path if spec.http_get else None,
@@ -231,4 +273,6 @@ def _probe(spec: ProbeSpec, declared: int, ports: Mapping[int, int], *, every_s:
         timeout_s=spec.timeout_seconds,
         failures=spec.failure_threshold,
         delay_s=spec.initial_delay_seconds,
+        successes=spec.success_threshold,
+        command=tuple(map(here, spec.exec.command)) if spec.exec else (),
     )

@@ -56,6 +56,8 @@ class Logs:
             last = file.read(end - begin).splitlines(keepends=True)[-lines:] if lines else []
             yield b"".join(last)
             while follow:
+                if path.stat().st_size < end:
+                    end = 0  # it was long and has been put aside
                 file.seek(end)
                 if piece := file.read(PIECE_BYTES):
                     end += len(piece)

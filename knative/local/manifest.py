@@ -13,9 +13,24 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from knative.autoscaler import Autoscaler, ScaleSpec, SpecError
+from knative.autoscaler import ScaleSpec, SpecError
+from knative.autoscaler.config import HPA, KPA
+from knative.autoscaler.spec import ANNOTATION_PREFIX
 from knative.local.errors import ManifestError
+from knative.local.rules import broken_rules
 from knative.local.schema import ConfigMap, Container, Metadata, PodSpec, Secret, ServiceObject, Template, TrafficTarget
+
+# Fields of a Kubernetes pod that somebody may well write here, and what is to be said then.
+_NOT_HERE = {
+    "grpc": "gRPC probes are not run here; allowed are httpGet, tcpSocket and exec",
+    "initContainers": "init containers are not run here; let a container's command do what is to be done first",
+    "lifecycle": "Knative refuses lifecycle hooks; let the command do it, and end on SIGTERM",
+    "privileged": "Knative refuses privileged containers",
+    "replicas": "a Knative Service has no replicas; see the annotations min-scale and max-scale of spec.template.metadata",
+    "restartPolicy": "Knative refuses it; containers are always started again",
+    "selector": "a Knative Service has no selector; it knows its own pods",
+    "terminationGracePeriodSeconds": "Knative refuses it; a pod has timeoutSeconds to end",
+}
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -27,7 +42,20 @@ RECREATE = "recreate"
 STDIN = Path("-")
 MAX_LABEL = 63  # signs, of a part of a host name
 # Of use to a cluster only; they may stand in the same file.
-_LEFT_ALONE = {"Namespace", "NetworkPolicy", "PersistentVolumeClaim", "ServiceAccount"}
+_LEFT_ALONE = {
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "DaemonSet",
+    "Namespace",
+    "NetworkPolicy",
+    "PersistentVolumeClaim",
+    "PodMonitor",
+    "PriorityClass",
+    "PrometheusRule",
+    "ServiceAccount",
+}
+# What belongs to another class of autoscaler, which measures what nobody measures here.
+_OF_THE_CLASS = ("class", "metric", "target", "target-utilization-percentage")
 
 
 @dataclass(frozen=True)
@@ -171,8 +199,10 @@ class Sources:
                 if any(file.stem == "kustomization" for file in files):
                     raise ManifestError(str(path), "", f"is to be rendered first: kubectl kustomize {path} > manifests.yaml")
                 texts += [(str(file), file.read_text()) for file in files]
-            except (OSError, UnicodeDecodeError) as error:
-                raise ManifestError(str(path), "", f"cannot be read: {error}") from error
+            except UnicodeDecodeError as error:
+                raise ManifestError(str(path), "", f"cannot be read: byte {error.start} is not UTF-8; manifests are text") from error
+            except OSError as error:
+                raise ManifestError(str(path), "", f"cannot be read: {error.strerror or error}") from error
         return read_manifests(texts)
 
     def stamp(self) -> object:
@@ -195,9 +225,22 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
     return about.st_mtime_ns, about.st_size, about.st_ino
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key stands twice: the first one would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice in one object", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _documents(file: str, text: str) -> list[Any]:
     try:
-        return list(yaml.safe_load_all(text))
+        return list(yaml.load_all(text, _Loader))
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ManifestError(file, where, f"not YAML: {error.problem}") from error
@@ -218,7 +261,7 @@ def _parse(model: type[M], document: dict[str, Any], file: str, where: str) -> M
         if first["type"] == "extra_forbidden":
             raise ManifestError(file, f"{where}: {path}", _no_such_field(model, first["loc"])) from error
         shown = "" if first["type"] == "missing" or isinstance(found, dict | list) else f" (found {found!r})"
-        raise ManifestError(file, f"{where}: {path}", first["msg"] + shown) from error
+        raise ManifestError(file, f"{where}: {path}", first["msg"].removeprefix("Value error, ") + shown) from error
 
 
 def _no_such_field(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
@@ -228,36 +271,17 @@ def _no_such_field(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
             kind = next(field.annotation for field in model.model_fields.values() if field.alias == part)
             # The model in `X`, `X | None` or `list[X]`.
             model = next(item for item in (kind, *get_args(kind)) if isinstance(item, type) and issubclass(item, BaseModel))
+    if (name := str(path[-1])) in _NOT_HERE:
+        return _NOT_HERE[name]
     known = sorted(str(field.alias) for field in model.model_fields.values())
     close = difflib.get_close_matches(str(path[-1]), known, n=1)
     return "there is no such field; " + (f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}")
 
 
 def _service(file: str, where: str, item: ServiceObject, autoscaler_config: Mapping[str, str], manifests: Manifests) -> Service:
+    for path, message in broken_rules(item):
+        raise ManifestError(file, f"{where}: {path}", message)
     spec = item.spec.template.spec
-    at = f"{where}: spec.template.spec"
-    with_ports = [container.name for container in spec.containers if container.ports]
-    if len(spec.containers) > 1 and len(with_ports) != 1:
-        raise ManifestError(
-            file, f"{at}.containers", f"found ports in {with_ports or 'none'}; exactly one container must have them, the one that is called"
-        )
-    names = [container.name for container in spec.containers]
-    volumes = {volume.name for volume in spec.volumes}
-    for index, container in enumerate(spec.containers):
-        if names.count(container.name) > 1:
-            raise ManifestError(file, f"{at}.containers[{index}].name", f"found {container.name!r} twice; names must differ")
-        if not container.command:
-            raise ManifestError(
-                file, f"{at}.containers[{index}].command", "found none; here images are not run, so each container must name its command"
-            )
-        for number, mount in enumerate(container.volume_mounts):
-            if mount.name not in volumes:
-                raise ManifestError(
-                    file, f"{at}.containers[{index}].volumeMounts[{number}].name", f"found {mount.name!r}; volumes are {sorted(volumes)}"
-                )
-    for index, volume in enumerate(spec.volumes):
-        if volume.empty_dir is None and volume.persistent_volume_claim is None:
-            raise ManifestError(file, f"{at}.volumes[{index}]", "allowed are emptyDir and persistentVolumeClaim")
     annotations = item.spec.template.metadata.annotations
     scale = _scale(file, f"{where}: spec.template.metadata.annotations", annotations, spec.container_concurrency, autoscaler_config)
     rollout = item.metadata.annotations.get(ROLLOUT, "rolling")
@@ -311,7 +335,9 @@ def _check_hosts(services: Sequence[Service]) -> None:
 def _scale(file: str, where: str, annotations: Mapping[str, str], container_concurrency: int, config: Mapping[str, str]) -> ScaleSpec:
     try:
         scale = ScaleSpec.parse(annotations, container_concurrency, config)
-        Autoscaler(scale, ready=0, now=0.0)  # takes one class of autoscaler only
+        if scale.autoscaler_class == HPA:  # by concurrency then, within the same bounds
+            ours = {name: value for name, value in annotations.items() if name.removeprefix(ANNOTATION_PREFIX) not in _OF_THE_CLASS}
+            scale = ScaleSpec.parse(ours | {"class": KPA}, container_concurrency, config)
     except SpecError as error:
         raise ManifestError(file, where, str(error)) from error
     return scale

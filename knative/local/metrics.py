@@ -34,6 +34,7 @@ class Metrics:
         concurrency = GaugeMetricFamily("relight_concurrency", "Requests in the system, those that wait included.", labels=LABELS)
         queued = GaugeMetricFamily("relight_queued", "Requests that wait for a pod.", labels=LABELS)
         desired = GaugeMetricFamily("relight_desired_pods", "Pods that the autoscaler wants.", labels=LABELS)
+        hung = CounterMetricFamily("relight_hung_pods", "Pods that answered nobody any more and were replaced.", labels=LABELS)
         pods = GaugeMetricFamily("relight_pods", "Pods by phase.", labels=[*LABELS, "phase"])
         latency = HistogramMetricFamily("relight_request_seconds", "From a request's headers to the end of its answer.", labels=LABELS)
         cold = HistogramMetricFamily("relight_cold_start_seconds", "From a pod asked for to a pod ready.", labels=LABELS)
@@ -50,6 +51,7 @@ class Metrics:
             concurrency.add_metric(labels, live.concurrency)
             queued.add_metric(labels, live.queued)
             desired.add_metric(labels, live.desired)
+            hung.add_metric(labels, record.hung_total)
             for phase in get_args(Phase):
                 pods.add_metric([*labels, phase], phases[phase])
             for family, histogram in ((latency, record.latencies.histogram), (cold, record.cold_start_s)):
@@ -60,4 +62,4 @@ class Metrics:
                 share.add_metric([*labels, name], percent)
                 given.add_metric([*labels, name], live.revisions[name].meter.total)
                 ready.add_metric([*labels, name], live.revisions[name].ready)
-        yield from (requests, concurrency, queued, desired, pods, latency, cold, weights, share, given, ready)
+        yield from (requests, concurrency, queued, desired, hung, pods, latency, cold, weights, share, given, ready)

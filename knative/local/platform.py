@@ -22,14 +22,18 @@ from rich.markup import escape
 from knative.local.activator import Activator
 from knative.local.address import announce
 from knative.local.admin import Admin
+from knative.local.devices import Devices, check, found
 from knative.local.embedded import OBJECT_STORE, ObjectStore, Seed
 from knative.local.errors import PlatformError
 from knative.local.fork_server import PROGRAM, ForkServer
 from knative.local.launch import Places, check_references, plan_pod
+from knative.local.limits import Limiter, delegated
 from knative.local.manifest import Manifests, Service, Sources
 from knative.local.pod import Pod
+from knative.local.procfs import end_marked
 from knative.local.revision import Revision
 from knative.local.router import Router
+from knative.local.schema import CPU, MEMORY
 from knative.local.service import LiveService
 from knative.local.terminal import Terminal
 from knative.local.watch import Watch
@@ -53,6 +57,7 @@ class PlatformSettings:
     default_service: str | None
     seeds: Sequence[Seed]
     fork_server: bool = True
+    gpus: int | None = None  # None: as many as are found
 
 
 class Platform:
@@ -63,6 +68,7 @@ class Platform:
         self._settings = settings
         self._watch = Watch(sources)
         self._sources = sources
+        self._devices = Devices(found(settings.gpus, os.environ), self._make_room)
         self._manifests = self._read()
         self._problem: str | None = None  # with the manifests as they are now
         self._terminal = terminal
@@ -77,6 +83,8 @@ class Platform:
         self._session: aiohttp.ClientSession | None = None
         self._store: ObjectStore | None = None
         self._fork_server: ForkServer | None = None
+        self._limiter = Limiter()  # until a manifest has limits
+        self._limiter_told = False
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -109,6 +117,7 @@ class Platform:
     async def _start(self, started: AsyncExitStack) -> None:
         """Bring everything up; each thing that must be ended is pushed on `started` as soon as it is there."""
         self._lock_state_dir(started)
+        await self._end_leftovers(started)
         shutil.rmtree(self._settings.state_dir / "pods", ignore_errors=True)  # of a platform that was killed
         started.callback(self._terminal.close)
         # For probes. No connection is kept: an idle one would keep a pod that is told to end waiting for its next request.
@@ -132,6 +141,15 @@ class Platform:
         if self._fork_server:
             self._fork_server.start()  # last: it waits for pods that start now
 
+    async def _end_leftovers(self, started: AsyncExitStack) -> None:
+        """What a platform of this state directory has left behind that was killed; and ours, at the end, should there be any."""
+        about = self._settings.state_dir.stat()
+        mark = f"{about.st_dev:x}-{about.st_ino:x}/"  # of this directory alone, not of a copy of it
+        self._places = Places(self._settings.state_dir, mark)
+        if count := await asyncio.to_thread(end_marked, mark):
+            self._terminal.say(f"ended {count} process{'es' * (count != 1)} of an earlier `relight run` that was killed")
+        started.push_async_callback(asyncio.to_thread, end_marked, mark)
+
     async def _follow(self) -> None:
         """Take what changes in the manifests, for as long as we run."""
         self._watch.listen()
@@ -149,25 +167,25 @@ class Platform:
     async def _reload(self, *, by_signal: bool) -> None:
         """Read the manifests again; all of what they say is done, or nothing."""
         try:
-            found = await asyncio.to_thread(self._read)
-            for service in found.services:
+            manifests = await asyncio.to_thread(self._read)
+            for service in manifests.services:
                 if live := self._services.get(key(service)):
                     live.check(service)
             new = {
                 key(service): LiveService(service, self._make_pod, self._terminal)
-                for service in found.services
+                for service in manifests.services
                 if key(service) not in self._services
             }
             fork_server = self._fork_server
-            await self._start_helpers(found)
+            await self._start_helpers(manifests)
         except PlatformError as error:
             self._problem = str(error)
             self._terminal.say(f"[red]nothing was changed[/]: {escape(self._problem)}")
             return
-        self._manifests, self._problem = found, None
+        self._manifests, self._problem = manifests, None
         self._terminal.say(f"[dim]manifests read again{' (SIGHUP)' if by_signal else ''}[/]")
-        gone = [self._services.pop(name) for name in list(self._services) if name not in {key(service) for service in found.services}]
-        for service in found.services:
+        gone = [self._services.pop(name) for name in list(self._services) if name not in {key(service) for service in manifests.services}]
+        for service in manifests.services:
             if live := self._services.get(key(service)):
                 live.apply(service)
         self._services.update(new)
@@ -189,10 +207,11 @@ class Platform:
 
     def _read(self) -> Manifests:
         """The manifests as they are now. Raises PlatformError, also for a default service that is none of them."""
-        found = self._sources.read()
-        check_references(found)
-        self._find_default(found)
-        return found
+        manifests = self._sources.read()
+        check_references(manifests)
+        check(manifests, self._devices.names)
+        self._find_default(manifests)
+        return manifests
 
     def _update_router(self) -> None:
         default = self._services[self._find_default(self._manifests)]
@@ -207,13 +226,15 @@ class Platform:
             "manifests": {"problem": self._problem},
             "queue_sources": [],
             "fork_server": self._fork_server and self._fork_server.status(),
+            "limits": self._limiter.describe(),
+            "gpus": self._devices.status(),
         }
 
     async def _start_helpers(self, manifests: Manifests) -> None:
-        """The object store and the fork server, as soon as a manifest has a use for them. Raises PlatformError."""
+        """The object store, the limits and the fork server, as soon as a manifest has a use for them. Raises PlatformError."""
         if not self._store and (self._settings.seeds or manifests.mentions(OBJECT_STORE)):
             log = self._settings.state_dir / "logs" / "object-store.log"
-            self._store = ObjectStore(self._free_port(), log, self._settings.seeds, self._terminal.say)
+            self._store = ObjectStore(self._free_port(), log, self._settings.seeds, self._terminal.say, self._places.mark)
             try:
                 await self._store.start()
             except PlatformError:
@@ -221,10 +242,19 @@ class Platform:
                 self._store = None
                 raise
             self._addresses[OBJECT_STORE] = self._store.address
+        self._set_limits(manifests)
         commands = [(*container.command, *container.args)[1:] for s in manifests.services for container in s.spec.containers]
         if not self._fork_server and self._settings.fork_server and PROGRAM in commands:
             log = self._settings.state_dir / "logs" / "fork-server.log"
-            self._fork_server = ForkServer(log, self._is_starting, self._terminal.say)
+            self._fork_server = ForkServer(log, self._is_starting, self._terminal.say, self._places.mark)
+
+    def _set_limits(self, manifests: Manifests) -> None:
+        """Say once which mechanism holds containers to their limits, as soon as there are any."""
+        containers = [container for service in manifests.services for container in service.spec.containers]
+        if not self._limiter_told and any({CPU, MEMORY} & container.resources.limits.keys() for container in containers):
+            self._limiter_told = True
+            self._limiter = Limiter(delegated())
+            self._terminal.say(f"resources.limits: {self._limiter.explain()}")
 
     async def _stop_helpers(self) -> None:
         await asyncio.gather(*(helper.stop() for helper in (self._fork_server, self._store) if helper))
@@ -257,7 +287,31 @@ class Platform:
             addresses=self._addresses,
         )
         assert self._session is not None
-        return Pod(name, plan, self._places.pod(name), self._session, revision.pod_changed, revision.process_ended, self._fork_server)
+        return Pod(
+            name,
+            plan,
+            self._places.pod(name),
+            self._session,
+            revision.pod_changed,
+            revision.process_ended,
+            self._fork_server,
+            self._limiter,
+            self._devices,
+            revision.needs,
+        )
+
+    def _make_room(self, missing: int, claimant: str) -> None:
+        """Let idle pods go until a pod can have so many GPUs more, those first that nobody has called for longest; none if it is no use."""
+        revisions = [revision for live in (*self._services.values(), *self._leaving) for revision in live.revisions.values()]
+        others = [revision for revision in revisions if all(pod.name != claimant for pod in revision.pods)]
+        spare = [(revision, pod) for revision in sorted(others, key=lambda one: one.last_left) for pod in revision.spare_pods()]
+        missing -= sum(pod.plan.gpus for revision in revisions for pod in revision.going)
+        if missing > sum(pod.plan.gpus for _, pod in spare):
+            return
+        for revision, pod in spare:
+            if missing > 0:
+                missing -= pod.plan.gpus
+                revision.give_up(pod)
 
     def _free_port(self) -> int:
         """A loopback port that nobody has, and that no other pod was just given."""

@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,14 +13,19 @@ from typing import Any, Literal
 import aiohttp
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from knative.local.breaker import Breaker
+from knative.local.devices import VISIBLE, Devices
 from knative.local.fork_server import ForkServer
 from knative.local.launch import PodPlan, Probe, Process
+from knative.local.limits import Limiter
+from knative.local.probe import Tally, ask
 from knative.local.process import ContainerProcess, tail
 
 # While a pod starts it is probed as often as Knative's queue-proxy does; what a probe waits, a caller waits. One that was forked is
 # ready within a tenth of a second, of which that would be much.
 START_PROBE_S = 0.025
 QUICK_PROBE_S, QUICK_S = 0.01, 0.3
+START_LOOK_S = 0.1  # whether a startup probe is due
 # For containers that have no requests any more; so short that nothing on the way of a Ctrl-C takes long, even if all of it hangs.
 STOP_GRACE_S = 5.0
 
@@ -60,12 +66,19 @@ class Pod:
         on_change: Callable[["Pod"], object],
         on_exit: Callable[["Pod", str], object] = lambda pod, ended: None,
         fork_server: ForkServer | None = None,
+        limiter: Limiter | None = None,
+        devices: Devices | None = None,
+        is_urgent: Callable[["Pod"], bool] = lambda pod: True,
     ) -> None:
-        """on_change: called whenever its phase or its report changes. on_exit: told how one of its processes ended by itself."""
+        """on_change: called whenever its phase or its report changes. on_exit: told how one of its processes ended by itself.
+
+        devices: where it has its GPUs from, if its plan has any. is_urgent: whether others should give theirs up for it.
+        """
         self.name = name
         self.plan = plan
         self.phase: Phase = "pending"
         self.in_flight = 0
+        self.breaker = Breaker()
         self.started_at = time.time()  # for people
         self.asked_at = time.monotonic()
         self.unready_since: float | None = self.asked_at  # the progress deadline counts from here
@@ -77,7 +90,14 @@ class Pod:
         self._session = session
         self._on_change = on_change
         self._on_exit = on_exit
-        self._containers = [ContainerProcess(process, partial(self._exited, process), fork_server) for process in plan.processes]
+        self._devices = devices or Devices(())
+        self._is_urgent = is_urgent
+        self._containers = [
+            ContainerProcess(process, partial(self._exited, process), fork_server, limiter, partial(self._began, process))
+            for process in plan.processes
+        ]
+        self._started: set[str] = set()  # containers whose startup probe has succeeded since they began, or who have none
+        self._well: set[str] = set()  # containers whose readiness probe says so
         self._tasks: list[asyncio.Task[None]] = []
         self._idle = asyncio.Event()
         self._spawning = asyncio.Lock()  # guards the processes: they are all there or none before any is ended
@@ -105,6 +125,8 @@ class Pod:
 
     async def start(self) -> None:
         """Start the processes and the probing; returns once they are spawned. One that is let go before it has started never does."""
+        if self.plan.gpus and not await self._take_devices():
+            return
         async with self._spawning:
             if self.phase == "draining":
                 return
@@ -116,15 +138,48 @@ class Pod:
             # All at once: the function imports its libraries while the sidecar sees to the weights.
             await asyncio.gather(*(container.start() for container in self._containers))
             self.stages["spawn"] = self._age()
-            self._tasks = [asyncio.create_task(self._watch_readiness())]
             for container in self._containers:
-                if container.process.liveness:
-                    self._tasks.append(asyncio.create_task(self._watch_liveness(container, container.process.liveness)))
+                process = container.process
+                if process.startup:
+                    self._tasks.append(asyncio.create_task(self._watch_startup(container, process.startup)))
+                if process.readiness:
+                    self._tasks.append(asyncio.create_task(self._watch_readiness(container, process.readiness)))
+                if process.liveness:
+                    self._tasks.append(asyncio.create_task(self._watch_liveness(container, process.liveness)))
         self._on_change(self)
+
+    async def _take_devices(self) -> bool:
+        """Wait for its GPUs; whether it has them. The progress deadline does not count meanwhile."""
+        taking = asyncio.ensure_future(self._devices.take(self.name, self.plan.gpus, lambda: self._is_urgent(self)))
+        await asyncio.sleep(0)
+        if not taking.done():
+            self.unready_since = None
+            self._on_change(self)
+        devices = list(await taking)
+        if not devices or self.phase == "draining":
+            return False
+        for container in self._containers:
+            if own := [devices.pop() for _ in range(container.process.limits.gpus)]:
+                container.process = replace(container.process, env={**container.process.env, VISIBLE: ",".join(reversed(own))})
+        if self.unready_since is None:
+            self.unready_since = time.monotonic()
+            self.stages["device"] = self._age()
+        return True
+
+    def ask_for_devices(self) -> None:
+        """Others may be idle by now, or the need be greater."""
+        self._devices.look()
+
+    @property
+    def waits_for(self) -> str | None:
+        """What keeps it from being started, if anything does."""
+        return self._devices.reason(self.name) if self.phase == "pending" else None
 
     async def drain(self, patience_s: float) -> None:
         """Take no more requests, let those in flight finish for at most `patience_s`, end the processes, remove what was the pod's."""
-        self.phase = "draining"
+        pending, self.phase = self.phase == "pending", "draining"
+        if pending:
+            self._devices.give_back(self.name)
         self._on_change(self)
         if self.in_flight:
             self._idle.clear()
@@ -138,6 +193,7 @@ class Pod:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*(container.stop(STOP_GRACE_S) for container in self._containers))
+        self._devices.give_back(self.name)
         await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
 
     def leave(self) -> None:
@@ -145,12 +201,16 @@ class Pod:
         self.in_flight -= 1
         if not self.in_flight:
             self._idle.set()
+            self._devices.look()
         self.on_room()
 
     def last_words(self, lines: int = 12) -> str:
         """The last lines of each container's log, for whoever asks why it is not ready."""
-        said = {container.process.container: container.tail(lines) for container in self._containers}
-        parts = [f"{name}:\n" + "\n".join(f"  {line}" for line in text) for name, text in said.items() if text]
+        parts = []
+        for container in self._containers:
+            name, text = container.process.container, [f"  {line}" for line in container.tail(lines)]
+            if text:
+                parts.append("\n".join([f"{name}{f' ({container.last_exit})' if container.last_exit else ''}:", *text]))
         return "\n".join(parts) or "its containers wrote nothing"
 
     def status(self) -> dict[str, Any]:
@@ -163,8 +223,11 @@ class Pod:
             "address": self.address,
             "forked": any(container.is_forked for container in self._containers),
             "restarts": {container.process.container: container.restarts for container in self._containers},
+            "exits": {container.process.container: container.last_exit for container in self._containers if container.last_exit},
             "stages": self.stages,
         }
+        if waits_for := self.waits_for:
+            document["waits_for"] = waits_for
         if self.report.weights:
             document["weights"] = self.report.weights.model_dump()
         return document
@@ -179,30 +242,56 @@ class Pod:
     def _age(self) -> float:
         return round(time.monotonic() - self.asked_at, 4)
 
+    def _began(self, process: Process) -> None:
+        """A process is there, for the first time or again."""
+        if process.startup is None:
+            self._started.add(process.container)
+
     def _exited(self, process: Process, ended: str) -> None:
         """A process ended by itself; it will be started again."""
+        self._started.discard(process.container)
         last = tail(process.log, 1)
         self._on_exit(self, f"{process.container} {ended}" + (f": {last[0].strip()}" if last else ""))
-        if self.phase == "ready" and not all(container.running for container in self._containers if container.process.is_main):
-            self._set_ready(ready=False)
+        if process.is_main:
+            self._well.discard(process.container)
+            self._judge()
 
-    async def _watch_readiness(self) -> None:
-        failures = 0
-        probes = [(container, container.process.readiness) for container in self._containers if container.process.readiness]
+    async def _watch_startup(self, container: ContainerProcess, probe: Probe) -> None:
+        name, tally = container.process.container, Tally(probe)
         while True:
-            results = [container.running and await self._ask(container, probe) for container, probe in probes if probe]
-            if all(results):
-                failures = 0
-                if self.phase == "starting":
-                    self._set_ready(ready=True)
-            else:
-                failures += 1
-                if self.phase == "ready" and failures >= max(probe.failures for _, probe in probes if probe):
-                    self._set_ready(ready=False)
-            if self.phase == "ready":
-                await asyncio.sleep(min(probe.period_s for _, probe in probes if probe))
+            if not container.running or name in self._started or _until(container, probe.delay_s) > 0:
+                tally.clear()
+                await asyncio.sleep(min(probe.period_s, START_LOOK_S))
+                continue
+            answer = await ask(probe, container.process, self._session)
+            verdict = tally.add(answer.is_well)
+            if verdict:
+                self._started.add(name)
+            elif verdict is False:
+                await container.restart(f"did not start: its startup probe failed {probe.failures} times, {answer.why}")
+            await asyncio.sleep(probe.period_s)
+
+    async def _watch_readiness(self, container: ContainerProcess, probe: Probe) -> None:
+        name, tally = container.process.container, Tally(probe)
+        while True:
+            is_asked = container.running and name in self._started and _until(container, probe.delay_s) <= 0
+            answer = await ask(probe, container.process, self._session) if is_asked else None
+            if answer and answer.document and container.process.is_main:
+                self._listen(answer.document)
+            verdict = tally.add(bool(answer and answer.is_well))
+            if verdict is not None:
+                (self._well.add if verdict else self._well.discard)(name)
+                self._judge()
+            if name in self._well:
+                await asyncio.sleep(probe.period_s)
             else:
                 await asyncio.sleep(QUICK_PROBE_S if self._age() < QUICK_S else START_PROBE_S)
+
+    def _judge(self) -> None:
+        """Whether it is ready: all that have a readiness probe are well."""
+        is_ready = all(container.process.container in self._well for container in self._containers if container.process.readiness)
+        if is_ready != (self.phase == "ready") and self.phase != "draining":
+            self._set_ready(ready=is_ready)
 
     def _set_ready(self, *, ready: bool) -> None:
         self.phase = "ready" if ready else "starting"
@@ -214,33 +303,16 @@ class Pod:
         self._on_change(self)
 
     async def _watch_liveness(self, container: ContainerProcess, probe: Probe) -> None:
-        await asyncio.sleep(probe.delay_s)
-        failures = 0
+        name, tally = container.process.container, Tally(probe)
         while True:
-            await asyncio.sleep(probe.period_s)
-            failures = 0 if not container.running or await self._ask(container, probe) else failures + 1
-            if failures >= probe.failures:
-                failures = 0
-                await container.restart()
-
-    async def _ask(self, container: ContainerProcess, probe: Probe) -> bool:
-        """One probe. A user container that explains its readiness in JSON is listened to."""
-        try:
-            if probe.path is None:
-                _, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", probe.port), probe.timeout_s)
-                writer.close()
-                return True
-            async with self._session.get(
-                f"http://127.0.0.1:{probe.port}{probe.path}",
-                headers=probe.headers,
-                timeout=aiohttp.ClientTimeout(total=probe.timeout_s),
-                allow_redirects=False,
-            ) as reply:
-                if container.process.is_main and probe is container.process.readiness and reply.content_type == "application/json":
-                    self._listen(await reply.read())
-                return 200 <= reply.status < 400
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            return False
+            await asyncio.sleep(max(probe.period_s, _until(container, probe.delay_s + probe.period_s)))
+            if not container.running or name not in self._started or _until(container, probe.delay_s) > 0:
+                tally.clear()
+                continue
+            answer = await ask(probe, container.process, self._session)
+            if tally.add(answer.is_well) is False:
+                tally.clear()
+                await container.restart(f"is not well: its liveness probe failed {probe.failures} times, {answer.why}")
 
     def _listen(self, body: bytes) -> None:
         try:
@@ -250,6 +322,11 @@ class Pod:
         if report != self.report:
             self.report = report
             self._on_change(self)
+
+
+def _until(container: ContainerProcess, age_s: float) -> float:
+    """Seconds until a container has run for so long."""
+    return container.started_at + age_s - time.monotonic()
 
 
 async def _note_sent(_: aiohttp.ClientSession, context: SimpleNamespace, __: aiohttp.TraceRequestHeadersSentParams) -> None:

@@ -8,6 +8,7 @@ from knative.local.latency import Histogram, Latencies
 from knative.local.pod import Pod
 
 COLD_STARTS = 8  # kept of each Service
+HUNG = 8  # likewise
 HISTORY = 300  # samples, one a second
 
 Outcome = Literal["starting", "ready", "failed", "dropped"]
@@ -70,7 +71,9 @@ class Record:
         self.cold_start_s = Histogram()
         self.weights: Counter[str] = Counter()  # pods that became ready, by where their weights came from
         self.samples: deque[Sample] = deque(maxlen=HISTORY)
+        self.hung_total = 0  # pods that answered nobody any more and were replaced
         self._cold_starts: deque[ColdStart] = deque(maxlen=COLD_STARTS)
+        self._hung: deque[dict[str, Any]] = deque(maxlen=HUNG)
 
     def starting(self, pod: Pod, waiting: int) -> None:
         """A pod was asked for."""
@@ -87,6 +90,11 @@ class Record:
                 self.weights[pod.report.weights.source] += 1
         start.end(outcome)
 
+    def hung(self, pod: Pod, reason: str) -> None:
+        """A pod is replaced because it answers nobody."""
+        self.hung_total += 1
+        self._hung.append({"pod": pod.name, "time": round(time.time(), 3), "reason": reason})
+
     def history(self) -> list[dict[str, Any]]:
         """The last minutes, oldest first."""
         return [sample._asdict() for sample in self.samples]
@@ -98,4 +106,5 @@ class Record:
             "sample": self.samples[-1]._asdict() if self.samples else None,
             "weights": dict(self.weights),
             "cold_starts": [start.document() for start in reversed(self._cold_starts)],  # the latest first
+            "hung": list(reversed(self._hung)),
         }

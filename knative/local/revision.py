@@ -12,11 +12,12 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from knative.autoscaler import TICK_S, Activity, Autoscaler, ScaleSpec, Status, reconcile
+from knative.local.breaker import TIME_OUTS
 from knative.local.errors import Overloaded, RevisionFailed, Stopping
 from knative.local.manifest import Service
 from knative.local.meter import ConcurrencyMeter
@@ -46,8 +47,14 @@ class Watcher(Protocol):
     def crashed(self, revision: "Revision", pod: Pod, ended: str) -> None:
         """One of a pod's processes ended by itself and will be started again."""
 
+    def hung(self, revision: "Revision", pod: Pod, reason: str) -> None:
+        """A pod answers nobody and is replaced."""
+
     def failed(self, revision: "Revision", reason: str) -> None:
         """The revision could not be brought up."""
+
+    def gave_up(self, revision: "Revision", pod: Pod) -> None:
+        """A pod that was idle goes, as another function needs its GPU."""
 
     def at_zero(self, revision: "Revision", idle_s: float) -> None:
         """The last pod is gone, so long after the last request."""
@@ -98,9 +105,11 @@ class Revision:
         self._status = replace(Status.initial(now), proxied_since=-math.inf)
         self._waiting: deque[asyncio.Future[Pod]] = deque()
         self._last_left = now
+        self._has_gpus = any(container.resources.gpus for container in service.spec.containers)
         self._poked = 0.0  # concurrency already recorded by a poke in the present second
         self._failure: Failure | None = None
         self._retries = 0
+        self._hung = 0  # pods in a row that hung while none had ever answered
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = itertools.count()
@@ -168,23 +177,31 @@ class Revision:
             self.record.latencies.add(self._last_left, self._last_left - arrived)
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[Pod]:
+    async def slot(self, held: Callable[[], AbstractAsyncContextManager[object]] = nullcontext) -> AsyncIterator[Pod]:
         """A ready pod with room for one request more, waiting for one if there is none.
 
-        Raises Overloaded, RevisionFailed or Stopping instead.
+        held: entered while it waits. Raises Overloaded, RevisionFailed or Stopping instead.
         """
-        pod = await self._admit()
+        pod = self._take()
         try:
+            if pod is None:
+                async with held():
+                    pod = await self._wait()
             yield pod
         finally:
-            pod.leave()
+            if pod:
+                pod.leave()
 
-    async def _admit(self) -> Pod:
+    def _take(self) -> Pod | None:
+        """A pod with room, if there is one now and nobody waits."""
+        pod = None if self._waiting or self._stopping else self._pick()
+        if pod:
+            pod.in_flight += 1
+        return pod
+
+    async def _wait(self) -> Pod:
         if self._stopping:
             raise Stopping("the platform is shutting down")
-        if not self._waiting and (pod := self._pick()):
-            pod.in_flight += 1
-            return pod
         if (failure := self._failure) and not self._ready:
             if (left_s := failure.until - time.monotonic()) > 0:
                 raise RevisionFailed(failure.reason, retry_after_s=left_s)
@@ -194,6 +211,7 @@ class Revision:
         turn: asyncio.Future[Pod] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         self._poke()
+        self._ask_for_devices()
         try:
             return await turn
         except asyncio.CancelledError:
@@ -216,6 +234,7 @@ class Revision:
         self._dispatch()
         if self._waiting:
             self._poke()
+            self._ask_for_devices()
 
     def _forget(self, turn: "asyncio.Future[Pod]") -> None:
         if turn in self._waiting:
@@ -246,6 +265,7 @@ class Revision:
             now = time.monotonic()
             self._sample(now)
             self._check_deadline(now)
+            self._ask_for_devices()
             self._retreat()
             if beat % round(TICK_S / SAMPLE_S) == 0:
                 self._decide(now)
@@ -292,6 +312,9 @@ class Revision:
         elif not self.reachable:
             wanted = 0
         kept = self._kept()
+        if self._has_gpus and self.settled and not self.meter.current and not self._waiting:
+            # A pod that has given its GPU up is not wanted back before somebody calls.
+            wanted = min(wanted, max(len(kept), self._scale.min_scale))
         if wanted > len(kept) and not (self._failure and self._failure.until > time.monotonic()):
             for _ in range(wanted - len(kept)):
                 self._add_pod()
@@ -311,6 +334,44 @@ class Revision:
             self._going.add(pod)
             self._spawn(self._remove(pod))
 
+    def _ask_for_devices(self) -> None:
+        """Of its pods that wait for a GPU, some may need it by now."""
+        for pod in self.pods:
+            if pod.phase == "pending":
+                pod.ask_for_devices()
+
+    def needs(self, pod: Pod) -> bool:
+        """Whether a pod that waits for a GPU is worth that another function gives its own up."""
+        return bool(self._waiting) or len(self._ready) < max(1, self.service.scale.min_scale)
+
+    def spare_pods(self) -> list[Pod]:
+        """Pods with a GPU that have nothing to do, beyond those that min-scale promises and one while there are requests."""
+        kept = self._kept()
+        idle = [pod for pod in kept if pod in self._ready and not pod.in_flight and pod.plan.gpus]
+        beyond = len(kept) - max(self.service.scale.min_scale, 1 if any(pod.in_flight for pod in kept) else 0)
+        return [] if self._waiting else idle[: max(0, beyond)]
+
+    def give_up(self, pod: Pod) -> None:
+        """Let a pod go whose GPU another function needs."""
+        self._watcher.gave_up(self, pod)
+        self._let_go(pod)
+
+    @property
+    def going(self) -> list[Pod]:
+        """Pods that serve what they have, and go."""
+        kept = self._kept()
+        return [pod for pod in self.pods if pod not in kept]
+
+    @property
+    def last_left(self) -> float:
+        """When the last request was answered, on time.monotonic's clock."""
+        return self._last_left
+
+    @property
+    def waits_for(self) -> str | None:
+        """What keeps its pods from being started, if anything does."""
+        return None if self._ready else next((f"{pod.name} {pod.waits_for}" for pod in self.pods if pod.waits_for), None)
+
     async def _remove(self, pod: Pod) -> None:
         self.record.ended(pod, "dropped")
         await pod.drain(self.service.spec.timeout_seconds)
@@ -327,6 +388,7 @@ class Revision:
         if (pod.phase == "ready") == (pod in self._ready):
             return
         if pod.phase == "ready":
+            pod.breaker.reset()
             self._ready.add(pod)
             self._failure, self._retries, self.trouble = None, 0, None
             self.record.ended(pod, "ready")
@@ -345,6 +407,33 @@ class Revision:
         self.trouble = f"{pod.name}: {ended}"
         self._watcher.crashed(self, pod, ended)
 
+    def timed_out(self, pod: Pod, had_s: float, limit_s: float) -> None:
+        """A request that the pod had for `had_s` seconds got no byte of an answer within its `limit_s`; a pod that hangs is replaced.
+
+        It takes no more requests, and those that it has may end (see Pod.drain). Another one is started at once, unless the one before
+        hung too and none has answered anybody: then after the pause that also follows a failed start.
+        """
+        if not pod.breaker.timed_out(had_s, limit_s) or pod not in self._kept() or self._stopping:
+            return
+        answered = any(other.breaker.has_answered for other in self.pods)
+        self._hung = 0 if answered else self._hung + 1
+        reason = f"{pod.name} answers nobody: {TIME_OUTS} requests in a row timed out ({limit_s:g} s); it is replaced"
+        self.record.hung(pod, reason)
+        self._watcher.hung(self, pod, reason)
+        self._ready.discard(pod)
+        self._let_go(pod)
+        if self._hung > 1:
+            self._fail(reason, self._hung - 2)
+        elif self.reachable and not self.held:
+            self._add_pod()
+
+    def _fail(self, reason: str, earlier: int) -> None:
+        """No start for a while, the longer the more have failed before; who waits is told, unless there is a pod to wait for."""
+        pause_s = min(RETRY_LIMIT_S, RETRY_S * 2**earlier)
+        self._failure = Failure(reason, time.monotonic() + pause_s)
+        if not self._ready:
+            self._fail_waiting(RevisionFailed(reason, retry_after_s=pause_s))
+
     def _check_deadline(self, now: float) -> None:
         """A pod that is not ready by its progress deadline has failed, and with it the start of the revision."""
         limit_s = self.service.scale.progress_deadline_s
@@ -353,15 +442,11 @@ class Revision:
         ]
         for pod in late:
             reason = f"{pod.name} was not ready within {limit_s:g} s (progress-deadline). The last it said:\n{pod.last_words()}"
-            pause_s = min(RETRY_LIMIT_S, RETRY_S * 2**self._retries)
-            self._retries += 1
-            self._failure = Failure(reason, now + pause_s)
             self.record.ended(pod, "failed")
             self._watcher.failed(self, reason)
             self._let_go(pod)
-        if late and not self._ready:
-            assert self._failure is not None
-            self._fail_waiting(RevisionFailed(self._failure.reason, retry_after_s=self._failure.until - now))
+            self._fail(reason, self._retries)
+            self._retries += 1
         if late:
             self._on_change(self)
 

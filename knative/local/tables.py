@@ -88,7 +88,7 @@ def pod_rows(status: dict[str, Any]) -> Iterator[Row]:
 def plain(status: dict[str, Any]) -> str:
     """Lines with columns, for whatever reads them."""
     blocks = ["\n".join(_aligned([head, *rows])) for head, rows in _blocks(status)]
-    return "\n\n".join([*blocks, *_problems(status)])
+    return "\n\n".join([*blocks, *_problems(status), *_waits(status)])
 
 
 def rich(status: dict[str, Any]) -> Group:
@@ -101,7 +101,13 @@ def rich(status: dict[str, Any]) -> Group:
             table.add_row(f"[bold]{escape(name)}[/]", shown, *map(escape, rest))
         parts += [table, ""]
     parts += [f"[red]✕[/] {escape(problem)}" for problem in _problems(status)]
+    parts += [f"[yellow]◌[/] {escape(line)}" for line in _waits(status)]
     return Group(*parts)
+
+
+def _waits(status: dict[str, Any]) -> Iterator[str]:
+    """What pods wait for that are not started."""
+    return (f"{pod['name']} {pod['waits_for']}" for service in status["services"] for pod in service["pods"] if pod.get("waits_for"))
 
 
 def _aligned(rows: Sequence[Row]) -> Iterator[str]:

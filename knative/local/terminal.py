@@ -58,8 +58,12 @@ class Terminal:
     def progress(self, revision: Revision, pod: Pod) -> None:
         """See Watcher."""
         report, phase = pod.report, escape(pod.report.phase or pod.phase)
+        if pod.waits_for and self._phases.get(pod.name) != "pending":
+            self._phases[pod.name] = "pending"
+            self._event(revision, f"[yellow]{pod.name}[/] {escape(pod.waits_for)}")
         if pod.phase != "starting":
-            self._forget(pod)
+            if pod.phase != "pending":
+                self._forget(pod)
             return
         if not self.console.is_terminal:
             if phase not in ("starting", "ready", self._phases.get(pod.name)):
@@ -91,9 +95,17 @@ class Terminal:
         """See Watcher."""
         self._event(revision, f"[yellow]{pod.name}[/]: {escape(ended)}")
 
+    def hung(self, revision: Revision, pod: Pod, reason: str) -> None:
+        """See Watcher."""
+        self._event(revision, f"[red]hangs[/]: {escape(reason)}")
+
     def failed(self, revision: Revision, reason: str) -> None:
         """See Watcher."""
         self._event(revision, f"[red]failed[/]: {escape(reason)}")
+
+    def gave_up(self, revision: Revision, pod: Pod) -> None:
+        """See Watcher."""
+        self._event(revision, f"[yellow]{pod.name}[/] is idle and gives its GPU up, which another function needs")
 
     def at_zero(self, revision: Revision, idle_s: float) -> None:
         """See Watcher."""

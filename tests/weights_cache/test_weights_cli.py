@@ -50,6 +50,7 @@ def test_what_is_pushed_is_pulled_byte_for_byte_and_the_printed_uri_pins_it(buck
     assert (pushed.returncode, pushed.stdout.count("\n")) == (0, 1)
     uri = pushed.stdout.strip()
     assert uri.rpartition("#")[0] == bucket.uri
+    assert run("snapshot", bucket.uri).stdout.strip() == run("snapshot", uri).stdout.strip() == uri
 
     pulled = run("pull", uri, "--json")
     assert pulled.returncode == 0

@@ -55,8 +55,14 @@ class Events:
     def crashed(self, revision: Revision, pod: Pod, ended: str) -> None:
         self.told.append(ended)
 
+    def hung(self, revision: Revision, pod: Pod, reason: str) -> None:
+        self.told.append("hung")
+
     def failed(self, revision: Revision, reason: str) -> None:
         self.told.append("failed")
+
+    def gave_up(self, revision: Revision, pod: Pod) -> None:
+        self.told.append("gave up")
 
     def at_zero(self, revision: Revision, idle_s: float) -> None:
         self.told.append("at zero")
@@ -65,15 +71,25 @@ class Events:
         self.told.append(text)
 
 
-def parsed(container_concurrency: int = 0, *, scale: Mapping[str, str] | None = None, progress_deadline: str = "60s") -> Service:
+def parsed(
+    container_concurrency: int = 0, *, scale: Mapping[str, str] | None = None, progress_deadline: str = "60s", timeout_s: int = 300
+) -> Service:
     """A Service at zero."""
-    document = service("hello", scale=scale, spec={"containerConcurrency": container_concurrency}, progress_deadline=progress_deadline)
+    spec = {"containerConcurrency": container_concurrency, "timeoutSeconds": timeout_s}
+    document = service("hello", scale=scale, spec=spec, progress_deadline=progress_deadline)
     return read_manifests([("hello.yaml", manifests(document))]).services[0]
 
 
 def fake_revision(
-    container_concurrency: int = 0, *, scale: Mapping[str, str] | None = None, progress_deadline: str = "60s"
+    container_concurrency: int = 0, *, scale: Mapping[str, str] | None = None, progress_deadline: str = "60s", timeout_s: int = 300
 ) -> tuple[Revision, Events]:
     """A revision of FakePods, and what is told about it."""
     events = Events()
-    return Revision(parsed(container_concurrency, scale=scale, progress_deadline=progress_deadline), FakePod, events), events
+    hello = parsed(container_concurrency, scale=scale, progress_deadline=progress_deadline, timeout_s=timeout_s)
+    return Revision(hello, FakePod, events), events
+
+
+def fake(pod: Pod) -> FakePod:
+    """The pod, which is one of these."""
+    assert isinstance(pod, FakePod)
+    return pod

@@ -1,14 +1,27 @@
-"""The body of a request that waits, without a platform."""
+"""Requests on their way through the activator, without a platform."""
 
 import asyncio
+import contextlib
+import io
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import aiohttp
 import pytest
-from aiohttp import StreamReader
+from aiohttp import StreamReader, web
 from aiohttp.base_protocol import BaseProtocol
 
 from knative.local import activator
+from knative.local import revision as revisions
+from knative.local.breaker import TIME_OUTS
 from knative.local.errors import Overloaded
+from knative.local.launch import PodPlan
+from knative.local.revision import Revision
+from knative.local.router import Router
+from knative.local.service import LiveService
+from tests.knative.local.fakes import Events, FakePod, fake, parsed
+
+LARGE = 20_000_000  # much more than the buffers on the way hold
 
 
 def unread() -> StreamReader:
@@ -45,3 +58,86 @@ def test_a_body_that_there_is_no_room_for_is_a_503_that_says_so(monkeypatch: pyt
     with Path("/dev/full").open("w+b", buffering=0) as full:
         monkeypatch.setattr(activator, "TemporaryFile", lambda buffering: full)
         asyncio.run(scenario())
+
+
+class Pod:
+    """What stands at a pod's port: answers what a test tells it to, when it is told to."""
+
+    def __init__(self) -> None:
+        self.answers = asyncio.Event()
+
+    async def handle(self, request: web.BaseRequest) -> web.Response:
+        await self.answers.wait()
+        return web.Response(body=await request.read())
+
+
+@contextlib.asynccontextmanager
+async def listening(handle: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> AsyncIterator[int]:
+    runner = web.ServerRunner(web.Server(handle, handler_cancellation=True), shutdown_timeout=0)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def setting(container_concurrency: int = 0, timeout_s: int = 300) -> AsyncIterator[tuple[Revision, Pod, str]]:
+    """A revision with one ready pod, what stands at its port, and the activator's address."""
+    pod = Pod()
+    live = LiveService(parsed(container_concurrency, scale={"initial-scale": "1"}, timeout_s=timeout_s), FakePod, Events())
+    revision = live.choose()
+    router = Router()
+    router.update([live], live, by_header=False)
+    live.start()
+    async with listening(pod.handle) as port, listening(activator.Activator(router).handle) as own:
+        while not revision.pods or revision.pods[0].phase == "pending":
+            await asyncio.sleep(0)
+        revision.pods[0].plan = PodPlan(port, ())
+        fake(revision.pods[0]).become("ready")
+        connections = revision.pods[0].connections
+        try:
+            yield revision, pod, f"http://127.0.0.1:{own}/"
+        finally:
+            pod.answers.set()
+            await connections.close()
+            await live.stop()
+
+
+def test_a_full_queue_is_a_503_that_says_when_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(revisions, "QUEUE_LIMIT", 2)
+
+    async def scenario() -> None:
+        async with setting(container_concurrency=1) as (revision, pod, address), aiohttp.ClientSession() as client:
+            calls = [asyncio.create_task(client.get(address)) for _ in range(3)]
+            while (revision.pods[0].in_flight, revision.queued) != (1, 2):
+                await asyncio.sleep(0.01)
+            async with client.get(address) as refused:
+                assert (refused.status, refused.headers["Retry-After"]) == (503, "1")
+                assert (await refused.json())["error"] == {"type": "overloaded", "message": "2 requests are waiting for hello already"}
+            pod.answers.set()
+            assert [(await call).status for call in calls] == [200, 200, 200]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("size", "hangs"), [(0, True), (10, True), (LARGE, True), (None, False)])
+def test_a_pod_does_not_hang_if_it_waits_for_what_the_client_does_not_send(size: int | None, hangs: bool) -> None:
+    """size: bytes that are sent whole; None for a body that stalls."""
+
+    async def stalling() -> AsyncIterator[bytes]:
+        yield b"some"
+        await asyncio.sleep(60)
+
+    async def scenario() -> None:
+        async with setting(timeout_s=1) as (revision, _, address), aiohttp.ClientSession() as client:
+
+            async def call() -> int:
+                async with client.post(address, data=stalling() if size is None else io.BytesIO(bytes(size))) as reply:
+                    return reply.status
+
+            assert await asyncio.gather(*(call() for _ in range(TIME_OUTS))) == [504] * TIME_OUTS
+            assert revision.record.hung_total == hangs
+
+    asyncio.run(scenario())

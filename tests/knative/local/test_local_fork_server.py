@@ -18,6 +18,7 @@ from knative.local import fork_server as fork_server_module
 from knative.local import process as process_module
 from knative.local.fork_server import ForkServer
 from knative.local.launch import Process, inherited
+from knative.local.limits import Limits
 from knative.local.process import ContainerProcess, tail
 from tests.knative.local.running import platform_running, service
 from tests.support import ROOT, free_port, request, wait_until
@@ -210,6 +211,8 @@ def test_the_fork_server_keeps_nothing_of_what_it_forked_and_no_process_is_left_
 
     async def scene(stage: Stage) -> None:
         files = Path(f"/proc/{await stage.warm()}/fd")
+        async with stage.running(stage.process(name="first")):  # from here on it has everything that it forks with
+            pass
         before = sorted(str(file.readlink()) for file in files.iterdir())
         processes = [stage.process(name=f"function-{number}") for number in range(3)]
         async with contextlib.AsyncExitStack() as stack:
@@ -260,6 +263,21 @@ def test_a_fork_server_that_hangs_is_replaced_and_the_function_is_a_fresh_proces
     play(tmp_path, scene)
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_a_forked_function_has_the_limits_of_a_fresh_one(site: Path, tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        for fresh in (False, True):
+            process = replace(stage.process(), limits=Limits(cpus=1.0, memory_bytes=10 << 20))
+            async with stage.running(process, fresh=fresh) as container:
+                assert container.is_forked is not fresh
+                assert container._child
+                assert len(os.sched_getaffinity(container._child.pid)) == 1
+                await until("its end", lambda: any("OOMKilled" in ending for ending in stage.endings))
+            stage.endings.clear()
+
+    play(tmp_path, scene)
+
+
 def test_a_fork_that_nobody_waits_for_any_more_ends(site: Path, tmp_path: Path) -> None:
     others = children()
 
@@ -276,7 +294,8 @@ def test_a_fork_that_nobody_waits_for_any_more_ends(site: Path, tmp_path: Path) 
         # What it forks after that is in order behind what was given up.
         async with stage.running(stage.process(name="next")) as following:
             assert following.is_forked
-            assert children() - others == {str(server), str(following._child.pid)}  # type: ignore[union-attr]
+            expected = {str(server), str(following._child.pid)}  # type: ignore[union-attr]
+            await until("the end of the one that was given up", lambda: children() - others == expected)
         assert process.log.read_text() == ""
 
     play(tmp_path, scene)

@@ -14,6 +14,7 @@ import yaml
 from knative.local.embedded import OBJECT_STORE
 from knative.local.errors import ManifestError
 from knative.local.launch import Places, PodPlan, Probe, Process, plan_pod
+from knative.local.limits import Limits
 from knative.local.manifest import read_manifests
 
 STATE = Path("/state")
@@ -120,6 +121,12 @@ def test_an_empty_dir_is_the_pods_own_and_a_claim_is_shared_by_all_pods() -> Non
     assert second.directories == (STATE / "volumes/default/models", STATE / "pods/hello-2/volumes/scratch")
 
 
+def test_a_directory_of_the_node_is_shared_by_all_pods_of_all_namespaces() -> None:
+    node = {"name": "models", "hostPath": {"path": "/var/cache/relight", "type": "DirectoryOrCreate"}}
+    planned = process({"volumeMounts": mounts(models="/models")}, volumes=[node])
+    assert planned.directories == (STATE / "host/var/cache/relight",)
+
+
 def test_containers_of_one_pod_share_its_empty_dir() -> None:
     here, there = plan({"volumeMounts": mounts(scratch="/a")}, {"volumeMounts": mounts(scratch="/b")}, volumes=[SCRATCH]).processes
     assert here.directories == there.directories
@@ -204,6 +211,49 @@ def test_a_probe_is_taken_as_it_is_written() -> None:
     assert probe == Probe(FIRST_PORT, "/readyz", {"X-Probe": "yes"}, period_s=7, timeout_s=2, failures=5, delay_s=3)
 
 
+def test_a_probe_of_the_ports_name_asks_the_port() -> None:
+    container = {"ports": [{"containerPort": 8080, "name": "http1"}], "readinessProbe": {"tcpSocket": {"port": "http1"}}}
+    probe = process(container).readiness
+    assert probe
+    assert probe.port == FIRST_PORT
+
+
+def test_a_command_that_is_a_probe_finds_what_the_container_finds() -> None:
+    container = {"startupProbe": {"exec": {"command": ["test", "-e", "/data/ready"]}}, "volumeMounts": mounts(data="/data")}
+    volumes = [{"name": "data", "emptyDir": {}}]
+    probe = process(container, volumes=volumes).startup
+    assert probe
+    assert (probe.command, probe.period_s) == (("test", "-e", "/state/pods/hello-1/volumes/data/ready"), 10)
+
+
+def test_limits_are_taken_in_cores_bytes_and_devices() -> None:
+    limits = {"cpu": "1500m", "memory": "1Gi", "nvidia.com/gpu": 2}
+    planned = plan({"resources": {"limits": limits}}, {"resources": {"limits": {"nvidia.com/gpu": "1"}}})
+    assert planned.processes[0].limits == Limits(1.5, 1 << 30, 2)
+    assert planned.gpus == 3
+    assert process({"resources": {"requests": {"cpu": 1}}}).limits == Limits()
+
+
+@pytest.mark.parametrize(
+    ("cpu", "variables", "threads"),
+    [
+        pytest.param("1", {"FUNCTION_AGENT": "a:A"}, "1", id="one core, one thread"),
+        pytest.param("500m", {"FUNCTION_AGENT": "a:A"}, "1", id="at least one"),
+        pytest.param("3", {"FUNCTION_AGENT": "a:A"}, "3", id="as many as cores"),
+        pytest.param("64", {"FUNCTION_AGENT": "a:A"}, "7", id="but one core of the machine is for everybody else"),
+        pytest.param("1", {"FUNCTION_AGENT": "a:A", "FUNCTION_TORCH_THREADS": "4"}, "4", id="what is declared wins"),
+        pytest.param("1", {}, None, id="another program"),
+    ],
+)
+def test_a_functions_torch_has_as_many_threads_as_its_cpu_limit(
+    cpu: str, variables: dict[str, str], threads: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    planned = process({"env": env(**variables), "resources": {"limits": {"cpu": cpu}}})
+    assert planned.env.get("FUNCTION_TORCH_THREADS") == threads
+    assert "OMP_NUM_THREADS" not in planned.env  # so that it may come from the fork server
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -273,26 +323,34 @@ def test_what_is_optional_may_be_missing(container: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("container", "what"),
+    ("container", "said"),
     [
-        pytest.param({"envFrom": [{"secretRef": {"name": "lost"}}]}, "Secret lost", id="a whole Secret"),
-        pytest.param({"envFrom": [{"configMapRef": {"name": "lost"}}]}, "ConfigMap lost", id="a whole ConfigMap"),
+        pytest.param(
+            {"envFrom": [{"secretRef": {"name": "lost"}}]},
+            "envFrom[0].secretRef: found Secret 'lost', which is in no manifest here; in namespace default there are none",
+            id="a whole Secret",
+        ),
+        pytest.param(
+            {"envFrom": [{"configMapRef": {"name": "lost"}}]},
+            "envFrom[0].configMapRef: found ConfigMap 'lost', which is in no manifest here; in namespace default there are flags",
+            id="a whole ConfigMap",
+        ),
         pytest.param(
             {"env": [{"name": "X", "valueFrom": {"secretKeyRef": {"name": "lost", "key": "x"}}}]},
-            "key x of Secret lost",
+            "env[0].valueFrom.secretKeyRef: found Secret 'lost', which is in no manifest here; in namespace default there are none",
             id="a key of no Secret",
         ),
         pytest.param(
             {"env": [{"name": "X", "valueFrom": {"configMapKeyRef": {"name": "flags", "key": "x"}}}]},
-            "key x of ConfigMap flags",
+            "env[0].valueFrom.configMapKeyRef: ConfigMap flags has no key 'x'; it has COLOUR, SIZE",
             id="no such key",
         ),
     ],
 )
-def test_what_is_missing_and_not_optional_is_named(container: dict[str, Any], what: str) -> None:
+def test_what_is_missing_and_not_optional_is_named(container: dict[str, Any], said: str) -> None:
     with pytest.raises(ManifestError) as caught:
         plan(container, objects=[FLAGS])
-    assert str(caught.value) == f"hello.yaml: Service hello: container function: refers to {what}, which is in no manifest here"
+    assert str(caught.value) == f"hello.yaml: document 1 (Service hello): spec.template.spec.containers[0].{said}"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.knative.local.running import Platform, command, manifests, platform_running, service
-from tests.support import BIN, clean_environment, free_port, wait_until
+from tests.support import BIN, clean_environment, free_port, running, wait_until
 
 MARK = "STARTED_BY_TEST"  # every process of a platform inherits it
 END_S = 15.0
@@ -158,6 +158,49 @@ def test_a_seed_that_cannot_be_is_named(state: Path, seed: str, said: str) -> No
     assert refused(state, "--seed", seed) == said
 
 
+# A daemon as they are made: forked twice, in a session of its own, its parents gone; it holds whatever it has been given.
+DAEMON = "(setsid sh -c 'trap \"\" TERM HUP; while :; do sleep 0.1; done' &) ; exec sleep 600"
+
+
+def test_a_platform_that_is_killed_leaves_nothing_to_the_next_one(tmp_path: Path, mark: str) -> None:
+    daemon = {"name": "daemon", "command": ["sh", "-c", DAEMON]}
+    function = service("forked", container={"command": ["python", "-m", "function"], "readinessProbe": {"httpGet": {"path": "/readyz"}}})
+    function["spec"]["template"]["spec"]["containers"][0]["env"] = [{"name": "FUNCTION_AGENT", "value": "function.agents.echo:Echo"}]
+    services = [service("ready", daemon), function]
+    with platform_running(tmp_path, services, **{MARK: mark}) as platform:
+        assert platform.call("ready").status == 200
+        wait_until("a fork server", lambda: platform.status()["fork_server"]["warm"])
+        platform.call("forked", "/", "POST", {"instances": [1]})
+        assert any("setsid" in line or "trap" in line for line in marked(mark))
+        os.kill(platform.server.process.pid, signal.SIGKILL)
+        platform.server.wait()
+        assert any("trap" in line for line in marked(mark))  # what heard no signal
+        command_line = command(tmp_path, platform.port, platform.admin_port)
+        with running(command_line, tmp_path / "again.log", clean_environment()) as server:
+            again = Platform(server, platform.port, platform.admin_port, tmp_path)
+            wait_until("the next one", again.status)
+            assert marked(mark) == []
+            assert again.call("ready").status == 200
+            assert "of an earlier `relight run` that was killed" in server.said()
+
+
+def test_the_platform_of_another_state_directory_is_left_alone(tmp_path: Path) -> None:
+    with platform_running(tmp_path / "one", [service("hello")]) as one:
+        pid = one.call("hello").json()["pid"]
+        with platform_running(tmp_path / "two", [service("hello")]) as two:
+            assert two.call("hello").status == 200
+        assert one.call("hello").json()["pid"] == pid
+
+
+def test_a_daemon_ends_with_its_pod(tmp_path: Path, mark: str) -> None:
+    services = [service("ready", {"name": "daemon", "command": ["sh", "-c", DAEMON]})]
+    with platform_running(tmp_path, services, **{MARK: mark}) as platform:
+        assert platform.call("ready").status == 200
+        wait_until("the daemon", lambda: any("trap" in line for line in marked(mark)))
+        platform.wait_for("ready", "no pods", lambda found: not found["pods"])
+        wait_until("its end", lambda: not any("trap" in line for line in marked(mark)))
+
+
 def test_a_default_service_that_is_not_there_is_named_with_those_that_are(state: Path) -> None:
     assert refused(state, "--default-service", "hallo") == "--default-service 'hallo': there is no such Service; there are hello"
 
@@ -171,7 +214,8 @@ def test_a_mistake_in_a_manifest_stops_the_start(state: Path) -> None:
 def test_a_secret_that_is_in_no_manifest_stops_the_start_and_not_the_first_request(state: Path) -> None:
     (state / "manifests.yaml").write_text(manifests(service("hello", container={"envFrom": [{"secretRef": {"name": "lost"}}]})))
     said = refused(state)
-    assert said == f"{state}/manifests.yaml: Service hello: container function: refers to Secret lost, which is in no manifest here"
+    where = f"{state}/manifests.yaml: document 1 (Service hello): spec.template.spec.containers[0].envFrom[0].secretRef"
+    assert said == f"{where}: found Secret 'lost', which is in no manifest here; in namespace default there are none"
 
 
 def test_a_manifest_that_is_not_there_is_named(state: Path) -> None:

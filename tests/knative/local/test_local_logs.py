@@ -63,3 +63,15 @@ def test_a_log_that_is_followed_goes_on_with_what_is_added(logs: Logs) -> None:
             assert await asyncio.wait_for(anext(pieces), 5) == b"four\n"
 
     asyncio.run(scenario())
+
+
+def test_a_log_that_is_followed_goes_on_from_its_beginning_when_it_was_put_aside(logs: Logs) -> None:
+    async def scenario() -> None:
+        path = logs.find("default", "hello-00001-abc123", "function")
+        assert path
+        async with aclosing(logs.read(path, 1, follow=True)) as pieces:
+            assert await anext(pieces) == b"three\n"
+            path.write_text("new\n")
+            assert await asyncio.wait_for(anext(pieces), 5) == b"new\n"
+
+    asyncio.run(scenario())

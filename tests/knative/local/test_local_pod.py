@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,78 @@ def test_a_container_that_fails_its_liveness_probe_is_killed_and_started_again(t
         await becomes(pod, "ready")
         first, second = (tmp_path / "function.log").read_text().split()
         assert first != second
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_until_its_startup_probe_has_succeeded_a_container_is_asked_nothing_else(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        started = tmp_path / "started"
+        startup = replace(stage.probe(failures=10_000), command=("test", "-e", str(started)))
+        liveness = stage.probe("/healthz", failures=1)
+        pod = stage.pod(replace(stage.process(readiness=stage.probe(), liveness=liveness), startup=startup))
+        await pod.start()
+        await asyncio.sleep(10 * EVERY_S)
+        assert (pod.phase, stage.function.asked) == ("starting", 0)
+        started.touch()
+        await becomes(pod, "ready")
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_container_whose_startup_probe_fails_too_often_is_started_again_and_it_is_said_why(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        exits: list[str] = []
+        startup = replace(stage.probe(failures=3), command=("false",))
+        pod = stage.pod(replace(stage.process(readiness=stage.probe()), startup=startup))
+        pod._on_exit = lambda pod, ended: exits.append(ended)
+        await pod.start()
+        await until("a restart", lambda: exits)
+        assert exits[0].startswith("function did not start: its startup probe failed 3 times, false ended with status 1")
+        assert pod.status()["exits"]["function"] == exits[0].removeprefix("function ").rpartition(":")[0]
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_command_can_say_whether_a_container_is_ready(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        ready = tmp_path / "ready"
+        pod = stage.pod(
+            stage.process(readiness=replace(stage.probe(), command=("sh", "-c", f"test -e {ready} || sleep 60"), timeout_s=0.1))
+        )
+        await pod.start()
+        await asyncio.sleep(0.2)  # a command that takes too long says no
+        assert pod.phase == "starting"
+        ready.touch()
+        await becomes(pod, "ready")
+        ready.unlink()
+        await becomes(pod, "starting")
+        assert stage.function.asked == 0
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_pod_is_ready_after_as_many_good_answers_as_its_probe_says(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        pod = stage.pod(stage.process(readiness=replace(stage.probe(), successes=4)))
+        await pod.start()
+        await becomes(pod, "ready")
+        assert stage.function.asked == 4
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_probe_waits_for_its_initial_delay(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        pod = stage.pod(stage.process(readiness=replace(stage.probe(), delay_s=0.3)))
+        await pod.start()
+        await becomes(pod, "ready")
+        assert pod.stages["ready"] - pod.stages["spawn"] >= 0.29
         await pod.drain(0)
 
     play(tmp_path, scene)

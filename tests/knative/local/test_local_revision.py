@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 
+from knative.local.breaker import TIME_OUTS
 from knative.local.errors import Overloaded, RevisionFailed, Stopping
 from knative.local.pod import Phase, Pod
 from knative.local.revision import QUEUE_LIMIT, RETRY_S, Revision, pick, victims
-from tests.knative.local.fakes import FakePod, fake_revision
+from tests.knative.local.fakes import FakePod, fake, fake_revision
 
 
 def pods_of(*loads: int, phase: Phase = "ready") -> list[Pod]:
@@ -111,11 +112,6 @@ async def settle() -> None:
 def queued(revision: Revision) -> int:
     waiting: int = revision.status()["queued"]
     return waiting
-
-
-def fake(pod: Pod) -> FakePod:
-    assert isinstance(pod, FakePod)
-    return pod
 
 
 def test_the_first_request_at_zero_starts_a_pod_at_once_and_gets_it() -> None:
@@ -350,6 +346,68 @@ def test_a_failure_is_over_once_a_pod_is_ready() -> None:
         first.become("starting")
         first.become("ready")
         assert revision.status()["failure"] is None
+        await revision.stop()
+
+    asyncio.run(main())
+
+
+def test_a_pod_that_hangs_is_replaced_at_once_and_gets_no_more_requests() -> None:
+    async def main() -> None:
+        revision, events = fake_revision(scale={"initial-scale": "2"})
+        revision.start()
+        await settle()
+        hanging, healthy = (fake(pod) for pod in revision.pods)
+        hanging.become("ready")
+        healthy.become("ready")
+        for _ in range(TIME_OUTS):
+            assert hanging.phase == "ready"
+            revision.timed_out(hanging, 300, 300)
+        callers = [Caller(revision) for _ in range(8)]
+        await settle()
+        assert {caller.pod for caller in callers} == {healthy}
+        assert [pod.phase for pod in revision.pods] == ["draining", "ready", "starting"]
+        assert events.told.count("hung") == revision.record.hung_total == 1
+        revision.timed_out(hanging, 300, 300)  # one that it still had
+        assert len(revision.pods) == 3
+        await asyncio.gather(*(caller.leave() for caller in callers))
+        await revision.stop()
+
+    asyncio.run(main())
+
+
+def test_pods_that_hang_one_after_the_other_without_an_answer_are_replaced_after_pauses() -> None:
+    async def main() -> None:
+        revision, _ = fake_revision(scale={"initial-scale": "1"})
+        revision.start()
+        await settle()
+        for _ in range(2):
+            hanging = fake(revision.pods[-1])
+            hanging.become("ready")
+            for _ in range(TIME_OUTS):
+                revision.timed_out(hanging, 300, 300)
+            await settle()
+        assert [pod.phase for pod in revision.pods] == ["draining", "draining"]
+        with pytest.raises(RevisionFailed, match="answers nobody: 3 requests in a row timed out") as told:
+            await Caller(revision).task
+        assert told.value.retry_after_s == pytest.approx(RETRY_S, abs=1)
+        await revision.stop()
+
+    asyncio.run(main())
+
+
+def test_a_pod_that_has_answered_is_replaced_at_once_however_many_have_hung() -> None:
+    async def main() -> None:
+        revision, _ = fake_revision(scale={"initial-scale": "1"})
+        revision.start()
+        await settle()
+        for _ in range(4):
+            hanging = fake(revision.pods[-1])
+            hanging.become("ready")
+            hanging.breaker.answered()
+            for _ in range(TIME_OUTS):
+                revision.timed_out(hanging, 300, 300)
+            await settle()
+            assert revision.pods[-1].phase == "starting"
         await revision.stop()
 
     asyncio.run(main())

@@ -117,7 +117,10 @@ def test_traffic_is_split_and_a_tag_has_its_own_host(tmp_path: Path) -> None:
             manifests(service("hello", spec={"containerConcurrency": -1})),
             "spec.template.spec.containerConcurrency: Input should be greater",
         ),
-        (manifests(service("hello", container={"envFrom": [{"secretRef": {"name": "lost"}}]})), "refers to Secret lost"),
+        (
+            manifests(service("hello", container={"envFrom": [{"secretRef": {"name": "lost"}}]})),
+            "secretRef: found Secret 'lost', which is in no manifest here",
+        ),
         (
             manifests(version("new", 1), version("hello", 2, {"percent": 100, "revisionName": "hello-7"})),
             "(Service hello): spec.traffic[0].revisionName: found 'hello-7'; the revisions of this run are hello-00001, hello-00002",

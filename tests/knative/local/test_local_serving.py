@@ -31,6 +31,8 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
         service("upload-slow", env=GATED),
         service("narrow", spec={"containerConcurrency": 1}, scale={"max-scale": "3"}),
         service("brief", spec={"timeoutSeconds": 1}),
+        service("prompt", spec={"responseStartTimeoutSeconds": 1}),
+        service("steady", spec={"idleTimeoutSeconds": 2}),
         service("idle", container={"args": ["--scratch", "/scratch"]}),
         service("warm", scale={"min-scale": "1"}),
     ]
@@ -336,6 +338,30 @@ def test_an_answer_that_was_begun_and_takes_too_long_is_cut_off(platform: Platfo
         with pytest.raises((http.client.IncompleteRead, ConnectionError)):
             reply.read()
     platform.note("brief", "never")
+
+
+def test_an_answer_that_is_begun_in_time_may_take_longer_than_its_beginning(platform: Platform) -> None:
+    platform.call("prompt")
+    with platform.connection("prompt", "/pieces/later") as connection:
+        reply = connection.getresponse()
+        late = platform.call("prompt", "/wait/later")  # begun after the other one
+        assert late.status == 504
+        assert "prompt did not answer within 1 s (responseStartTimeoutSeconds, cold start included)" in late.json()["error"]["message"]
+        platform.note("prompt", "later")
+        assert reply.read() == b"first\nsecond\n"
+
+
+def test_an_answer_may_take_as_long_as_it_likes_between_its_pieces_up_to_the_idle_limit(platform: Platform) -> None:
+    platform.call("steady")
+    assert platform.call("steady", "/drip/10/0.3").body == b"x" * 10
+    with platform.connection("steady", "/pieces/for-ever") as connection:
+        reply = connection.getresponse()
+        late = platform.call("steady", "/wait/for-ever")
+        assert late.status == 504
+        assert "steady did not answer within 2 s (idleTimeoutSeconds, cold start included)" in late.json()["error"]["message"]
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            reply.read()
+    platform.note("steady", "for-ever")
 
 
 def test_a_pod_has_what_its_manifest_says_and_not_what_configures_its_caller(platform: Platform) -> None:

@@ -76,6 +76,24 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b'event: piece\ndata: {"piece": 2}\n\ndata: [DONE]\n\n')
         self.close_connection = True
 
+    def act_drip(self, _: bytes, count: str, pause_s: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", count)
+        self.end_headers()
+        for _piece in range(int(count)):
+            self.wfile.write(b"x")
+            time.sleep(float(pause_s))
+
+    def act_shout(self, _: bytes) -> None:
+        """Changes to a protocol of its own: what comes goes back in capital letters, until `bye`."""
+        self.close_connection = True
+        self.wfile.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: shout\r\n\r\nGO ON")
+        while (said := self.connection.recv(65536)) and b"bye" not in said:
+            self.connection.sendall(said.upper())
+
+    def act_freeze(self, _: bytes) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
     def act_say(self, body: bytes) -> None:
         print(body.decode(), flush=True)
         self.reply(b"said")

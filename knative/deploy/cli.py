@@ -1,0 +1,160 @@
+"""`relight cluster`: what `make render|deploy|undeploy|status|logs|invoke|build|push` do."""
+
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+
+from knative.deploy import images, rollout
+from knative.deploy.errors import DeployError
+from knative.deploy.kubectl import Kubectl
+from knative.deploy.render import deadline_s, dump, render, render_cluster
+from knative.deploy.variables import Variables
+
+INVOKE_S = 600.0  # a cold start is waited for; Knative itself gives up sooner
+EXAMPLE = "relight/example"
+
+
+class _Command(click.Command):
+    """Our errors are for people: one message and exit status 1, no traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DeployError as error:
+            raise click.ClickException(str(error)) from error
+
+
+class _Group(click.Group):
+    command_class = _Command
+
+
+@click.group(cls=_Group)
+def cluster() -> None:
+    """Bring an overlay to a cluster. Variables are given as NAME=value; docs/deploy.md lists them."""
+
+
+def _variables(command: Callable[[Variables], None]) -> Callable[..., None]:
+    def call(words: tuple[str, ...], from_make: str) -> None:
+        command(Variables.parse([*words, *(f"{name}={os.environ.get(name, '')}" for name in from_make.split())]))
+
+    call.__name__, call.__doc__ = command.__name__, command.__doc__
+    call = click.option("--from-make", default="", hidden=True, help="Names of variables whose values are in the environment.")(call)
+    return click.argument("words", nargs=-1, metavar="[NAME=value]...")(call)
+
+
+@cluster.command(name="render")
+@_variables
+def render_(variables: Variables) -> None:
+    """Print the manifests of an overlay (ENV=)."""
+    click.echo(dump(render(variables, Kubectl(variables.kubectl))), nl=False)
+
+
+@cluster.command()
+@_variables
+def config(variables: Variables) -> None:
+    """Print what an administrator applies once for an overlay: flags, priorities."""
+    click.echo(dump(render_cluster(variables, Kubectl(variables.kubectl))), nl=False)
+
+
+@cluster.command()
+@_variables
+def deploy(variables: Variables) -> None:
+    """Apply an overlay, and wait until it is ready."""
+    kubectl = Kubectl(variables.kubectl)
+    service = rollout.deploy(variables, kubectl, click.echo)
+    annotations = service["spec"]["template"].get("metadata", {}).get("annotations", {})
+    if annotations.get("autoscaling.knative.dev/initial-scale") == "0":
+        # Ready without a pod: only a call shows that it starts. It also brings the new revision onto the GPU that the old one leaves.
+        click.echo("starting it with a first call")
+        try:
+            _ask(variables, service, "/v1/models", None, deadline_s(service))
+        except _NotReached as error:
+            click.echo(f"note: {error}; the first caller will start it")
+
+
+@cluster.command()
+@_variables
+def undeploy(variables: Variables) -> None:
+    """Delete what `deploy` made."""
+    rollout.undeploy(variables, Kubectl(variables.kubectl), click.echo)
+
+
+@cluster.command()
+@_variables
+def status(variables: Variables) -> None:
+    """Show the Service, its revisions and pods; the exit status is 1 if it is not ready."""
+    kubectl = Kubectl(variables.kubectl)
+    service = rollout.find(variables, kubectl)
+    lines = rollout.status_in_words(kubectl, service)
+    click.echo("\n".join(lines))
+    raise SystemExit(0 if ": ready, " in lines[0] else 1)
+
+
+@cluster.command()
+@_variables
+def logs(variables: Variables) -> None:
+    """Print the log of the Service's pods (CONTAINER=, FOLLOW=true)."""
+    kubectl = Kubectl(variables.kubectl)
+    service = rollout.find(variables, kubectl)
+    name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
+    arguments = ["logs", "-n", namespace, "-l", f"serving.knative.dev/service={name}", "-c", variables.container, "--tail=200", "--prefix"]
+    if variables.follow:
+        os.execv(kubectl.path, [kubectl.path, *arguments, "--follow"])  # noqa: S606  Ctrl-C is kubectl's own
+    click.echo(kubectl.run(*arguments) or f"{name} has no pods, and so no log: at zero\n", nl=False)
+
+
+@cluster.command()
+@_variables
+def invoke(variables: Variables) -> None:
+    """Send a request (DATA=, ROUTE=; by default the Service's example) and print the answer; the exit status is 1 if it is an error."""
+    service = rollout.find(variables, Kubectl(variables.kubectl))
+    body = variables.data or service["metadata"].get("annotations", {}).get(EXAMPLE, '{"instances": ["hello"]}')
+    try:
+        code, answer = _ask(variables, service, variables.route, None if variables.route != "/" and not variables.data else body, INVOKE_S)
+    except _NotReached as error:
+        raise DeployError(str(error)) from error
+    click.echo(answer)
+    raise SystemExit(1 if code >= 400 else 0)
+
+
+@cluster.command()
+@_variables
+def build(variables: Variables) -> None:
+    """Build both images (IMAGE=, WEIGHTS_IMAGE=, VARIANT=cpu|cuda)."""
+    images.build(variables, click.echo)
+
+
+@cluster.command()
+@_variables
+def push(variables: Variables) -> None:
+    """Push both images to their registries."""
+    images.push(variables, click.echo)
+
+
+class _NotReached(Exception):
+    pass
+
+
+def _ask(variables: Variables, service: dict[str, Any], route: str, body: str | None, timeout_s: float) -> tuple[int, str]:
+    url = service.get("status", {}).get("url")
+    if not url:
+        raise DeployError(f"{service['metadata']['name']} has no URL yet: `make status` tells why")
+    headers = {"Content-Type": "application/json"} if body is not None else {}
+    if variables.address:  # the gateway chooses by the host
+        headers["Host"], url = urlsplit(url).netloc, variables.address
+    request = urllib.request.Request(url.rstrip("/") + route, body.encode() if body is not None else None, headers)  # noqa: S310  http or https
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as reply:  # noqa: S310
+            return reply.status, reply.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace")
+    except (OSError, ValueError) as error:
+        raise _NotReached(
+            f"{url} cannot be reached from here ({getattr(error, 'reason', error)}); forward the gateway's port"
+            " (kubectl port-forward -n kourier-system service/kourier 8080:80) and name it with ADDRESS=http://127.0.0.1:8080"
+        ) from error

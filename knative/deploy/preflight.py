@@ -1,0 +1,63 @@
+"""What has to be there before anything is applied; each thing that is not is one plain sentence."""
+
+from knative.deploy import flags
+from knative.deploy.errors import DeployError, KubectlError
+from knative.deploy.kubectl import NO_KIND, NOT_FOUND, REFUSED, UNREACHABLE, Kubectl
+from knative.deploy.objects import Object
+
+
+def check(kubectl: Kubectl, namespace: str, objects: list[Object]) -> list[str]:
+    """Raises DeployError if the cluster cannot take these objects; returns what could not be found out, to be told."""
+    try:
+        kubectl.run("get", "--raw", "/version")
+    except KubectlError as error:
+        raise explained(error) from error
+    try:
+        kubectl.run("get", "--raw", "/apis/serving.knative.dev/v1")
+    except KubectlError as error:
+        if error.reason in (NO_KIND, NOT_FOUND):
+            raise DeployError(
+                "the cluster has no Knative Serving: an administrator installs it (https://knative.dev/docs/install),"
+                " or `make render ENV=keda` makes manifests that do without"
+            ) from error
+        raise explained(error) from error
+    check_namespace(kubectl, namespace)
+    return _check_flags(kubectl, flags.required(objects))
+
+
+def check_namespace(kubectl: Kubectl, namespace: str) -> None:
+    """Raises DeployError if there is no such namespace."""
+    try:
+        kubectl.run("get", "namespace", namespace, "-o", "name")
+    except KubectlError as error:
+        if error.reason == NOT_FOUND:
+            raise DeployError(f"there is no namespace {namespace}: kubectl create namespace {namespace}") from error
+        if error.reason != REFUSED:  # who may not look at namespaces may still deploy into one
+            raise explained(error) from error
+
+
+def _check_flags(kubectl: Kubectl, needed: flags.Config) -> list[str]:
+    if not needed:
+        return []
+    try:
+        found = {item["metadata"]["name"]: item.get("data", {}) for item in kubectl.items("configmaps", "-n", flags.NAMESPACE)}
+    except KubectlError as error:
+        if error.reason == REFUSED:
+            return [f"whether the cluster allows all this is not known: {flags.NAMESPACE} cannot be read"]
+        raise explained(error) from error
+    if lacking := flags.missing(needed, found):
+        lines = "\n".join(f"  {line}" for line in flags.in_words(lacking))
+        raise DeployError(
+            f"the cluster does not allow what this overlay uses; in namespace {flags.NAMESPACE},\n{lines}\n"
+            "an administrator applies it once: make cluster ENV=… | kubectl apply --server-side -f -"
+        )
+    return []
+
+
+def explained(error: KubectlError) -> DeployError:
+    """The same failure in words that say what to do."""
+    if error.reason == UNREACHABLE:
+        return DeployError(f"no cluster can be reached: {error}\nis the right one chosen (kubectl config current-context), and is it up?")
+    if error.reason == REFUSED:
+        return DeployError(f"the cluster refuses it: {error}")
+    return error

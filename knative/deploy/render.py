@@ -1,0 +1,230 @@
+"""An overlay and some variables to the objects that a cluster gets."""
+
+import difflib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from knative.autoscaler import ScaleSpec, SpecError
+from knative.autoscaler.config import HPA
+from knative.autoscaler.spec import ANNOTATION_PREFIX, PROGRESS_DEADLINE
+from knative.deploy import flags
+from knative.deploy.errors import DeployError, KubectlError, VariableError
+from knative.deploy.kubectl import Kubectl
+from knative.deploy.objects import Object, container, containers, pod_spec, services
+from knative.deploy.variables import Variables
+
+MANIFESTS = Path(__file__).parents[1] / "manifests"
+GROUPS = {"cache": ("node-cache-pvc", "node-cache-agent"), "placement": ("realtime", "batch")}  # at most one of each
+NEEDS = {"prefetch": ("node-cache-agent", "gpu")}
+
+_AGENT = "relight-weights-agent"
+_CACHE = Path("/var/cache/relight")
+_LABEL = "weights.relight/"
+
+
+def render(variables: Variables, kubectl: Kubectl) -> list[Object]:
+    """Every object of the overlay, with the variables put in. Raises DeployError."""
+    overlay = _overlay(variables.env)
+    named = list(_components(overlay))
+    added = ["gpu"] if variables.gpu and "gpu" not in named else []
+    if variables.gpu == 0 and "gpu" in named:
+        raise VariableError("GPU", 0, f"the overlay {variables.env} has the component gpu; choose another with ENV=")
+    _check(named + added)
+    objects = _kustomize(kubectl, [overlay], [MANIFESTS / "components" / name for name in added])
+    _put(variables, objects)
+    check_annotations(objects, flags.required(objects))
+    return objects
+
+
+def render_cluster(variables: Variables, kubectl: Kubectl) -> list[Object]:
+    """What an administrator applies once for the overlay: just what its components need. Raises DeployError."""
+    named = list(_components(_overlay(variables.env))) + (["gpu"] if variables.gpu else [])
+    folders = [MANIFESTS / "cluster" / name for name in dict.fromkeys(named)]
+    return _kustomize(kubectl, [MANIFESTS / "cluster"], [folder for folder in folders if folder.is_dir()])
+
+
+def dump(objects: Iterable[Object]) -> str:
+    """As YAML documents."""
+    return yaml.safe_dump_all(objects, sort_keys=False, width=140)
+
+
+def check_annotations(objects: Iterable[Object], settings: flags.Config) -> None:
+    """Raises DeployError for a scale annotation with a name that Knative ignores or a value that it refuses."""
+    for service in services(objects):
+        template = service["spec"]["template"]
+        annotations = template.get("metadata", {}).get("annotations", {})
+        try:
+            concurrency = template["spec"].get("containerConcurrency", 0)
+            spec = ScaleSpec.parse(annotations, concurrency, settings.get(flags.AUTOSCALER, {}))
+        except SpecError as error:
+            raise DeployError(f"Service {service['metadata']['name']}: {error}") from error
+        if spec.autoscaler_class == HPA and spec.min_scale < 1:
+            raise DeployError("MIN_SCALE=0: with the component hpa there is at least one pod; Knative's own autoscaler alone goes to zero")
+        misplaced = [name for name in service["metadata"].get("annotations", {}) if name.startswith(ANNOTATION_PREFIX)]
+        if misplaced:
+            raise DeployError(f"{misplaced[0]}: belongs under spec.template.metadata.annotations; on the Service it has no effect")
+
+
+def _overlay(env: str) -> Path:
+    folder = Path(env) if "/" in env else MANIFESTS / "overlays" / env
+    if (folder / "kustomization.yaml").is_file():
+        return folder.resolve()
+    known = sorted(path.parent.name for path in (MANIFESTS / "overlays").glob("*/kustomization.yaml"))
+    near = difflib.get_close_matches(env, known, n=1)
+    raise VariableError("ENV", env, f"there is no such overlay; {f'did you mean {near[0]}?' if near else 'known are ' + ', '.join(known)}")
+
+
+def _components(folder: Path) -> Iterator[str]:
+    """The names of the components that a kustomization has, and those that it stands on."""
+    try:
+        document = yaml.safe_load((folder / "kustomization.yaml").read_text()) or {}
+    except yaml.YAMLError as error:
+        raise DeployError(f"{folder / 'kustomization.yaml'}: not YAML: {error}") from error
+    for name in document.get("components") or ():
+        yield Path(name).name
+    for name in document.get("resources") or ():
+        if (folder / name / "kustomization.yaml").is_file():
+            yield from _components(folder / name)
+
+
+def _check(named: list[str]) -> None:
+    for group, members in GROUPS.items():
+        if len(found := [name for name in named if name in members]) > 1:
+            raise DeployError(f"the components {' and '.join(found)} exclude each other: at most one {group}")
+    for name, needed in NEEDS.items():
+        if name in named and (lacking := [one for one in needed if one not in named]):
+            raise DeployError(f"the component {name} needs {' and '.join(lacking)} too")
+
+
+def _kustomize(kubectl: Kubectl, resources: list[Path], components: list[Path]) -> list[Object]:
+    with tempfile.TemporaryDirectory() as scratch:
+        here = Path(scratch).resolve()
+        document = {
+            "apiVersion": "kustomize.config.k8s.io/v1beta1",
+            "kind": "Kustomization",
+            "resources": [os.path.relpath(path, here) for path in resources],
+            "components": [os.path.relpath(path, here) for path in components],
+        }
+        (here / "kustomization.yaml").write_text(yaml.safe_dump(document))
+        try:
+            text = kubectl.run("kustomize", str(here))
+        except KubectlError as error:
+            raise DeployError(f"{resources[0]} does not render: {error}") from error
+    return [item for item in yaml.safe_load_all(text) if item]
+
+
+def _put(variables: Variables, objects: list[Object]) -> None:
+    """The variables into the objects."""
+    found = services(objects)
+    if variables.namespace:
+        _put_namespace(objects, variables.namespace)
+    namespace = next((item["metadata"]["namespace"] for item in objects if "namespace" in item["metadata"]), "default")
+    for item in objects:
+        if item["kind"] in ("Service", "DaemonSet") and "template" in item["spec"]:
+            for volume in pod_spec(item).get("volumes", []):
+                if Path(volume.get("hostPath", {}).get("path", "/")).parent == _CACHE:
+                    volume["hostPath"]["path"] = str(_CACHE / namespace)  # who can read it can read every model in it
+    for image, pattern in ((variables.image, "function"), (variables.weights_image, "weights-cache")):
+        for one in containers(objects) if image else ():
+            if one["name"] == pattern or (pattern == "weights-cache" and one["name"] in ("agent", "directory")):
+                one["image"] = image
+    chosen = {name: value for name in _OF_A_SERVICE if (value := getattr(variables, name)) is not None}
+    if not found and chosen:
+        raise DeployError(f"{', '.join(chosen).upper()}: the overlay {variables.env} has no Knative Service; edit its files instead")
+    for service in found:
+        _put_service(variables, service, objects)
+
+
+_OF_A_SERVICE = ("name", "weights_uri", "min_scale", "max_scale", "target", "concurrency", "gpu")
+
+
+def _put_namespace(objects: list[Object], namespace: str) -> None:
+    for item in objects:
+        if item["metadata"].get("namespace") not in (None, flags.NAMESPACE):
+            item["metadata"]["namespace"] = namespace
+        for subject in item.get("subjects", []):
+            subject["namespace"] = namespace
+
+
+def _put_service(variables: Variables, service: Object, objects: list[Object]) -> None:
+    function = container(service, "function")
+    old = service["metadata"]["name"]
+    name = variables.name or old
+    service["metadata"]["name"] = name
+    if variables.name:
+        set_env(function, "FUNCTION_MODEL_NAME", name)
+        _prefer(service, name)
+    uri = variables.weights_uri or get_env(function, "WEIGHTS_URI")
+    if uri:
+        set_weights(service, uri)
+        _prefetch(objects, old, name, uri)
+    template = service["spec"]["template"]
+    annotations = template.setdefault("metadata", {}).setdefault("annotations", {})
+    for key, value in (("min-scale", variables.min_scale), ("max-scale", variables.max_scale), ("target", variables.target)):
+        if value is not None:
+            annotations[ANNOTATION_PREFIX + key] = f"{value:g}"
+    if variables.concurrency is not None:
+        template["spec"]["containerConcurrency"] = variables.concurrency
+    if variables.gpu:
+        function["resources"]["limits"]["nvidia.com/gpu"] = str(variables.gpu)
+
+
+def _prefer(service: Object, name: str) -> None:
+    affinity = pod_spec(service).get("affinity", {}).get("nodeAffinity", {})
+    for term in affinity.get("preferredDuringSchedulingIgnoredDuringExecution", []):
+        for expression in term["preference"].get("matchExpressions", []):
+            if expression["key"].startswith(_LABEL):
+                expression["key"] = _LABEL + name
+
+
+def _prefetch(objects: list[Object], old: str, name: str, uri: str) -> None:
+    """Let the agents bring what the Service is going to ask for, under the Service's name."""
+    for item in objects:
+        if item["kind"] == "DaemonSet" and item["metadata"]["name"] == _AGENT:
+            for one in pod_spec(item)["containers"]:
+                listed = (get_env(one, "WEIGHTS_PREFETCH") or "").split()
+                changed = [f"{name}={uri}" if entry.partition("=")[0] == old else entry for entry in listed]
+                if listed:
+                    set_env(one, "WEIGHTS_PREFETCH", " ".join(changed))
+
+
+def set_weights(service: Object, uri: str) -> None:
+    """The same WEIGHTS_URI for each container that has one."""
+    for one in pod_spec(service)["containers"]:
+        if get_env(one, "WEIGHTS_URI") is not None:
+            set_env(one, "WEIGHTS_URI", uri)
+
+
+def pin(objects: list[Object], service: Object, uri: str) -> None:
+    """Put the weights' URI with its snapshot wherever the one without stands."""
+    set_weights(service, uri)
+    name = service["metadata"]["name"]
+    _prefetch(objects, name, name, uri)
+
+
+def get_env(one: Object, name: str) -> str | None:
+    """A container's variable, if it is a plain one."""
+    return next((variable.get("value") for variable in one.get("env", []) if variable["name"] == name), None)
+
+
+def set_env(one: Object, name: str, value: str) -> None:
+    """Set a container's variable."""
+    variables: list[dict[str, Any]] = one.setdefault("env", [])
+    found = next((variable for variable in variables if variable["name"] == name), None)
+    if found is None:
+        variables.append({"name": name, "value": value})
+    else:
+        found.clear()
+        found |= {"name": name, "value": value}
+
+
+def deadline_s(service: Object) -> float:
+    """Seconds that a revision may take to become ready."""
+    annotations = service["spec"]["template"].get("metadata", {}).get("annotations", {})
+    named = {key: value for key, value in annotations.items() if key == PROGRESS_DEADLINE}
+    return ScaleSpec.parse(named).progress_deadline_s

@@ -1,0 +1,131 @@
+"""What a person chooses on the command line, as `NAME=value`: the words of the Makefile, checked before anything else happens."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from knative.autoscaler.spec import CONTAINER_CONCURRENCY_MAX
+from knative.deploy.errors import VariableError
+
+_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
+# A registry with its port, a path, and a tag or a digest (github.com/distribution/reference, less what nobody writes).
+_IMAGE = re.compile(
+    r"([a-zA-Z0-9][-.a-zA-Z0-9]*(:[0-9]+)?/)?[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*"
+    r"(:[\w][\w.-]{0,127})?(@sha256:[0-9a-f]{64})?"
+)
+_WEIGHTS = re.compile(r"s3://[^/#\s]+/[^#\s]*[^/#\s](#[0-9a-f]{32})?")
+# Of the Makefile, and of no concern here.
+_OTHERS = {"TORCH", "PYTHON", "VENV", "BIN", "PORT", "ADMIN_PORT", "STATE_DIR", "OPTIONS", "SEED"}
+
+
+@dataclass(frozen=True)
+class Variables:
+    """The values that were given; None leaves what the overlay says."""
+
+    env: str = "default"  # an overlay's name, or a folder
+    name: str | None = None  # of the Service, and of the model
+    namespace: str | None = None
+    image: str | None = None  # of the function
+    weights_image: str | None = None  # of the sidecar and the agent
+    weights_uri: str | None = None
+    min_scale: int | None = None
+    max_scale: int | None = None
+    target: float | None = None  # requests at once that a pod should have
+    concurrency: int | None = None  # requests at once that a pod may have; 0 is no limit
+    gpu: int | None = None  # devices for the function
+    pin: bool = True  # to the snapshot of the weights that the store has now
+    timeout: int | None = None  # seconds that `deploy` waits; by default as long as the revision may take, and a minute
+    data: str | None = None  # a request body, for `invoke`
+    route: str = "/"  # where to, for `invoke`
+    address: str | None = None  # where the cluster's gateway answers, if the Service's host name does not lead there
+    container: str = "function"  # whose log
+    follow: bool = False  # go on with the log
+    variant: str = "cpu"  # of the function's image
+    kubectl: Path | None = None  # the executable
+
+    @classmethod
+    def parse(cls, words: Iterable[str]) -> "Variables":
+        """From `NAME=value` words; an empty value counts as none. Raises VariableError."""
+        values: dict[str, Any] = {}
+        for word in words:
+            key, separator, text = word.partition("=")
+            if not separator:
+                raise VariableError(word, "", "variables are given as NAME=value")
+            if key in _OTHERS or not text:
+                continue
+            if key not in _CHECKS:
+                near = difflib.get_close_matches(key, _CHECKS, n=1)
+                raise VariableError(
+                    key, text, f"there is no such variable; {f'did you mean {near[0]}?' if near else 'known are ' + ', '.join(_CHECKS)}"
+                )
+            values[key.lower()] = _CHECKS[key](key, text)
+        found = cls(**values)
+        if found.max_scale and found.min_scale and found.max_scale < found.min_scale:
+            raise VariableError("MAX_SCALE", found.max_scale, f"must be at least MIN_SCALE ({found.min_scale}), or 0 for no limit")
+        return found
+
+
+def _matching(pattern: re.Pattern[str], expected: str) -> Callable[[str, str], str]:
+    def check(name: str, text: str) -> str:
+        if not pattern.fullmatch(text):
+            raise VariableError(name, text, expected)
+        return text
+
+    return check
+
+
+def _whole(low: int, high: int) -> Callable[[str, str], int]:
+    def check(name: str, text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise VariableError(name, text, f"must be a whole number from {low} to {high}")
+        return int(text)
+
+    return check
+
+
+def _target(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.01 <= value <= CONTAINER_CONCURRENCY_MAX:
+        raise VariableError(name, text, f"must be a number from 0.01 to {CONTAINER_CONCURRENCY_MAX}")
+    return value
+
+
+def _yes(name: str, text: str) -> bool:
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in words:
+        raise VariableError(name, text, "must be true or false")
+    return words[text.lower()]
+
+
+_name = _matching(_LABEL, "must be a label: small letters, digits and -, a letter first, at most 63")
+_image = _matching(_IMAGE, "must be an image: registry/path:tag, or with @sha256: and 64 hex digits")
+
+_CHECKS: Mapping[str, Callable[[str, str], Any]] = {
+    "ENV": _matching(re.compile(r"[\w./-]+"), "must be the name of an overlay, or a folder with a kustomization.yaml"),
+    "NAME": _name,
+    "NAMESPACE": _name,
+    "IMAGE": _image,
+    "WEIGHTS_IMAGE": _image,
+    "WEIGHTS_URI": _matching(_WEIGHTS, "must be s3://bucket/prefix, or s3://bucket/prefix#snapshot with the 32 hex digits of one"),
+    "MIN_SCALE": _whole(0, 1_000_000),
+    "MAX_SCALE": _whole(0, 1_000_000),
+    "TARGET": _target,
+    "CONCURRENCY": _whole(0, CONTAINER_CONCURRENCY_MAX),
+    "GPU": _whole(0, 16),
+    "PIN": _yes,
+    "TIMEOUT": _whole(1, 86_400),
+    "DATA": lambda _, text: text,
+    "ROUTE": _matching(re.compile(r"/\S*"), "must begin with /"),
+    "ADDRESS": _matching(re.compile(r"https?://[^/\s]+"), "must be http://host:port"),
+    "CONTAINER": _name,
+    "FOLLOW": _yes,
+    "VARIANT": _matching(re.compile("cpu|cuda"), "must be cpu or cuda"),
+    "KUBECTL": lambda _, text: Path(text),
+}
+assert {key.lower() for key in _CHECKS} == {field.name for field in fields(Variables)}

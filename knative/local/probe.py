@@ -1,0 +1,89 @@
+"""Asking a container how it is: one HTTP request, one TCP connection or one command."""
+
+import asyncio
+import contextlib
+import os
+import signal
+from typing import NamedTuple
+
+import aiohttp
+
+from knative.local.launch import Probe, Process
+
+
+class Answer(NamedTuple):
+    """What came back. `document`: a body in JSON, if there was one."""
+
+    is_well: bool
+    why: str = ""  # it is not
+    document: bytes | None = None
+
+
+class Tally:
+    """Turns answers into a verdict, by the probe's thresholds."""
+
+    def __init__(self, probe: Probe) -> None:
+        self._probe = probe
+        self._successes = self._failures = 0
+
+    def add(self, is_well: bool) -> bool | None:
+        """Whether it is well or not, from now on; None is no verdict yet, so that what it was before holds."""
+        self._successes = self._successes + 1 if is_well else 0
+        self._failures = 0 if is_well else self._failures + 1
+        if self._successes >= self._probe.successes:
+            return True
+        return False if self._failures >= self._probe.failures else None
+
+    def clear(self) -> None:
+        """Begin again."""
+        self._successes = self._failures = 0
+
+
+async def ask(probe: Probe, process: Process, session: aiohttp.ClientSession) -> Answer:
+    """One probe of a container's process."""
+    try:
+        async with asyncio.timeout(probe.timeout_s):
+            if probe.command:
+                return await _run(probe, process)
+            if probe.path is None:
+                _, writer = await asyncio.open_connection("127.0.0.1", probe.port)
+                writer.close()
+                return Answer(True)
+            return await _get(probe, session)
+    except TimeoutError:
+        return Answer(False, f"{_show(probe)} gave no answer within {probe.timeout_s:g} s")
+    except (aiohttp.ClientError, OSError) as error:
+        return Answer(False, f"{_show(probe)}: {getattr(error, 'strerror', None) or error}")
+
+
+async def _get(probe: Probe, session: aiohttp.ClientSession) -> Answer:
+    url = f"http://127.0.0.1:{probe.port}{probe.path}"
+    async with session.get(url, headers=probe.headers, timeout=aiohttp.ClientTimeout(total=None), allow_redirects=False) as reply:
+        document = await reply.read() if reply.content_type == "application/json" else None
+        return Answer(200 <= reply.status < 400, f"{_show(probe)} answered {reply.status}", document)
+
+
+async def _run(probe: Probe, process: Process) -> Answer:
+    """The command in the container's own environment; what it has started ends with it."""
+    child = await asyncio.create_subprocess_exec(
+        *probe.command,
+        env=process.env,
+        cwd=process.cwd,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        status = await child.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        await child.wait()
+    return Answer(status == 0, f"{_show(probe)} ended with status {status}")
+
+
+def _show(probe: Probe) -> str:
+    if probe.command:
+        return probe.command[0]
+    return f"GET {probe.path}" if probe.path else f"port {probe.port}"

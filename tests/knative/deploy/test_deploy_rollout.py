@@ -1,0 +1,245 @@
+"""`relight cluster` with the real kubectl, against an API that answers as a cluster's does."""
+
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from knative.deploy import rollout
+from knative.deploy.cli import cluster as command
+from tests.knative.deploy.cluster import SERVING, Cluster, Object, becomes_ready, configured, pod, revise, serving
+from tests.support import free_port
+
+URI = "s3://models/minilm#0123456789abcdef0123456789abcdef"
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    """A stock cluster with Knative, and the flags of the base."""
+    found = Cluster()
+    for name in ("default", "models"):
+        found.add("namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    found.config("config-features", multi_container_probing="Enabled")
+    found.config("config-autoscaler")
+    return found
+
+
+@pytest.fixture
+def run(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """run(words…): a sub-command of `relight cluster` to its end."""
+    monkeypatch.setattr(rollout, "POLL_S", 0.05)
+    with serving(cluster, tmp_path) as environ:
+        yield lambda *words: CliRunner().invoke(command, words, env=environ)
+
+
+def deploy(run: Run, *words: str) -> Result:
+    return run("deploy", f"WEIGHTS_URI={URI}", *words)
+
+
+def test_a_deploy_applies_everything_tells_how_far_it_is_and_prints_the_url(cluster: Cluster, run: Run) -> None:
+    def slowly(cluster: Cluster, service: Object, look: int) -> None:
+        revision = revise(cluster, service)
+        states: list[Object] = [
+            {},
+            {
+                "conditions": [
+                    {"type": "PodScheduled", "status": "False", "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."}
+                ]
+            },
+            {"containerStatuses": [{"name": "function", "ready": False, "state": {"waiting": {"reason": "ContainerCreating"}}}]},
+            {"containerStatuses": [{"name": "function", "ready": False, "state": {"running": {}}}]},
+        ]
+        cluster.logs[f"{revision}-pod", "weights-cache"] = "INFO relight.weights: s3://models/minilm: 1200.0 of 16000.0 MB\n"
+        if look > 2 * len(states):
+            becomes_ready(cluster, service, look)
+        else:
+            cluster.add("pods", pod(revision, **states[(look - 1) // 2]), "default")
+
+    cluster.controller = slowly
+    done = deploy(run, "NAME=ada")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "ada-00001: ada-00001-pod: waiting for its node",
+        "ada-00001: ada-00001-pod has no node: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+        "ada-00001: ada-00001-pod: pulling the image of function",
+        "ada-00001: ada-00001-pod: weights 1.2 of 16.0 GB",
+        "ada: ready at http://ada.default.example.com (ada-00001)",
+    ]
+    assert set(cluster.applied) == {("ServiceAccount", "relight-function"), ("NetworkPolicy", "relight-function"), ("Service", "ada")}
+    assert cluster.dry_runs == 3
+
+
+def test_a_second_deploy_makes_no_new_revision(cluster: Cluster, run: Run) -> None:
+    assert deploy(run).exit_code == 0
+    again = deploy(run)
+    assert again.exit_code == 0
+    assert "nothing has changed since generation 1; no new revision" in again.stdout
+    assert cluster.service()["status"]["latestCreatedRevisionName"] == "minilm-00001"
+    changed = deploy(run, "MIN_SCALE=1")
+    assert (changed.exit_code, cluster.service()["status"]["latestCreatedRevisionName"]) == (0, "minilm-00002")
+
+
+def test_an_image_that_cannot_be_resolved_is_told_with_the_revisions_condition(cluster: Cluster, run: Run) -> None:
+    def unresolved(cluster: Cluster, service: Object, look: int) -> None:
+        revision = revise(cluster, service)
+        said = f'Revision "{revision}" failed with message: Unable to fetch image "relight-function:0.1.0": not found.'
+        service["status"]["conditions"] = [{"type": "Ready", "status": "False", "reason": "RevisionFailed", "message": said}]
+
+    cluster.controller = unresolved
+    done = deploy(run)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: minilm is not ready\n  Service minilm: RevisionFailed: Revision")
+    assert 'Unable to fetch image "relight-function:0.1.0": not found.' in done.stderr
+
+
+def test_a_container_that_crashes_is_told_with_events_and_its_last_lines(cluster: Cluster, run: Run) -> None:
+    assert deploy(run).exit_code == 0
+
+    def crashing(cluster: Cluster, service: Object, look: int) -> None:
+        revision = revise(cluster, service)
+        service["status"]["conditions"] = [{"type": "Ready", "status": "Unknown"}]
+        waiting = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s"}}
+        ended = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
+        status = {"name": "function", "ready": False, "state": waiting, "lastState": ended}
+        cluster.add("pods", pod(revision, containerStatuses=[status]), "default")
+        event = {"apiVersion": "v1", "kind": "Event", "metadata": {"name": "e1", "namespace": "default"}, "type": "Warning"}
+        event |= {"reason": "BackOff", "message": "Back-off restarting failed container", "involvedObject": {"name": f"{revision}-pod"}}
+        cluster.add("events", event, "default")
+        cluster.logs[f"{revision}-pod", "function"] = "loading\nout of memory\n"
+
+    cluster.controller = crashing
+    done = deploy(run, "TARGET=2")
+    assert done.exit_code == 1
+    said = done.stderr.splitlines()
+    assert "  pod minilm-00002-pod, container function: it ends again and again; back-off 10s; last exit status 137 (OOMKilled)" in said
+    assert "  event of minilm-00002-pod: BackOff: Back-off restarting failed container" in said
+    assert said[said.index("  last lines of minilm-00002-pod, function:") + 2] == "    out of memory"
+    assert said[-1] == "  minilm-00001 goes on serving"
+
+
+def test_a_revision_that_takes_too_long_is_not_waited_for(cluster: Cluster, run: Run) -> None:
+    def idle(cluster: Cluster, service: Object, look: int) -> None:
+        revise(cluster, service)
+
+    cluster.controller = idle
+    done = deploy(run, "TIMEOUT=1")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: not ready after 1 s\n")
+
+
+def test_a_flag_that_is_off_is_named_before_anything_is_applied(cluster: Cluster, run: Run) -> None:
+    cluster.config("config-features", multi_container_probing="Disabled")
+    done = deploy(run)
+    assert done.exit_code == 1
+    assert "config-features: multi-container-probing must be 'enabled' (a weights sidecar that hangs is restarted)" in done.stderr
+    assert (cluster.applied, cluster.dry_runs) == ([], 0)
+
+
+def test_without_knative_it_says_so(cluster: Cluster, run: Run) -> None:
+    del cluster.kinds[SERVING]
+    done = deploy(run)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: the cluster has no Knative Serving")
+
+
+def test_a_namespace_that_is_not_there_is_told_with_how_to_make_it(cluster: Cluster, run: Run) -> None:
+    done = deploy(run, "NAMESPACE=nowhere")
+    assert (done.exit_code, done.stderr) == (1, "Error: there is no namespace nowhere: kubectl create namespace nowhere\n")
+    assert cluster.applied == []
+
+
+def test_what_the_webhook_refuses_changes_nothing(cluster: Cluster, run: Run) -> None:
+    cluster.webhook = lambda service: "must not set the field(s): spec.template.spec.tolerations"
+    done = deploy(run)
+    assert done.exit_code == 1
+    assert "must not set the field(s): spec.template.spec.tolerations" in done.stderr
+    assert not [kind for kind, _ in cluster.applied]
+
+
+def test_without_a_cluster_it_says_so(tmp_path: Path) -> None:
+    environ = configured(tmp_path, f"http://127.0.0.1:{free_port()}")
+    for words in (("deploy", f"WEIGHTS_URI={URI}"), ("undeploy",), ("status",), ("logs",), ("invoke",)):
+        done = CliRunner().invoke(command, words, env=environ)
+        assert done.exit_code == 1
+        assert done.stderr.startswith("Error: no cluster can be reached: "), words
+
+
+def test_without_a_configuration_it_says_that_no_cluster_can_be_reached(tmp_path: Path) -> None:
+    done = CliRunner().invoke(command, ["status"], env={"KUBECONFIG": str(tmp_path / "none"), "HOME": str(tmp_path)})
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: no cluster can be reached: ")
+
+
+def test_without_kubectl_it_says_so() -> None:
+    done = CliRunner().invoke(command, ["deploy", "KUBECTL=/nowhere/kubectl"])
+    assert (done.exit_code, done.stderr.startswith("Error: /nowhere/kubectl is not there: install kubectl")) == (1, True)
+
+
+def test_weights_that_cannot_be_pinned_stop_the_deploy_and_say_what_to_do(
+    cluster: Cluster, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    done = run("deploy")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: s3://models/minilm cannot be pinned to a snapshot: ")
+    assert "PIN=false" in done.stderr
+    assert cluster.applied == []
+    assert run("deploy", "PIN=false").exit_code == 0
+
+
+def test_undeploy_leaves_what_other_functions_share(cluster: Cluster, run: Run) -> None:
+    assert deploy(run).exit_code == 0
+    assert deploy(run, "NAME=other").exit_code == 0
+    first = run("undeploy", "NAME=other")
+    assert (first.exit_code, "left for minilm" in first.stdout) == (0, True)
+    assert ("serviceaccounts", "default", "relight-function") in cluster.objects
+    assert run("undeploy").exit_code == 0
+    assert not [key for key in cluster.objects if key[0] in ("services", "serviceaccounts", "networkpolicies")]
+
+
+def test_status_tells_of_revisions_and_pods_and_logs_of_their_output(cluster: Cluster, run: Run) -> None:
+    missing = run("status")
+    assert (missing.exit_code, missing.stderr) == (1, "Error: there is no Service minilm in namespace default: `make deploy` brings it\n")
+    assert deploy(run).exit_code == 0
+    assert run("logs").stdout == "minilm has no pods, and so no log: at zero\n"
+    assert run("status").stdout.splitlines() == [
+        "minilm: ready, http://minilm.default.example.com",
+        "  100 % to minilm-00001",
+        "  no pods: at zero",
+    ]
+
+
+def test_invoke_sends_the_example_through_the_gateway_that_is_named(cluster: Cluster, run: Run) -> None:
+    asked: list[tuple[str, bytes]] = []
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append((self.headers["Host"], self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200 if b"instances" in asked[-1][1] else 400)
+            self.end_headers()
+            self.wfile.write(b"the answer")
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    assert deploy(run).exit_code == 0
+    # What the overlay has; a real API would have kept it.
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as gateway:
+        threading.Thread(target=gateway.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        address = f"ADDRESS=http://127.0.0.1:{gateway.server_port}"
+        good, bad = run("invoke", address), run("invoke", address, 'DATA={"a": 1}')
+        gateway.shutdown()
+    assert (good.exit_code, good.stdout) == (0, "the answer\n")
+    assert bad.exit_code == 1
+    assert asked == [
+        ("minilm.default.example.com", b'{"instances": ["A man is eating food."]}'),
+        ("minilm.default.example.com", b'{"a": 1}'),
+    ]
