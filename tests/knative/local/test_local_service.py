@@ -362,6 +362,7 @@ def test_recreate_lets_the_old_pods_go_before_the_new_ones_start() -> None:
             pods(live, OLD)[0].gone.set()
             while not pods(live, NEW):
                 await asyncio.sleep(0.01)
+            await settle()  # it has been asked for; now it starts
             become_ready(live, NEW)
             await settle()
             assert (shares(live), live.queued) == ({NEW: 100}, 0)
