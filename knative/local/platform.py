@@ -103,7 +103,9 @@ class Platform:
             if serving.done():
                 serving.result()
                 following = asyncio.create_task(self._follow())
-                await stopping
+                await asyncio.wait({following, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                if following.done():
+                    following.result()  # it never ends but by a mistake of ours
                 following.cancel()
                 await asyncio.gather(following, return_exceptions=True)
             else:

@@ -84,6 +84,7 @@ class Pod:
         self.unready_since: float | None = self.asked_at  # the progress deadline counts from here
         self.stages: dict[str, float] = {}  # seconds since the pod was asked for
         self.report = Report()
+        self.on_room: Callable[[], object] = lambda: None  # called when it has room for one request more
         self._spawned_at = 0.0  # seconds since asked for; the processes' own stages count from here
         self._directory = directory
         self._session = session
@@ -201,6 +202,7 @@ class Pod:
         if not self.in_flight:
             self._idle.set()
             self._devices.look()
+        self.on_room()
 
     def last_words(self, lines: int = 12) -> str:
         """The last lines of each container's log, for whoever asks why it is not ready."""

@@ -191,7 +191,6 @@ class Revision:
         finally:
             if pod:
                 pod.leave()
-                self._dispatch()
 
     def _take(self) -> Pod | None:
         """A pod with room, if there is one now and nobody waits."""
@@ -219,10 +218,27 @@ class Revision:
             # The caller went away: forget it, or pass on the place that it was just given.
             if turn.done() and not turn.cancelled() and not turn.exception():
                 turn.result().leave()
-                self._dispatch()
             elif turn in self._waiting:
                 self._waiting.remove(turn)
             raise
+
+    def hand_over(self, choose: Callable[[], "Revision"]) -> None:
+        """Have each of those who wait here wait for the revision that is chosen now: nothing of their requests has reached a pod."""
+        while self._waiting:
+            choose().receive(self._waiting.popleft())
+
+    def receive(self, turn: "asyncio.Future[Pod]") -> None:
+        """One more who waits, who has waited for another revision until now."""
+        self._waiting.append(turn)
+        turn.add_done_callback(self._forget)
+        self._dispatch()
+        if self._waiting:
+            self._poke()
+            self._ask_for_devices()
+
+    def _forget(self, turn: "asyncio.Future[Pod]") -> None:
+        if turn in self._waiting:
+            self._waiting.remove(turn)
 
     def _dispatch(self) -> None:
         """Give every pod that has room to those who wait, first come first served."""
@@ -291,10 +307,12 @@ class Revision:
     def _scale_to(self, wanted: int) -> None:
         if self._stopping or self.held:
             return
-        if not self.reachable and not self._waiting:
+        if self._waiting:
+            wanted = max(wanted, 1)  # also for those who came from another revision, whom the autoscaler does not know
+        elif not self.reachable:
             wanted = 0
         kept = self._kept()
-        if self._has_gpus and self.settled and not self.meter.current:
+        if self._has_gpus and self.settled and not self.meter.current and not self._waiting:
             # A pod that has given its GPU up is not wanted back before somebody calls.
             wanted = min(wanted, max(len(kept), self._scale.min_scale))
         if wanted > len(kept) and not (self._failure and self._failure.until > time.monotonic()):
@@ -305,6 +323,7 @@ class Revision:
 
     def _add_pod(self) -> None:
         pod = self._make_pod(self, f"{self.name}-{secrets.token_hex(3)}")
+        pod.on_room = self._dispatch
         self.pods.append(pod)
         self.record.starting(pod, len(self._waiting))
         self._watcher.starting(self, pod, len(self._waiting))

@@ -1,6 +1,6 @@
 """A Service that runs: its revisions, which of them gets a request, and how a changed template becomes a new one.
 
-changed template → a new revision starts → it is ready → the traffic moves → the old one serves what it has, and goes to zero
+changed template → a new revision starts → it is ready → the traffic moves → the old one finishes what its pods have, and goes to zero
 """
 
 import asyncio
@@ -214,7 +214,10 @@ class LiveService:
             tags = [f"{tag} is {name}" for tag, name in route.tags.items()]
             self._tell("traffic: " + ", ".join([*(f"{percent} % {name}" for name, percent in route.shares.items()), *tags]))
         for revision in self.revisions.values():
-            revision.set_reachable(reachable=revision is going or revision.name in route.names)
+            reachable = revision is going or revision.name in route.names
+            if not reachable:
+                revision.hand_over(self.choose)
+            revision.set_reachable(reachable=reachable)
         self._forget()
 
     def _forget(self) -> None:

@@ -26,9 +26,11 @@ def version(
     name: str = "",
     deadline: str = "60s",
     annotations: Mapping[str, str] | None = None,
+    spec: Mapping[str, Any] | None = None,
 ) -> Service:
     """The Service with a template that is another for each number."""
-    document = service("hello", scale={"initial-scale": "1", **(scale or {})}, env={"VERSION": str(number)}, progress_deadline=deadline)
+    scale = {"initial-scale": "1", **(scale or {})}
+    document = service("hello", scale=scale, spec=spec, env={"VERSION": str(number)}, progress_deadline=deadline)
     document["spec"]["traffic"] = list(traffic)
     document["metadata"]["annotations"] = dict(annotations or {})
     if name:
@@ -111,25 +113,40 @@ def test_traffic_moves_when_the_new_revision_is_ready_and_the_old_one_serves_wha
     asyncio.run(main())
 
 
-def test_a_request_that_waits_when_the_traffic_moves_is_served_where_it_is_and_nothing_stays() -> None:
+def test_a_request_that_waits_when_the_traffic_moves_waits_for_the_new_revision() -> None:
     async def main() -> None:
         async with running(version(1, scale={"initial-scale": "0"})) as (live, _):
             leave = asyncio.Event()
-            caller = asyncio.create_task(hold(live.choose(), leave))
+            callers = [asyncio.create_task(hold(live.choose(), leave)) for _ in range(3)]
             await settle()
-            change(live, version(2))
+            assert [pod.phase for pod in pods(live, OLD)] == ["starting"]
+            change(live, version(2, spec={"containerConcurrency": 1}))
             await settle()
             become_ready(live, NEW)
             await settle()
-            assert [pod.phase for pod in pods(live, OLD)] == ["starting"]
-            become_ready(live, OLD)
+            (pod,) = pods(live, NEW)
+            assert ([pod.phase for pod in pods(live, OLD)], pod.in_flight, live.revisions[NEW].queued) == (["draining"], 1, 2)
+            callers[-1].cancel()
             await settle()
-            assert pods(live, OLD)[0].in_flight == 1
+            assert live.queued == 1
             leave.set()
-            await caller
-            while pods(live, OLD):
-                pods(live, OLD)[0].gone.set()
-                await asyncio.sleep(0.01)
+            await asyncio.gather(*callers[:2])
+            assert (pod.in_flight, live.queued, live.requests_total) == (0, 0, 3)
+
+    asyncio.run(main())
+
+
+def test_a_request_that_waits_for_a_revision_that_cannot_start_is_served_by_the_one_that_mends_it() -> None:
+    async def main() -> None:
+        async with running(version(1, scale={"initial-scale": "0"})) as (live, _):
+            leave = asyncio.Event()
+            leave.set()
+            caller = asyncio.create_task(hold(live.choose(), leave))
+            await settle()
+            change(live, version(2, scale={"initial-scale": "0"}))  # nobody is served: it gets the traffic at once
+            await settle()
+            become_ready(live, NEW)
+            await asyncio.wait_for(caller, 10)
 
     asyncio.run(main())
 
@@ -345,6 +362,7 @@ def test_recreate_lets_the_old_pods_go_before_the_new_ones_start() -> None:
             pods(live, OLD)[0].gone.set()
             while not pods(live, NEW):
                 await asyncio.sleep(0.01)
+            await settle()  # it has been asked for; now it starts
             become_ready(live, NEW)
             await settle()
             assert (shares(live), live.queued) == ({NEW: 100}, 0)
