@@ -75,9 +75,10 @@ class ContainerProcess:
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM, and SIGKILL to whatever is left of all that it started after `grace_s`."""
-        for task in (self._keeper, self._log_keeper):
-            if task:
-                task.cancel()
+        keepers = [task for task in (self._keeper, self._log_keeper) if task]
+        for task in keepers:
+            task.cancel()
+        await asyncio.gather(*keepers, return_exceptions=True)  # one that is just starting the process has still to take it back
         if self._child:
             self._signal(signal.SIGTERM)
             try:

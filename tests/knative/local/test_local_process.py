@@ -265,6 +265,30 @@ def test_stopping_one_that_is_between_two_starts_signals_nobody(log: Path, monke
     assert signalled == []
 
 
+def test_stopping_one_that_is_just_being_started_waits_until_that_is_taken_back(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken_back: list[bool] = []
+
+    async def main() -> None:
+        starting = asyncio.Event()
+
+        async def start(*_: object, **__: object) -> None:
+            starting.set()
+            try:
+                await asyncio.sleep(600)
+            finally:
+                await asyncio.sleep(0.05)  # as asyncio ends what nobody will have
+                taken_back.append(True)
+
+        function = shell(log, "exit 3")
+        await function.start()
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+        await starting.wait()
+        await function.stop(5)
+        assert taken_back
+
+    asyncio.run(main())
+
+
 def test_a_log_that_is_long_is_put_aside_and_goes_on(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_module, "LOG_LOOK_S", 0.01)
     monkeypatch.setattr(process_module, "LOG_BYTES", 10_000)
