@@ -28,10 +28,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from function import server
+
 WARM = b"warm"
 PROGRAM = "function"
-# What functions import: our server, and what agents need, as far as it is installed here.
-_SERVER = ("function.server", "function.app")
+# What functions import besides our server: what agents need, as far as it is installed here.
 _LIBRARIES = ("torch", "tokenizers", "weights_cache.restore", "function.agents.minilm", "function.agents.smollm2")
 _OURS = ("function", "weights_cache")
 CHANGED = "our code has changed"
@@ -55,8 +56,6 @@ def main() -> None:
 
 def _warm_up() -> None:
     """Import everything. Ends the process if that started a thread, which no fork would have."""
-    for name in _SERVER:
-        importlib.import_module(name)
     for name in _LIBRARIES:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
@@ -113,6 +112,7 @@ def _become(conversation: socket.socket, code: dict[str, int]) -> None:
         line = lines.readline()
         if not line:
             os._exit(1)
+        server.asked_at = time.monotonic()
         for output in (1, 2):
             os.dup2(logs[0], output)
         os.close(logs[0])

@@ -238,11 +238,14 @@ def test_a_process_is_kept_ready_for_the_next_function_and_does_without_the_fork
     async def scene(stage: Stage) -> None:
         server, spare = await stage.warm(), await stage.spare()
         os.kill(server, signal.SIGSTOP)
-        process = stage.process()
+        await asyncio.sleep(1)
+        process, asked_at = stage.process(), time.monotonic()
         async with stage.running(process) as container:
             assert container._child
             assert container._child.pid == spare
             await ask(process)
+            ready = await asyncio.to_thread(request, int(process.env["PORT"]), "GET", "/readyz")
+            assert ready.json()["stages"]["ready"] <= time.monotonic() - asked_at  # and not since it was forked
             os.kill(server, signal.SIGCONT)
             assert await stage.spare() != spare
 
