@@ -64,9 +64,8 @@ class Source:
         self.failed = False  # something that never should: the process is to be replaced
         self._work: queue.SimpleQueue[Held] = queue.SimpleQueue()
         self._workers = 0
-        self._posting = 0  # about how many posts are under way
-        self._deletes = Settler[Held]("delete", self._delete, threads=DELETERS, are_coming=lambda: self._posting >= 4)
-        self._releases = Settler[_Release]("give back", self._release, threads=1, are_coming=lambda: False)
+        self._deletes = Settler[Held]("delete", self._delete, threads=DELETERS)
+        self._releases = Settler[_Release]("give back", self._release, threads=1)
         self._pollers: list[threading.Thread] = []
         self._stopped = threading.Event()
         self._heard = 0.0  # when the queue last answered a receive
@@ -146,7 +145,7 @@ class Source:
             self.metrics.repeated.inc()
             held = Held(message, self._settings.visibility_s)
             held.lease = Lease.DELETING
-            self._deletes.put(held)
+            self._deletes.put([held])
             return
         held, is_new = added
         if not is_new:
@@ -228,11 +227,9 @@ class Source:
     def _post(self, held: Held, made: Event) -> Answer:
         held.cut_at = time.monotonic() + self._settings.timeout_s
         held.call = Call()
-        self._posting += 1
         try:
             return self._sink.post(made, held.call)
         finally:
-            self._posting -= 1
             held.call = None
 
     def _turned_away(self, held: Held, tries: int, asked_s: float | None, why: str) -> float:
@@ -279,7 +276,7 @@ class Source:
 
     def _done(self, held: Held) -> None:
         held.lease = Lease.DELETING  # also what was lost: SQS takes an old receipt as long as nobody has a newer one
-        self._deletes.put(held)
+        self._deletes.put([held])
 
     def _poison(self, held: Held, why: str) -> None:
         """At once, so that the redrive policy has its say soon; slowly where there may be none, since it would go round for ever."""
@@ -301,7 +298,7 @@ class Source:
             self._holding.remove(held)
             return
         held.lease = Lease.RELEASING
-        self._releases.put(_Release(held, delay_s))
+        self._releases.put([_Release(held, delay_s)])
 
     def _delete(self, batch: Sequence[Held]) -> list[Held]:
         by_message = {held.message: held for held in batch}
