@@ -24,7 +24,7 @@ MANIFESTS = Path(__file__).parents[1] / "manifests"
 GROUPS = {  # at most one of each
     "cache": ("node-cache-pvc", "node-cache-agent"),
     "placement": ("realtime", "batch"),
-    "source of this name": ("sqs", "sqs-keda", "rabbitmq", "integration-source"),
+    "source of this name": ("sqs", "sqs-keda", "amqp", "rabbitmq", "integration-source"),
     "owner of the dead letters": ("broker", "kafka"),
 }
 NEEDS = {"prefetch": ("node-cache-agent", "gpu")}
@@ -33,7 +33,7 @@ _AGENT = "relight-weights-agent"
 _CACHE = Path("/var/cache/relight")
 _LABEL = "weights.relight/"
 _QUEUE_SOURCES = ("sqs", "sqs-keda")
-_NO_QUEUE = "/000000000000/"  # in the URL of a queue that is still to be named
+_NO_QUEUE = ".amazonaws.com/000000000000/"  # in the URL of a queue that is still to be named
 _REGION = re.compile(r"https?://(?:sqs\.([a-z0-9-]+)|([a-z0-9-]+)\.queue)\.amazonaws\.com")
 _HAVE_SINKS = ("ContainerSource", "SinkBinding", "Trigger", "KafkaSource", "RabbitmqSource", "IntegrationSource")
 _OF_THE_CLUSTER = ("ClusterRole", "ClusterRoleBinding", "PriorityClass")  # have no namespace

@@ -20,7 +20,7 @@ _IMAGE = re.compile(
 _WEIGHTS = re.compile(r"s3://[^/#\s]+/[^#\s]*[^/#\s](#[0-9a-f]{32})?")
 # As SQS has them, and those who imitate it: an account or a word for it, and the queue's name.
 _QUEUE = re.compile(r"https?://[^/\s@?#]+/[\w-]+/[\w-]{1,80}(\.fifo)?", re.ASCII)
-_EVENTS = ("sqs", "sqs-keda", "broker", "kafka", "rabbitmq", "integration-source")
+_EVENTS = ("sqs", "sqs-keda", "amqp", "broker", "kafka", "rabbitmq", "integration-source")
 # Of the Makefile, and of no concern here.
 _OTHERS = {"TORCH", "PYTHON", "VENV", "BIN", "PORT", "ADMIN_PORT", "STATE_DIR", "SEED"}
 

@@ -181,7 +181,7 @@ def _problems(value: Any, schema: Any, path: str) -> list[str]:
         schema = schema.schema
     if schema == "pod":
         validate(
-            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod", **value["metadata"]}, "spec": value["spec"]},
+            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod", **value.get("metadata", {})}, "spec": value["spec"]},
             KUBERNETES,
             strict=True,
         )

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import yaml
 
+from knative.autoscaler import ScaleSpec
 from knative.deploy.errors import DeployError, VariableError
 from knative.deploy.kubectl import Kubectl
 from knative.deploy.objects import Object, containers, pod_spec
 from knative.deploy.render import MANIFESTS, get_env, render
 from knative.deploy.variables import Variables
+from knative.queue_source.settings import from_environment
+from knative.queue_source.source import LAST_S
 from tests.knative.deploy import eventing_kinds
 from tests.knative.deploy.test_deploy_manifests import EVENTS, QUEUE_URL
 from tests.support import ROOT
@@ -71,7 +74,7 @@ def test_a_queue_elsewhere_than_in_aws_has_its_own_endpoint() -> None:
         (["QUEUE_URL=https://user:secret@sqs.us-east-1.amazonaws.com/1/work"], "must be the URL of an SQS queue"),
         (["QUEUE_URL=https://sqs.us-east-1.amazonaws.com/123456789012/"], "must be the URL of an SQS queue"),
         (["QUEUE_URL=https://sqs.us-east-1.amazonaws.com/1/w?x=1"], "must be the URL of an SQS queue"),
-        (["EVENTS=sns"], "EVENTS=sns: must be one of sqs, sqs-keda, broker, kafka, rabbitmq, integration-source"),
+        (["EVENTS=sns"], "EVENTS=sns: must be one of sqs, sqs-keda, amqp, broker, kafka, rabbitmq, integration-source"),
         ([f"RESULTS_URL={QUEUE_URL}"], "goes with QUEUE_URL"),
         ([f"RESULTS_URL={QUEUE_URL}", f"QUEUE_URL={QUEUE_URL}"], "must be another queue than QUEUE_URL"),
     ],
@@ -91,6 +94,7 @@ def test_queue_urls_of_all_kinds_are_taken() -> None:
     [
         ({"events": "sqs"}, "QUEUE_URL: which queue?"),
         ({"events": "sqs-keda"}, "QUEUE_URL: which queue?"),
+        ({"events": "amqp", "queue_url": QUEUE_URL}, "EVENTS=amqp has no such queue"),
         ({"events": "broker", "queue_url": QUEUE_URL}, "EVENTS=broker has no such queue"),
         ({"events": "sqs", "queue_url": QUEUE_URL, "env": "keda"}, "the overlay keda has no Knative Service"),
     ],
@@ -145,12 +149,24 @@ def test_the_queues_credentials_are_the_sources_alone() -> None:
         assert not [variable for variable in source(objects)["env"] if re.search("SECRET|ACCESS_KEY|TOKEN", variable["name"])]
 
 
-@pytest.mark.parametrize("way", ["sqs", "sqs-keda"])
-def test_a_source_outlasts_the_function_and_has_time_to_end(way: str) -> None:
-    objects = rendered(events=way, queue_url=QUEUE_URL)
-    pod = pod_spec(objects["ContainerSource" if way == "sqs" else "Deployment"])
-    timeout_s = float(get_env(source(objects), "QUEUE_SOURCE_TIMEOUT_S") or 0)
-    assert pod_spec(objects["Service"])["timeoutSeconds"] < timeout_s < pod["terminationGracePeriodSeconds"]
+@pytest.mark.parametrize("way", ["sqs", "sqs-keda", "amqp"])
+def test_the_source_takes_its_settings_and_they_fit_the_function_and_the_pod(way: str) -> None:
+    objects = rendered(events=way, queue_url=None if way == "amqp" else QUEUE_URL)
+    environ = {variable["name"]: variable.get("value", "amqps://u:p@host/%2F/q") for variable in source(objects)["env"]}
+    found = from_environment(environ | {"K_SINK": "http://minilm.default.svc.cluster.local", "K_CE_OVERRIDES": ""})
+    assert pod_spec(objects["Service"])["timeoutSeconds"] < found.timeout_s
+    pod = pod_spec(objects["Deployment" if way == "sqs-keda" else "ContainerSource"])
+    assert found.drain_s + found.wait_s + LAST_S < pod["terminationGracePeriodSeconds"]
+    ports = {source(objects)[probe]["httpGet"]["port"] for probe in ("readinessProbe", "livenessProbe")}
+    assert ports == {found.port} == {port["containerPort"] for port in source(objects)["ports"]}
+
+
+def test_the_function_is_asked_for_as_much_at_once_as_its_pods_are_for() -> None:
+    objects = rendered(queue_url=QUEUE_URL)
+    template = objects["Service"]["spec"]["template"]
+    spec = ScaleSpec.parse(template["metadata"]["annotations"], template["spec"]["containerConcurrency"])
+    wanted = float(get_env(source(objects), "QUEUE_SOURCE_CONCURRENCY") or 0) / spec.target  # utilisation is in it
+    assert spec.max_scale - 1 < wanted <= spec.max_scale + 1
 
 
 @pytest.mark.parametrize("way", ["sqs", "sqs-keda"])
@@ -205,6 +221,16 @@ def test_replies_are_not_given_to_the_function_again() -> None:
     from function.protocols.cloudevents import REPLY
 
     assert rendered(events="broker")["Trigger"]["spec"]["filters"] == [{"not": {"suffix": {"type": REPLY}}}]
+
+
+def test_the_address_of_a_rabbitmq_comes_from_the_secret_and_its_port_is_let_through() -> None:
+    objects = render(Variables(events="amqp"), Kubectl())
+    (one,) = [one for one in containers(objects) if one["name"] == "queue-source"]
+    (address,) = [variable for variable in one["env"] if variable["name"] == "QUEUE_SOURCE_URL"]
+    assert address["valueFrom"]["secretKeyRef"]["name"] == one["envFrom"][0]["secretRef"]["name"]
+    (policy,) = [item for item in objects if item["kind"] == "NetworkPolicy" and item["metadata"]["name"] == "relight-queue-source"]
+    ports = {port["port"] for rule in policy["spec"]["egress"] for port in rule.get("ports", [])}
+    assert ports == {53, 80, 5671, 5672}
 
 
 def test_kafkas_source_has_dead_letters_and_rabbitmqs_a_queue_of_ones_own() -> None:
