@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import socket
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -300,6 +301,23 @@ def test_who_joins_does_the_work_if_the_first_gives_up(server: Server, fresh: Ca
         (tmp_path / "go").touch()
         assert second.result().status == 200
     assert binary(server, sent).body == second.result().body
+
+
+def test_who_joins_does_the_work_if_the_first_hangs_up(server: Server, fresh: Callable[[Any], dict[str, Any]], tmp_path: Path) -> None:
+    blocked, sent = event(fresh, "held", hold=str(tmp_path / "go")), event(fresh, "wanted")
+    body = json.dumps(sent).encode()
+    head = f"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: {STRUCTURED}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with ThreadPoolExecutor(2) as threads:
+        threads.submit(binary, server, blocked)
+        wait_until("the model is busy", (tmp_path / "go.begun").exists)
+        with socket.create_connection(("127.0.0.1", server.port)) as first:
+            first.sendall(head + body)
+            wait_until("it waits for the model", lambda: metric(server, 'function_waiting{model="m"}') == 1)
+            second = threads.submit(structured, server, sent)
+            waiting(server, 1)
+        (tmp_path / "go").touch()
+        assert second.result().json()["data"] == {"got": "wanted"}
+    assert Counter(calls(server)) == {"held": 1, "wanted": 1}
 
 
 def test_a_failure_is_not_remembered_and_is_told_to_those_who_joined(
