@@ -211,7 +211,7 @@ def throughput(stage: Stage) -> dict[str, float]:
 def memory(stage: Stage) -> list[tuple[int, int]]:
     """(messages done, bytes) along a long queue."""
     stage.fill(LONG)
-    points = []
+    points: list[tuple[int, int]] = []
     with stage.source(CONCURRENCY) as process:
         while (found := stage.stats())["left"] or found["unfilled"]:
             done = LONG - found["unfilled"] - found["left"]
@@ -243,6 +243,7 @@ def table(found: dict[str, Any]) -> str:
     points = found["memory"]
     settled = [size for done, size in points if done >= LONG // 5]
     growth = settled[-1] / settled[0] - 1
+    sizes = ", ".join(f"{size / 1e6:.1f} after {done:,}" for done, size in points[:: max(1, len(points) // 6)])
     lines = [
         "# From a queue to a sink",
         "",
@@ -252,9 +253,9 @@ def table(found: dict[str, Any]) -> str:
         "",
         "## Throughput",
         "",
-        f"The sink answers 204 at once. {MESSAGES} messages a turn, concurrency {CONCURRENCY}; the bare loop receives ten and deletes ten with boto3",
-        f"in {POLLERS} threads, as many as the source's pollers. The server, moto under one lock, is what bounds both. Wanted: at least {TARGET_RATIO} of",
-        f"the bare loop. {'Held' if statistics.median(ratio) >= TARGET_RATIO else 'Not held'}.",
+        f"The sink answers 204 at once. {MESSAGES} messages a turn, concurrency {CONCURRENCY}; the bare loop receives ten and deletes ten",
+        f"with boto3 in {POLLERS} threads, as many as the source's pollers. The server, moto under one lock, is what bounds both. Wanted:",
+        f"at least {TARGET_RATIO} of the bare loop. {'Held' if statistics.median(ratio) >= TARGET_RATIO else 'Not held'}.",
         "",
         "| | |",
         "| --- | ---: |",
@@ -267,14 +268,13 @@ def table(found: dict[str, Any]) -> str:
         "",
         f"## Memory over {LONG:,} messages",
         "",
-        f"The source's own (RssAnon), MB: {', '.join(f'{size / 1e6:.1f} after {done:,}' for done, size in points[:: max(1, len(points) // 6)])}, "
-        f"{points[-1][1] / 1e6:.1f} at the end. From a fifth of the way on it grows by {growth * 100:+.1f} %. Wanted: at most {TARGET_GROWTH:.0%}. "
-        f"{'Held' if growth <= TARGET_GROWTH else 'Not held'}.",
+        f"The source's own (RssAnon), MB: {sizes}, {points[-1][1] / 1e6:.1f} at the end. From a fifth of the way on it grows by",
+        f"{growth * 100:+.1f} %. Wanted: at most {TARGET_GROWTH:.0%}. {'Held' if growth <= TARGET_GROWTH else 'Not held'}.",
         "",
         "## A saturated sink",
         "",
-        f"It takes {TAKES} at a time, for 10 ms, and refuses the rest with 503. Messages in flight by the server's own count, of {SATURATED}; none",
-        "may be more than QUEUE_SOURCE_CONCURRENCY, and none should be received twice.",
+        f"It takes {TAKES} at a time, for 10 ms, and refuses the rest with 503. Messages in flight by the server's own count, of",
+        f"{SATURATED}; none may be more than QUEUE_SOURCE_CONCURRENCY, and none should be received twice.",
         "",
         "| concurrency | most in flight | received more than once |",
         "| ---: | ---: | ---: |",

@@ -31,6 +31,7 @@ class Settler(Generic[T]):
         self._changed = threading.Condition()  # guards what follows
         self._items: deque[T] = deque()
         self._calls = 0  # under way
+        self._is_woken = False  # somebody is on the way to the items
 
     def start(self, spawn: Callable[[str, Callable[[], None]], object]) -> None:
         """Work in threads of its own, which `spawn` starts."""
@@ -41,8 +42,7 @@ class Settler(Generic[T]):
         """They are settled soon."""
         with self._changed:
             self._items.extend(items)
-            if not self._calls or len(self._items) >= MOST:
-                self._changed.notify()
+            self._wake()
 
     def _run(self) -> None:
         pause_s = FIRST_PAUSE_S
@@ -55,8 +55,7 @@ class Settler(Generic[T]):
                 log.warning("%s: %s; again in %.2f s", self._name, error, pause_s)
             with self._changed:
                 self._calls -= 1
-                if self._items:
-                    self._changed.notify()
+                self._wake()
             if again:
                 time.sleep(pause_s)
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
@@ -64,9 +63,21 @@ class Settler(Generic[T]):
             else:
                 pause_s = FIRST_PAUSE_S
 
+    def _is_due(self) -> bool:
+        return len(self._items) >= (MOST if self._calls else 1)
+
+    def _wake(self) -> None:
+        if not self._is_woken and self._is_due():
+            self._is_woken = True
+            self._changed.notify()
+
     def _take(self) -> list[T]:
         with self._changed:
-            while len(self._items) < (MOST if self._calls else 1):
+            while not self._is_due():
+                self._is_woken = False
                 self._changed.wait()
             self._calls += 1
-            return [self._items.popleft() for _ in range(min(MOST, len(self._items)))]
+            batch = [self._items.popleft() for _ in range(min(MOST, len(self._items)))]
+            self._is_woken = False
+            self._wake()
+            return batch

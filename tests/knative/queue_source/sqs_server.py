@@ -3,7 +3,8 @@
 moto itself loses messages when a send and a delete meet, and hands one message to two receives that meet: here one request runs at a time
 (a long poll asks again and again). `POST /_control` takes a JSON document of what is to change:
 
-    throttle, error, lost   the share of calls that are refused as too many, that fail, or that are done and then answered with an error
+    throttle, error, lost   the share of calls that are refused as too many, that fail, or that are done and then answered with an error;
+                            sends are spared
     fill                    {"queue": NAME, "count": N, "depth": D}: put messages into a queue, no more than D at a time
     watch                   NAME of the queue whose messages in flight are counted after each receive
 
@@ -11,6 +12,7 @@ moto itself loses messages when a send and a delete meet, and hands one message 
 from the first receive to the last delete.
 """
 
+import importlib
 import io
 import json
 import logging
@@ -24,8 +26,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from moto.sqs import models
-from moto.sqs.models import Message, SQSBackend, sqs_backends
+from moto.sqs.models import Message, sqs_backends
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 ACCOUNT, REGION = "123456789012", "us-east-1"
@@ -33,8 +34,10 @@ LOOK_S = 0.01  # between two looks of a long poll
 
 # For each message that is received moto counts all that there are, several times, to learn how long a queue keeps them; and it looks at
 # its clock, which is slow, for each of these.
-SQSBackend.is_message_valid_based_on_retention_period = lambda *_: True
-models.unix_time_millis = lambda: time.time() * 1000
+_models: Any = importlib.import_module("moto.sqs.models")
+_models.SQSBackend.is_message_valid_based_on_retention_period = lambda *_: True
+_models.unix_time_millis = lambda: time.time() * 1000
+
 
 Start = Callable[..., Any]
 
@@ -72,7 +75,7 @@ class SqsServer:
         with self._lock:
             self._calls[name] += 1
             chance = self._random.random()
-        for fault, share in self._faults.items():
+        for fault, share in self._faults.items() if not name.startswith(("Send", "Create")) else ():
             if chance < share:
                 if fault == "lost":
                     self._perform(environ, name, body)
