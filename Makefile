@@ -54,7 +54,7 @@ reload: setup ## Render the demo's manifests again, after a change: `make run` t
 # The names of what was said on the command line (NAME=, NAMESPACE=, IMAGE=, …). `relight cluster` finds the values in its environment,
 # where no shell has touched their quotes, and knows which there are.
 SAID = $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
-render: setup ## Print the manifests of an overlay (ENV=, NAME=, NAMESPACE=, IMAGE=, WEIGHTS_URI=, MIN_SCALE=, MAX_SCALE=, TARGET=, CONCURRENCY=, GPU=)
+render: setup ## Print the manifests of an overlay (ENV=, NAME=, NAMESPACE=, IMAGE=, WEIGHTS_URI=, MIN_SCALE=, MAX_SCALE=, TARGET=, CONCURRENCY=, GPU=, EVENTS=, QUEUE_URL=)
 	@$(BIN)/relight cluster render --from-make "$(SAID)"
 
 cluster: setup ## Print what an administrator applies once for an overlay (ENV=)
@@ -68,8 +68,8 @@ undeploy: ## Delete what deploy made
 status: ## Show the Service, its revisions and pods
 logs: ## Print the logs of its pods (CONTAINER=, FOLLOW=true)
 invoke: ## Send it a request (DATA=, ROUTE=, ADDRESS=)
-build: ## Build both images (IMAGE=, WEIGHTS_IMAGE=, VARIANT=cpu or cuda, OPTIONS=)
-push: ## Push both images
+build: ## Build the images (IMAGE=, WEIGHTS_IMAGE=, QUEUE_IMAGE=, VARIANT=cpu or cuda, OPTIONS=)
+push: ## Push the images
 
 test: setup ## Run all tests (most of them wait most of the time, so there are more processes than cores)
 	@$(BIN)/python -m pytest -n 3 --dist loadfile

@@ -10,7 +10,7 @@ from function.http import Function, failure, refusal, reply
 from function.metrics import Metrics
 from function.model import Model
 from function.protocols import openai, openapi, plain, v1, v2
-from function.protocols.events import are_here
+from function.protocols.cloudevents import are_here
 from function.settings import FunctionSettings
 
 

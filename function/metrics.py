@@ -1,9 +1,9 @@
 """What the function tells Prometheus."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -31,6 +31,19 @@ class Metrics(Observer):
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.duplicates = Counter(
+            "function_event_duplicates",
+            "Repeated events that got the reply of the first one, which was remembered, or was being made and was waited for (joined).",
+            ["reply"],
+            registry=self.registry,
+        )
+        for how in ("remembered", "joined"):
+            self.duplicates.labels(how)
+        self.duplicates_waiting = Gauge(
+            "function_event_duplicates_waiting", "Repeated events that wait for what becomes of the first one.", registry=self.registry
+        )
+        self._remembered = Gauge("function_event_memory_entries", "Finished events that are remembered.", registry=self.registry)
+        self._remembered_bytes = Gauge("function_event_memory_bytes", "Bytes of their replies.", registry=self.registry)
         self._batch_inputs = Histogram("function_batch_inputs", "Inputs in a batch.", buckets=_SIZES, registry=self.registry)
         self._model_seconds = Histogram("function_model_seconds", "Seconds of a batch.", buckets=_SECONDS, registry=self.registry)
         self._queue_seconds = Histogram(
@@ -40,6 +53,11 @@ class Metrics(Observer):
         self._step_seconds = Counter("function_step_seconds", "Seconds spent in steps.", registry=self.registry)
         self._pieces = Counter("function_pieces", "Pieces of streams that were made.", registry=self.registry)
         model.observer = self
+
+    def watch_memory(self, kept: Callable[[], tuple[int, int]]) -> None:
+        """kept: how many events are remembered, and their bytes."""
+        self._remembered.set_function(lambda: kept()[0])
+        self._remembered_bytes.set_function(lambda: kept()[1])
 
     def batch(self, inputs: int, seconds: float, waited_s: Sequence[float]) -> None:
         """The model predicted."""

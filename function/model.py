@@ -21,6 +21,7 @@ from function.breaker import Breaker
 from function.errors import CannotStream, ClientGone, FunctionError, TimedOut, Unavailable, told
 from function.settings import FunctionSettings
 from function.streams import Stream, Streams
+from relight.environment import SettingsError
 from weights_cache.errors import WeightsError
 from weights_cache.reader import Weights
 
@@ -197,7 +198,7 @@ class Model:
     def _run(self) -> None:
         try:
             agent = self._bring_up()
-        except WeightsError as error:
+        except (SettingsError, WeightsError) as error:
             log.error("%s", error)  # says itself what is wrong and where
             self._on_failure()
             return

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from weights_cache import environment
-from weights_cache.environment import setting
+from relight import environment
+from relight.environment import setting
 from weights_cache.settings import WeightsSettings
 
 CLUSTER_ISSUER = "https://kubernetes.default.svc"  # where the cluster that a pod is in answers, however it calls itself
@@ -48,6 +48,16 @@ class FunctionSettings:
     )
     max_body_bytes: int = setting("FUNCTION_MAX_BODY_BYTES", 16 << 20, minimum=1, text="largest request body; beyond it callers get 413")
     max_inputs: int = setting("FUNCTION_MAX_INPUTS", 1024, minimum=1, text="inputs that one request may hold; beyond it callers get 400")
+    event_memory: int = setting(
+        "FUNCTION_EVENT_MEMORY",
+        10_000,
+        minimum=0,
+        text="finished events that are remembered, so that a repeated one is not worked on again; 0: none",
+    )
+    event_memory_bytes: int = setting(
+        "FUNCTION_EVENT_MEMORY_BYTES", 32 << 20, minimum=1, text="bytes of their replies; beyond it the oldest go"
+    )
+    event_memory_s: float = setting("FUNCTION_EVENT_MEMORY_S", 3600.0, minimum=1, maximum=86400, text="seconds that they are remembered")
     api_keys_file: Path | None = setting(
         "FUNCTION_API_KEYS_FILE", None, text="a file of keys, one a line; with it callers need `Authorization: Bearer <key>`, probes do not"
     )
@@ -69,8 +79,9 @@ class FunctionSettings:
 
     @property
     def http_threads(self) -> int:
-        """Enough for all that may wait and all that may be worked on, and some to spare for those that are being read or answered."""
-        return self.queue_limit + 2 * self.max_batch + 16
+        """Enough for all that may wait, for the model or for a repeated event's first reply, and for all that may be worked on, and some to
+        spare for those that are being read or answered."""
+        return 2 * self.queue_limit + 2 * self.max_batch + 16
 
 
 def from_environment() -> tuple[FunctionSettings, WeightsSettings]:

@@ -10,6 +10,7 @@ _COMMANDS = {
     "invoke": ("knative.local.commands", "invoke", "Send a request to a Service."),
     "logs": ("knative.local.commands", "logs", "Print the log of a pod."),
     "cluster": ("knative.deploy.cli", "cluster", "Bring manifests to a cluster; what `make deploy` and its like do."),
+    "queue-source": ("knative.queue_source.cli", "command", "Post a queue's messages to a sink, as CloudEvents."),
     "push": ("weights_cache.cli", "push", "Upload a directory of weights to object storage."),
     "pull": ("weights_cache.cli", "pull", "Bring weights into a node's cache."),
     "snapshot": ("weights_cache.cli", "snapshot", "Print which snapshot of weights the store has now."),

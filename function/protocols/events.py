@@ -1,279 +1,185 @@
-"""CloudEvents 1.0 over HTTP, at `POST /`: an event in, a reply event out.
+"""CloudEvents at `POST /`: an event in, a reply event out, in the request's mode.
 
-The mode is told by the Content-Type alone: `application/cloudevents-batch…` is a batch, other `application/cloudevents…` one structured
-event, anything else a binary event if an event's `ce-` headers are there. The answer is in the request's mode.
-
-An event's data is what the agent is handed: JSON (`{"instances": [...]}` or any one value, as at `POST /`), text as a string, anything
-else as bytes; an event without data is the one input None. A binary event without a Content-Type is JSON if it can be.
-
-The reply has the request's type with `.response` behind it, so that a broker that filters by type does not deliver it here again, and an
-id that follows from the request's `source` and `id`, so that an event that is delivered twice gets one reply as far as its receivers can
-tell.
+`source` and `id` identify an event: one that was finished is answered with the reply that it got, one that is being worked on waits for
+that, and neither reaches the model again (see `memory`).
 
 Statuses are what Knative acts upon: 2xx only when the work is done, 400 for what would fail again (it is not sent again), 503, 504 and
 429 for what may go well later.
 """
 
-import base64
-import binascii
-import re
+import threading
 import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime
-from typing import Any
-from urllib.parse import quote, unquote_to_bytes
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import flask
-from werkzeug.datastructures import Headers
-from werkzeug.http import parse_options_header
 
 from function.batcher import Ask
 from function.errors import AgentFailed, BadInput, ClientGone, FunctionError, TimedOut, Unavailable, UnsupportedMediaType
-from function.http import URGENCY_OF_BATCH, Function, Question, dumps, parse_json
-from function.protocols.v1 import of_value
+from function.http import URGENCY_OF_BATCH, Function, parse_json
+from function.memory import Memory, Work
+from function.protocols.cloudevents import (
+    BATCH,
+    BATCH_PREFIX,
+    EVENT,
+    PREFIX,
+    Event,
+    Reply,
+    from_batch,
+    from_http,
+    from_json,
+    reply_to,
+    short,
+)
 
-EVENT = "application/cloudevents+json"
-BATCH = "application/cloudevents-batch+json"
-REPLY = ".response"  # behind the request's type
+_LOOK_S = 1.0  # how often who waits for somebody else's outcome looks whether its own caller is still there
 
-_PREFIX = "application/cloudevents"
-_BATCH_PREFIX = "application/cloudevents-batch"
-_REQUIRED = ("specversion", "id", "source", "type")
-_CORE = (*_REQUIRED, "subject", "time", "datacontenttype", "dataschema")  # strings, always
-_MARKS = tuple(f"HTTP_CE_{name.upper()}" for name in _REQUIRED)  # as WSGI spells them: there is an event
-_URGENCIES = tuple("01234567")
-_CARRIED = ("subject", "correlationid", "traceparent", "tracestate")  # from an event to its reply
-
-_NAME = re.compile(r"[a-z0-9]+")
-_NO_CHARACTERS = "".join(chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF)) + "\ufdd0-\ufdef\ud800-\udfff"
-_UNSAYABLE = re.compile(f"[\x00-\x1f\x7f-\x9f{_NO_CHARACTERS}]")
-_TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)[Tt ]([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d+)?([Zz]|[+-]([01]\d|2[0-3]):[0-5]\d)", re.ASCII)
-_MEDIA_TYPE = re.compile(r"[\w!#$%&'*+.^`|~-]+/[\w!#$%&'*+.^`|~-]+[ \t]*(;.*)?", re.ASCII | re.DOTALL)
-_CHARSETS = {"": "utf-8", "utf-8": "utf-8", "utf8": "utf-8", "us-ascii": "ascii", "iso-8859-1": "latin-1", "windows-1252": "cp1252"}
-_SAFE = "".join(sign for sign in map(chr, range(0x21, 0x7F)) if sign not in '"%')  # in a header; HTTP binding, section 3.1.3.2
-_REPLIES = uuid.UUID("6f0b6a5c-9c1e-5b0e-8f6e-2f5f3f1f7a11")  # the namespace of our replies' ids
+Outcome = Reply | FunctionError
+_WorkOn = Callable[[list[int]], Iterator[tuple[int, Outcome]]]  # events, by their numbers, to what becomes of each
 
 
-@dataclass(frozen=True)
-class Event:
-    """A valid event: its attributes, all as strings, and what it asks."""
+class Events:
+    """Answers the events that come to one function."""
 
-    attributes: Mapping[str, str]
-    question: Question
+    def __init__(self, function: Function, source: str) -> None:
+        """source: the replies' own."""
+        settings = function.settings
+        self._function = function
+        self._source = source
+        self._memory: Memory[Reply] = Memory(
+            entries=settings.event_memory, size_bytes=settings.event_memory_bytes, keep_s=settings.event_memory_s
+        )
+        self._waiting = threading.BoundedSemaphore(settings.queue_limit)  # duplicates that wait for the first one's outcome
+        function.metrics.watch_memory(self._memory.kept)
 
-    @property
-    def urgency(self) -> int | None:
-        """The extension `priority`, 0 to 7 on the scale of RFC 9218; None if there is none that makes sense."""
-        said = self.attributes.get("priority")
-        return int(said) if said else None
+    def answer(self) -> flask.Response:
+        """The reply to the request's events.
 
+        Raises BadInput, UnsupportedMediaType for an event format other than JSON, and what Function.body and Model.predict do. Of a batch
+        all is done, or it raises: BadInput if an event is not valid (then none was run) or the agent cannot use one, otherwise Unavailable.
+        """
+        kind = flask.request.mimetype
+        if not kind.startswith(PREFIX):
+            return self._one(from_http(flask.request.headers, self._function.body())).in_binary()
+        if kind not in (PREFIX, EVENT, BATCH_PREFIX, BATCH):
+            raise UnsupportedMediaType(f"events in the format {kind!r} are not understood here; send {EVENT} or {BATCH}")
+        document = parse_json(self._function.body())
+        if not kind.startswith(BATCH_PREFIX):
+            return flask.Response(self._one(from_json(document)).in_json(), content_type=EVENT)
+        replies = [reply.in_json() for reply in self._all(from_batch(document))]
+        return flask.Response(b"[" + b",".join(replies) + b"]", content_type=BATCH)
 
-def are_here(request: flask.Request) -> bool:
-    """Whether a request is an event or a batch of them, valid or not."""
-    return request.mimetype.startswith(_PREFIX) or any(name in request.environ for name in _MARKS)
+    def _one(self, event: Event) -> Reply:
+        """The reply to an event that came alone."""
+        patience = _Patience(self._function.ask(event.urgency))
 
+        def work(_: list[int]) -> Iterator[tuple[int, Outcome]]:
+            try:
+                outputs = self._function.predict(event.question.inputs, patience.ask())
+                yield 0, reply_to(self._source, event, outputs)
+            except FunctionError as error:
+                yield 0, error
 
-def answer(function: Function, source: str) -> flask.Response:
-    """The reply to the request's events. source: the replies' own.
+        (outcome,) = self._outcomes([event], patience, work)
+        if isinstance(outcome, FunctionError):
+            raise outcome
+        return outcome
 
-    Raises BadInput, UnsupportedMediaType for an event format other than JSON, and what Function.body and Model.predict do. Of a batch all
-    is done, or it raises: BadInput if an event is not valid (then none was run) or the agent cannot use one, otherwise Unavailable.
-    """
-    kind = flask.request.mimetype
-    if not kind.startswith(_PREFIX):
-        event = _from_http(flask.request.headers, function.body())
-        return _in_binary(*_reply(source, event, _ask(function, event)))
-    if kind not in (_PREFIX, EVENT, _BATCH_PREFIX, BATCH):
-        raise UnsupportedMediaType(f"events in the format {kind!r} are not understood here; send {EVENT} or {BATCH}")
-    document = parse_json(function.body())
-    if not kind.startswith(_BATCH_PREFIX):
-        event = _from_json(document)
-        return flask.Response(_in_json(*_reply(source, event, _ask(function, event))), content_type=EVENT)
-    events = _from_batch(document)
-    replies = [_in_json(*_reply(source, event, said)) for event, said in zip(events, _ask_all(function, events), strict=True)]
-    return flask.Response(b"[" + b",".join(replies) + b"]", content_type=BATCH)
+    def _all(self, events: Sequence[Event]) -> list[Reply]:
+        """The reply to each event of a batch, all within the one deadline of the request."""
+        total, most = sum(len(event.question.inputs) for event in events), self._function.settings.max_inputs
+        if total > most:
+            raise BadInput(f"{total} inputs in one batch of events; at most {most} (FUNCTION_MAX_INPUTS)")
+        patience = _Patience(self._function.ask())
+        outcomes = self._outcomes(events, patience, lambda numbers: self._work(events, numbers, patience))
+        failed = {number: outcome for number, outcome in enumerate(outcomes) if isinstance(outcome, FunctionError)}
+        if not failed:
+            return [outcome for outcome in outcomes if isinstance(outcome, Reply)]
+        bad = {number: error for number, error in failed.items() if isinstance(error, BadInput)}
+        if bad:
+            raise BadInput(f"{_told(events, bad)}; leave out what is bad and send the rest of the batch again")
+        retry_after_s = max(error.retry_after_s or 1 for error in failed.values())
+        raise Unavailable(f"{_told(events, failed)}; send the batch again", retry_after_s)
 
+    def _outcomes(self, events: Sequence[Event], patience: "_Patience", work: "_WorkOn") -> list[Outcome]:
+        """What became of each event: `work` is asked for those that nobody has begun, the others are looked up or awaited.
 
-def own_source(model_name: str, service: str | None) -> str:
-    """The `source` of our replies. service: the Knative Service's name, where there is one: two of them may call their models alike."""
-    return (f"/services/{quote(service, safe='')}" if service else "") + f"/models/{quote(model_name, safe='')}"
+        Ours are done before any is awaited, so that two batches that have events in common do not wait for each other; and each is
+        remembered as soon as it is done, whatever becomes of the rest.
+        """
+        found: dict[int, Outcome] = {}
+        while left := [number for number in range(len(events)) if number not in found]:
+            begun = {number: self._memory.begin(events[number].key) for number in left}
+            ours = {number: one for number, (one, is_ours) in begun.items() if is_ours}
+            try:
+                for number, outcome in work(list(ours)) if ours else ():
+                    found[number] = outcome
+                    self._settle(ours.pop(number), outcome)
+            finally:
+                for one in ours.values():
+                    self._memory.fail(one)
+            for number, (one, is_ours) in begun.items():
+                if not is_ours and (awaited := self._await(one, patience)):
+                    found[number] = awaited
+        return [found[number] for number in range(len(events))]
 
+    def _settle(self, work: Work[Reply], outcome: Outcome) -> None:
+        if isinstance(outcome, Reply):
+            self._memory.finish(work, outcome)
+        else:  # who was impatient, or has gone, speaks for itself alone
+            self._memory.fail(work, None if isinstance(outcome, TimedOut | ClientGone) else outcome)
 
-# What was sent
+    def _await(self, work: Work[Reply], patience: "_Patience") -> Outcome | None:
+        """What becomes of an event that came before; None if that was given up, and it is ours to do. Raises ClientGone."""
+        metrics, limit = self._function.metrics, self._function.settings.queue_limit
+        how = "remembered" if work.is_over() else "joined"
+        if not work.is_over():
+            if not self._waiting.acquire(blocking=False):
+                return Unavailable(
+                    f"{limit} repeated events are waiting already for what becomes of the first ones (FUNCTION_QUEUE_LIMIT)", 1
+                )
+            try:
+                with metrics.duplicates_waiting.track_inprogress():
+                    if late := patience.wait(work):
+                        return late
+            finally:
+                self._waiting.release()
+        if work.reply:
+            metrics.duplicates.labels(how).inc()
+            return work.reply
+        return work.error if isinstance(work.error, FunctionError) else None
 
+    def _work(self, events: Sequence[Event], numbers: Sequence[int], patience: "_Patience") -> Iterator[tuple[int, Outcome]]:
+        """What becomes of these events of a batch: they go to the model in whole batches of its own, interactive ones first."""
+        self._function.metrics.instances.inc(sum(len(events[number].question.inputs) for number in numbers))
+        for is_batch in (False, True):
+            chosen = [number for number in numbers if patience.is_batch(events[number]) == is_batch]
+            for group in _groups(events, chosen, self._function.settings.max_batch):
+                yield from self._group(events, group, patience, is_batch)
 
-def _from_http(headers: Headers, body: bytes) -> Event:
-    """An event in binary mode."""
-    found: dict[str, Any] = {}
-    for name, value in headers.items():
-        name = name.lower()
-        if name.startswith("ce-") and name != "ce-datacontenttype":  # which is the Content-Type's
-            found[name[3:]] = value if name == "ce-priority" else _unescaped(name, value)
-    kind: str = headers.get("Content-Type", "")
-    attributes = _checked(found | {"datacontenttype": kind or None})
-    if kind:
-        return Event(attributes, of_value(_parsed(body, kind)))
-    try:  # clients that leave it away mean JSON, as at POST /; but it may be anything
-        data = _parsed(body, "application/json")
-    except BadInput:
-        data = body
-    return Event(attributes, of_value(data))
-
-
-def _unescaped(name: str, value: str) -> str:
-    """A header's value as section 3.1.3.2 of the HTTP binding has it: quotes first, then percent signs. Raises BadInput."""
-    if quoted := re.fullmatch(r'"((?:[^"\\]|\\.)*)"', value):
-        value = re.sub(r"\\(.)", r"\1", quoted[1])
-    try:
-        return unquote_to_bytes(value.encode("latin-1")).decode()
-    except UnicodeError:
-        raise BadInput(f"{name}: {_short(value)} is not percent-encoded UTF-8") from None
-
-
-def _from_batch(document: Any) -> list[Event]:
-    """The events of a batch, all of them valid."""
-    if not isinstance(document, list):
-        raise BadInput("a batch must be a JSON array of events")
-    events = []
-    for number, item in enumerate(document):
+    def _group(self, events: Sequence[Event], group: list[int], patience: "_Patience", is_batch: bool) -> Iterator[tuple[int, Outcome]]:
+        """The reply to each event of a group, or the error it fails with; halved until the culprit is alone. Raises ClientGone."""
+        inputs = [item for number in group for item in events[number].question.inputs]
         try:
-            events.append(_from_json(item))
-        except BadInput as error:
-            raise BadInput(f"event {number} of the batch (they count from 0): {error}; none was run") from None
-    return events
-
-
-def _from_json(document: Any) -> Event:
-    """An event in the JSON format."""
-    if not isinstance(document, dict):
-        raise BadInput("an event must be a JSON object")
-    attributes = _checked({name: value for name, value in document.items() if name not in ("data", "data_base64")})
-    return Event(attributes, of_value(_data(document, attributes.get("datacontenttype"))))
-
-
-def _data(document: dict[str, Any], kind: str | None) -> Any:
-    """What `data` or `data_base64` holds; None if neither is there. kind: the media type of it, None for JSON in `data`."""
-    data, encoded = document.get("data"), document.get("data_base64")
-    if encoded is not None:
-        if data is not None:
-            raise BadInput("an event has `data` or `data_base64`, not both")
-        try:
-            decoded = base64.b64decode(encoded, validate=True)
-        except (TypeError, ValueError, binascii.Error):
-            raise BadInput("`data_base64` is not a string of base64") from None
-        return _parsed(decoded, kind) if kind else decoded
-    if kind is None or data is None or _is_json(kind):
-        return data
-    if not isinstance(data, str):
-        raise BadInput(f"`data` of type {_short(kind)} must be a string, or `data_base64`")
-    return data if _is_text(kind) else data.encode()
-
-
-def _parsed(data: bytes, kind: str) -> Any:
-    """Data as the agent is handed it. kind: its media type."""
-    if _is_json(kind):
-        return parse_json(data) if data else None
-    if not _is_text(kind):
-        return data
-    charset = parse_options_header(kind)[1].get("charset", "").lower()
-    if charset not in _CHARSETS:
-        raise BadInput(f"the charset {_short(charset)} is not understood here; send UTF-8")
-    try:
-        return data.decode(_CHARSETS[charset])
-    except UnicodeDecodeError as error:
-        raise BadInput(f"the data is not {charset or 'UTF-8'}: {error.reason}") from None
-
-
-def _is_json(kind: str) -> bool:
-    return _bare(kind).endswith(("/json", "+json"))
-
-
-def _is_text(kind: str) -> bool:
-    return _bare(kind).startswith("text/")
-
-
-def _bare(kind: str) -> str:
-    return kind.partition(";")[0].strip().lower()
-
-
-def _checked(found: Mapping[str, Any]) -> dict[str, str]:
-    """An event's attributes in their canonical string form, those left out that are empty. Raises BadInput."""
-    attributes: dict[str, str] = {}
-    for name, value in found.items():
-        if not _NAME.fullmatch(name) or name == "data":
-            raise BadInput(f"{_short(name)} is no attribute's name: those are of lower-case letters and digits, and not `data`")
-        if name == "priority":  # never an error
-            if isinstance(value, int | str) and str(value) in _URGENCIES:
-                attributes[name] = str(value)
-            continue
-        if isinstance(value, bool):
-            value = "true" if value else "false"
-        elif isinstance(value, int):
-            value = str(value)
-        if value is not None and (not isinstance(value, str) or (name in _CORE and not isinstance(found[name], str))):
-            raise BadInput(f"the attribute {name!r} must be a string" + ("" if name in _CORE else ", an integer or a boolean"))
-        if value and _UNSAYABLE.search(value):
-            raise BadInput(f"the attribute {name!r} has control characters or code points that are no characters: {_short(value)}")
-        if value:
-            attributes[name] = value
-    missing = [name for name in _REQUIRED if name not in attributes]
-    if missing:
-        raise BadInput(f"the event lacks {' and '.join(map(repr, missing))}; required are {', '.join(_REQUIRED)}, none of them empty")
-    if attributes["specversion"] != "1.0":
-        raise BadInput(f"specversion {_short(attributes['specversion'])} is not understood here; send events of version '1.0'")
-    if not _is_time(attributes.get("time", "1970-01-01T00:00:00Z")):
-        raise BadInput(f"`time` {_short(attributes['time'])} is not a time as in RFC 3339, such as '2030-04-05T17:31:00Z'")
-    if not _MEDIA_TYPE.fullmatch(attributes.get("datacontenttype", "a/b")):
-        raise BadInput(f"{_short(attributes['datacontenttype'])} is not a media type")
-    return attributes
-
-
-def _is_time(text: str) -> bool:
-    found = _TIME.fullmatch(text)
-    try:
-        return found is not None and bool(date(*map(int, found.group(1, 2, 3))))
-    except ValueError:
-        return False
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:60] + "…")
-
-
-# What is asked of the model
-
-
-def _ask(function: Function, event: Event) -> Any:
-    """The answer to one event."""
-    return event.question.answer(function.predict(event.question.inputs, function.ask(event.urgency)))
-
-
-def _ask_all(function: Function, events: Sequence[Event]) -> list[Any]:
-    """The answer to each event of a batch.
-
-    They go to the model in whole batches of its own, interactive ones first, all within the one deadline of the request; the outcomes are
-    kept apart by event, so that those which are done could be remembered when others are not.
-    """
-    total, most = sum(len(event.question.inputs) for event in events), function.settings.max_inputs
-    if total > most:
-        raise BadInput(f"{total} inputs in one batch of events; at most {most} (FUNCTION_MAX_INPUTS)")
-    function.metrics.instances.inc(total)
-    patience = _Patience(function.ask())
-    outcomes: dict[int, Any] = {}
-    for is_batch in (False, True):
-        numbers = [number for number, event in enumerate(events) if patience.is_batch(event) == is_batch]
-        for group in _groups(events, numbers, function.settings.max_batch):
-            outcomes |= _outcomes(function, events, group, patience, is_batch)
-    failed = {number: error for number, error in sorted(outcomes.items()) if isinstance(error, FunctionError)}
-    if not failed:
-        return [outcomes[number] for number in range(len(events))]
-    bad = {number: error for number, error in failed.items() if isinstance(error, BadInput)}
-    if bad:
-        raise BadInput(f"{_told(events, bad)}; leave out what is bad and send the rest of the batch again")
-    retry_after_s = max(error.retry_after_s or 1 for error in failed.values())
-    raise Unavailable(f"{_told(events, failed)}; send the batch again", retry_after_s)
+            outputs = iter(self._function.model.predict(inputs, patience.ask(is_batch)))
+        except ClientGone:
+            raise
+        except (BadInput, AgentFailed) as error:
+            if len(group) == 1:
+                yield group[0], error
+                return
+            half = len(group) // 2
+            yield from self._group(events, group[:half], patience, is_batch)
+            yield from self._group(events, group[half:], patience, is_batch)
+        except FunctionError as error:
+            yield from ((number, patience.late() if isinstance(error, TimedOut) else error) for number in group)
+        else:
+            for number in group:
+                share = [next(outputs) for _ in events[number].question.inputs]
+                try:
+                    yield number, reply_to(self._source, events[number], share)
+                except AgentFailed as error:
+                    yield number, error
 
 
 def _groups(events: Sequence[Event], numbers: Sequence[int], room: int) -> Iterator[list[int]]:
@@ -291,84 +197,49 @@ def _groups(events: Sequence[Event], numbers: Sequence[int], room: int) -> Itera
         yield group
 
 
-def _outcomes(function: Function, events: Sequence[Event], group: list[int], patience: "_Patience", is_batch: bool) -> dict[int, Any]:
-    """The answer to each event of a group, or the error it fails with; halved until the culprit is alone."""
-    try:
-        outputs = function.model.predict([item for number in group for item in events[number].question.inputs], patience.ask(is_batch))
-    except ClientGone:
-        raise
-    except TimedOut:
-        return dict.fromkeys(group, patience.over())
-    except (BadInput, AgentFailed) as error:
-        if len(group) == 1:
-            return {group[0]: error}
-        half = len(group) // 2
-        first = _outcomes(function, events, group[:half], patience, is_batch)
-        return first | _outcomes(function, events, group[half:], patience, is_batch)
-    except FunctionError as error:
-        return dict.fromkeys(group, error)
-    rest = iter(outputs)
-    return {number: events[number].question.answer([next(rest) for _ in events[number].question.inputs]) for number in group}
-
-
 class _Patience:
-    """One deadline for all calls of a request."""
+    """One deadline for all that is done and awaited for a request."""
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
-        self._began: float | None = None
+        self._began = time.monotonic()
+        self._is_whole = True  # nothing of the time is used up
 
     def is_batch(self, event: Event) -> bool:
         """Whether it may wait for interactive ones. The request's own priority counts where the event's is silent."""
         return self._ask.is_batch if event.urgency is None else event.urgency >= URGENCY_OF_BATCH
 
-    def ask(self, is_batch: bool) -> Ask:
+    def ask(self, is_batch: bool | None = None) -> Ask:
         """For the next call; others may have used up some of the time. Raises TimedOut when it is up."""
-        if self._began is None:
-            self._began = time.monotonic()
-            return replace(self._ask, is_batch=is_batch)
-        left_s = self._began + self._ask.timeout_s - time.monotonic()
+        ask = self._ask if is_batch is None else replace(self._ask, is_batch=is_batch)
+        if self._is_whole:
+            self._is_whole = False
+            return ask
+        left_s = self._left_s()
         if left_s <= 0:
-            raise self.over()
-        return replace(self._ask, is_batch=is_batch, timeout_s=left_s, is_own_deadline=False)
+            raise self.late()
+        return replace(ask, timeout_s=left_s, is_own_deadline=False)
 
-    def over(self) -> TimedOut:
+    def wait(self, work: Work[Reply]) -> TimedOut | None:
+        """Until it is over, or else what is said when the time is up. Raises ClientGone."""
+        self._is_whole = False
+        while not work.wait(min(_LOOK_S, self._left_s())):
+            if self._ask.is_gone():
+                raise ClientGone("the caller has hung up")
+            if self._left_s() <= 0:
+                return self.late()
+        return None
+
+    def late(self) -> TimedOut:
         """What is said when the time is up."""
-        return TimedOut(f"the batch was not done within {self._ask.timeout_s:g} s")
+        return self._ask.late()
+
+    def _left_s(self) -> float:
+        return self._began + self._ask.timeout_s - time.monotonic()
 
 
 def _told(events: Sequence[Event], failed: Mapping[int, FunctionError]) -> str:
     """Which events failed and why; the first few."""
-    said = [f"event {number} (id {_short(events[number].attributes['id'])}): {error}" for number, error in list(failed.items())[:5]]
+    said = [f"event {number} (id {short(events[number].attributes['id'])}): {error}" for number, error in list(failed.items())[:5]]
     more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
     return f"{len(failed)} of the {len(events)} events failed (they count from 0): " + "; ".join(said) + more
-
-
-# What is sent back
-
-
-def _reply(source: str, event: Event, data: Any) -> tuple[dict[str, str], Any]:
-    """The attributes and the data of the reply to an event."""
-    asked = event.attributes
-    attributes = {
-        "specversion": "1.0",
-        "id": str(uuid.uuid5(_REPLIES, f"{len(asked['source'])} {asked['source']} {asked['id']}")),
-        "source": source,
-        "type": asked["type"] + REPLY,
-        "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-        "datacontenttype": "application/octet-stream" if isinstance(data, bytes) else "application/json",
-        "causationid": asked["id"],
-    }
-    return attributes | {name: asked[name] for name in _CARRIED if name in asked}, data
-
-
-def _in_binary(attributes: Mapping[str, str], data: Any) -> flask.Response:
-    headers = {f"ce-{name}": quote(value, safe=_SAFE) for name, value in attributes.items() if name != "datacontenttype"}
-    body = data if isinstance(data, bytes) else dumps(data)
-    return flask.Response(body, headers=headers, content_type=attributes["datacontenttype"])
-
-
-def _in_json(attributes: Mapping[str, str], data: Any) -> bytes:
-    if isinstance(data, bytes):
-        return dumps({**attributes, "data_base64": base64.b64encode(data).decode()})
-    return dumps({**attributes, "data": data})

@@ -10,7 +10,7 @@ from typing import Any
 import flask
 
 from function.http import Function, dumps
-from function.protocols import events, openai, tensors, v2
+from function.protocols import cloudevents, openai, tensors, v2
 from function.settings import FunctionSettings
 
 Schema = dict[str, Any]
@@ -171,8 +171,8 @@ def _own() -> Routes:
         "post",
         _operation(
             "Ask the function: JSON in, JSON out; a CloudEvent in, a CloudEvent out",
-            {JSON: {}, BINARY: {}, events.EVENT: replied, events.BATCH: _list(replied)},
-            body={JSON: anything, events.EVENT: event, events.BATCH: _list(event)},
+            {JSON: {}, BINARY: {}, cloudevents.EVENT: replied, cloudevents.BATCH: _list(replied)},
+            body={JSON: anything, cloudevents.EVENT: event, cloudevents.BATCH: _list(event)},
             refusals=(*READING, *RUNNING),
         ),
     )

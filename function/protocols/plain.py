@@ -5,18 +5,19 @@ import os
 import flask
 
 from function.http import Function, Prediction, reply
-from function.protocols import events
+from function.protocols import cloudevents
+from function.protocols.events import Events
 from function.protocols.v1 import of_value
 
 
 def add_routes(app: flask.Flask, function: Function) -> None:
     """Add `POST /`."""
     function.predictions["/"] = Prediction("/", of_value)
-    source = events.own_source(function.settings.model_name, os.environ.get("K_SERVICE"))
+    answers = Events(function, cloudevents.own_source(function.settings.model_name, os.environ.get("K_SERVICE")))
 
     @app.post("/")
     def call() -> flask.Response:
-        if events.are_here(flask.request):
-            return events.answer(function, source)
+        if cloudevents.are_here(flask.request):
+            return answers.answer()
         asked = of_value(function.json_body())
         return reply(asked.answer(function.predict(asked.inputs)))

@@ -125,14 +125,14 @@ def invoke(variables: Variables) -> None:
 @cluster.command()
 @_variables
 def build(variables: Variables) -> None:
-    """Build both images (IMAGE=, WEIGHTS_IMAGE=, VARIANT=cpu|cuda)."""
+    """Build the images (IMAGE=, WEIGHTS_IMAGE=, QUEUE_IMAGE=, VARIANT=cpu|cuda)."""
     images.build(variables, click.echo)
 
 
 @cluster.command()
 @_variables
 def push(variables: Variables) -> None:
-    """Push both images to their registries."""
+    """Push the images to their registries."""
     images.push(variables, click.echo)
 
 

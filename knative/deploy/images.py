@@ -1,4 +1,4 @@
-"""The two images, built and pushed by whichever container engine is here."""
+"""The images, built and pushed by whichever container engine is here."""
 
 import shlex
 import shutil
@@ -11,7 +11,7 @@ from knative.deploy.variables import Variables
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ("docker", "podman")
-TARGETS = ("function", "weights-cache")
+VARIABLES = {"function": "IMAGE", "weights-cache": "WEIGHTS_IMAGE", "queue-source": "QUEUE_IMAGE"}
 
 
 def names(variables: Variables) -> dict[str, str]:
@@ -20,6 +20,7 @@ def names(variables: Variables) -> dict[str, str]:
     return {
         "function": variables.image or f"relight-function:0.1.0{suffix}",
         "weights-cache": variables.weights_image or "relight-weights-cache:0.1.0",
+        "queue-source": variables.queue_image or "relight-queue-source:0.1.0",
     }
 
 
@@ -37,8 +38,7 @@ def push(variables: Variables, say: Callable[[str], object]) -> None:
     engine = find_engine()
     for target, image in names(variables).items():
         if "/" not in image:
-            variable = "IMAGE" if target == "function" else "WEIGHTS_IMAGE"
-            raise DeployError(f"{image} names no registry: say where to, as {variable}=registry.example.com/{image}")
+            raise DeployError(f"{image} names no registry: say where to, as {VARIABLES[target]}=registry.example.com/{image}")
         say(f"pushing {image}")
         _run(engine, ["push", image])
 

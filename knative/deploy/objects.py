@@ -7,6 +7,7 @@ from knative.deploy.errors import DeployError
 
 Object = dict[str, Any]
 SERVING = "serving.knative.dev/"
+MAKE_PODS = ("Service", "Deployment", "DaemonSet", "ContainerSource")
 
 
 def services(objects: Iterable[Object]) -> list[Object]:
@@ -23,6 +24,11 @@ def one_service(objects: Iterable[Object]) -> Object:
     return found[0]
 
 
+def belongs(item: Object, name: str) -> bool:
+    """Whether an object is there for the function of that name alone, as its own name says."""
+    return bool(item["metadata"]["name"] == name or item["metadata"]["name"].startswith(f"{name}-"))
+
+
 def pod_spec(item: Object) -> Object:
     """The spec of the pods that an object makes."""
     spec: Object = item["spec"]["template"]["spec"]
@@ -32,7 +38,7 @@ def pod_spec(item: Object) -> Object:
 def containers(objects: Iterable[Object]) -> Iterator[Object]:
     """Every container of every object that makes pods."""
     for item in objects:
-        if item["kind"] in ("Service", "Deployment", "DaemonSet") and "template" in item["spec"]:
+        if item["kind"] in MAKE_PODS and "template" in item["spec"]:
             yield from pod_spec(item).get("initContainers", [])
             yield from pod_spec(item)["containers"]
 

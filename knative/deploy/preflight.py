@@ -1,9 +1,19 @@
 """What has to be there before anything is applied; each thing that is not is one plain sentence."""
 
+import json
+
 from knative.deploy import flags
 from knative.deploy.errors import DeployError, KubectlError
 from knative.deploy.kubectl import NO_KIND, NOT_FOUND, REFUSED, UNREACHABLE, Kubectl
 from knative.deploy.objects import Object
+
+# What not every cluster has, by the group of its kinds.
+_OPTIONAL = {
+    "monitoring.coreos.com": "the Prometheus operator brings it: install that, or leave out the component monitoring",
+    "keda.sh": "KEDA brings it: install that, or take EVENTS=sqs, which does without",
+    "eventing.knative.dev": "Knative Eventing or its Kafka broker brings it: docs/events.md says what each of EVENTS= needs",
+    "sources.knative.dev": "Knative Eventing or one of its extensions brings it: docs/events.md says what each of EVENTS= needs",
+}
 
 
 def check(kubectl: Kubectl, namespace: str, objects: list[Object]) -> list[str]:
@@ -21,8 +31,26 @@ def check(kubectl: Kubectl, namespace: str, objects: list[Object]) -> list[str]:
                 " or `make render ENV=keda` makes manifests that do without"
             ) from error
         raise explained(error) from error
+    _check_kinds(kubectl, objects)
     check_namespace(kubectl, namespace)
     return _check_flags(kubectl, flags.required(objects))
+
+
+def _check_kinds(kubectl: Kubectl, objects: list[Object]) -> None:
+    kinds: dict[str, set[str]] = {}  # by group and version: those that there are
+    for item in objects:
+        version, kind = item["apiVersion"], item["kind"]
+        if (group := version.partition("/")[0]) not in _OPTIONAL:
+            continue
+        if version not in kinds:
+            try:
+                kinds[version] = {one["kind"] for one in json.loads(kubectl.run("get", "--raw", f"/apis/{version}"))["resources"]}
+            except KubectlError as error:
+                if error.reason not in (NO_KIND, NOT_FOUND):
+                    raise explained(error) from error
+                kinds[version] = set()
+        if kind not in kinds[version]:
+            raise DeployError(f"the cluster has no {kind} ({version}): {_OPTIONAL[group]}")
 
 
 def check_namespace(kubectl: Kubectl, namespace: str) -> None:

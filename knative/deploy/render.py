@@ -2,10 +2,12 @@
 
 import difflib
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -15,16 +17,26 @@ from knative.autoscaler.spec import ANNOTATION_PREFIX, PROGRESS_DEADLINE
 from knative.deploy import flags
 from knative.deploy.errors import DeployError, KubectlError, VariableError
 from knative.deploy.kubectl import Kubectl
-from knative.deploy.objects import Object, container, containers, pod_spec, services
+from knative.deploy.objects import Object, belongs, container, containers, pod_spec, services
 from knative.deploy.variables import Variables
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
-GROUPS = {"cache": ("node-cache-pvc", "node-cache-agent"), "placement": ("realtime", "batch")}  # at most one of each
+GROUPS = {  # at most one of each
+    "cache": ("node-cache-pvc", "node-cache-agent"),
+    "placement": ("realtime", "batch"),
+    "source of this name": ("sqs", "sqs-keda", "amqp", "rabbitmq", "integration-source"),
+    "owner of the dead letters": ("broker", "kafka"),
+}
 NEEDS = {"prefetch": ("node-cache-agent", "gpu")}
 
 _AGENT = "relight-weights-agent"
 _CACHE = Path("/var/cache/relight")
 _LABEL = "weights.relight/"
+_QUEUE_SOURCES = ("sqs", "sqs-keda")
+_NO_QUEUE = ".amazonaws.com/000000000000/"  # in the URL of a queue that is still to be named
+_REGION = re.compile(r"https?://(?:sqs\.([a-z0-9-]+)|([a-z0-9-]+)\.queue)\.amazonaws\.com")
+_HAVE_SINKS = ("ContainerSource", "SinkBinding", "Trigger", "KafkaSource", "RabbitmqSource", "IntegrationSource")
+_OF_THE_CLUSTER = ("ClusterRole", "ClusterRoleBinding", "PriorityClass")  # have no namespace
 
 
 def render(variables: Variables, kubectl: Kubectl) -> list[Object]:
@@ -34,8 +46,13 @@ def render(variables: Variables, kubectl: Kubectl) -> list[Object]:
     added = ["gpu"] if variables.gpu and "gpu" not in named else []
     if variables.gpu == 0 and "gpu" in named:
         raise VariableError("GPU", 0, f"the overlay {variables.env} has the component gpu; choose another with ENV=")
-    _check(named + added)
-    objects = _kustomize(kubectl, [overlay], [MANIFESTS / "components" / name for name in added])
+    events = variables.events or ("sqs" if variables.queue_url and not set(_QUEUE_SOURCES) & set(named) else None)
+    sources = [events] if events and events not in named else []
+    if variables.queue_url and not set(_QUEUE_SOURCES) & {*named, *sources}:
+        raise VariableError("QUEUE_URL", variables.queue_url, f"EVENTS={events} has no such queue; its files say where events come from")
+    _check(named + added + sources)
+    folders = [MANIFESTS / "components" / name for name in added] + [MANIFESTS / "eventing" / name for name in sources]
+    objects = _kustomize(kubectl, [overlay], folders)
     _put(variables, objects)
     check_annotations(objects, flags.required(objects))
     return objects
@@ -121,6 +138,7 @@ def _kustomize(kubectl: Kubectl, resources: list[Path], components: list[Path]) 
 def _put(variables: Variables, objects: list[Object]) -> None:
     """The variables into the objects."""
     found = services(objects)
+    _complete(objects)
     if variables.namespace:
         _put_namespace(objects, variables.namespace)
     namespace = next((item["metadata"]["namespace"] for item in objects if "namespace" in item["metadata"]), "default")
@@ -129,18 +147,30 @@ def _put(variables: Variables, objects: list[Object]) -> None:
             for volume in pod_spec(item).get("volumes", []):
                 if Path(volume.get("hostPath", {}).get("path", "/")).parent == _CACHE:
                     volume["hostPath"]["path"] = str(_CACHE / namespace)  # who can read it can read every model in it
-    for image, pattern in ((variables.image, "function"), (variables.weights_image, "weights-cache")):
+    images = ((variables.image, "function"), (variables.weights_image, "weights-cache"), (variables.queue_image, "queue-source"))
+    for image, pattern in images:
         for one in containers(objects) if image else ():
             if one["name"] == pattern or (pattern == "weights-cache" and one["name"] in ("agent", "directory")):
                 one["image"] = image
+    if not found and any(one["kind"] in _HAVE_SINKS for one in objects):
+        raise DeployError(f"EVENTS: the overlay {variables.env} has no Knative Service that they could be sent to")
     chosen = {name: value for name in _OF_A_SERVICE if (value := getattr(variables, name)) is not None}
     if not found and chosen:
         raise DeployError(f"{', '.join(chosen).upper()}: the overlay {variables.env} has no Knative Service; edit its files instead")
     for service in found:
         _put_service(variables, service, objects)
+    _put_queue(variables, objects)
 
 
 _OF_A_SERVICE = ("name", "weights_uri", "min_scale", "max_scale", "target", "concurrency", "gpu")
+
+
+def _complete(objects: list[Object]) -> None:
+    """Give what was added to an overlay the overlay's namespace."""
+    namespace = next((item["metadata"]["namespace"] for item in services(objects) if "namespace" in item["metadata"]), None)
+    for item in objects:
+        if namespace and item["kind"] not in _OF_THE_CLUSTER:
+            item["metadata"].setdefault("namespace", namespace)
 
 
 def _put_namespace(objects: list[Object], namespace: str) -> None:
@@ -159,6 +189,9 @@ def _put_service(variables: Variables, service: Object, objects: list[Object]) -
     if variables.name:
         set_env(function, "FUNCTION_MODEL_NAME", name)
         _prefer(service, name)
+        for item in objects:
+            if item is not service and belongs(item, old):
+                item |= _renamed(item, old, name)
     uri = variables.weights_uri or get_env(function, "WEIGHTS_URI")
     if uri:
         set_weights(service, uri)
@@ -172,6 +205,43 @@ def _put_service(variables: Variables, service: Object, objects: list[Object]) -
         template["spec"]["containerConcurrency"] = variables.concurrency
     if variables.gpu:
         function["resources"]["limits"]["nvidia.com/gpu"] = str(variables.gpu)
+
+
+def _renamed(value: Any, old: str, new: str) -> Any:
+    """The same with every name that is the function's, or begins with it, made to follow the function's new one."""
+    if isinstance(value, dict):
+        return {key: _renamed(item, old, new) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_renamed(item, old, new) for item in value]
+    if isinstance(value, str) and (value == old or value.startswith(f"{old}-")):
+        return new + value.removeprefix(old)
+    return value
+
+
+def _put_queue(variables: Variables, objects: list[Object]) -> None:
+    """The queue into its source, and into what scales that. Raises DeployError if it was not named."""
+    sources = [one for one in containers(objects) if one["name"] == "queue-source"]
+    url = variables.queue_url
+    found = _REGION.match(url) if url else None
+    region = (found[1] or found[2]) if found else None
+    for one in sources:
+        if url:
+            set_env(one, "QUEUE_SOURCE_URL", url)
+        elif _NO_QUEUE in (get_env(one, "QUEUE_SOURCE_URL") or ""):
+            raise DeployError("QUEUE_URL: which queue? QUEUE_URL=https://sqs.REGION.amazonaws.com/ACCOUNT/NAME")
+        if variables.results_url:
+            set_env(one, "QUEUE_SOURCE_RESULTS_URL", variables.results_url)
+        if region:
+            set_env(one, "AWS_DEFAULT_REGION", region)
+    for item in objects if url else ():
+        for trigger in item["spec"]["triggers"] if item["kind"] == "ScaledObject" else ():
+            if trigger["type"] == "aws-sqs-queue":
+                trigger["metadata"] |= {"queueURL": url, **({"awsRegion": region} if region else {"awsEndpoint": _endpoint(url or "")})}
+
+
+def _endpoint(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def _prefer(service: Object, name: str) -> None:

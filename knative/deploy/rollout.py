@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from knative.deploy import preflight, progress
 from knative.deploy.errors import DeployError, KubectlError
-from knative.deploy.kubectl import NO_KIND, NOT_FOUND, Kubectl
-from knative.deploy.objects import Object, one_service
+from knative.deploy.kubectl import NOT_FOUND, Kubectl
+from knative.deploy.objects import Object, belongs, one_service
 from knative.deploy.render import check_annotations, deadline_s, dump, get_env, pin, render
 from knative.deploy.variables import Variables
 
@@ -96,13 +96,20 @@ def undeploy(variables: Variables, kubectl: Kubectl, say: Say) -> None:
     name, namespace = service["metadata"]["name"], service["metadata"].get("namespace", "default")
     try:
         preflight.check_namespace(kubectl, namespace)
+        own = [item for item in objects if item is not service and belongs(item, name)]
+        if own:  # before the function, so that nobody sends to one that is gone
+            kubectl.run("delete", "--ignore-not-found", "-f", "-", text=dump(own))
+            said = ", ".join("{kind} {metadata[name]}".format_map(item) for item in own)
+            say(f"{said}: deleted")
         kubectl.run("delete", _KIND, name, "-n", namespace, "--ignore-not-found")
         say(f"{name}: deleted")
         others = [item["metadata"]["name"] for item in kubectl.items(_KIND, "-n", namespace)]
         if others:
             say(f"left for {', '.join(others)}: what the functions of namespace {namespace} share")
             return
-        kubectl.run("delete", "--ignore-not-found", "-f", "-", text=dump(item for item in objects if item is not service))
+        kubectl.run(
+            "delete", "--ignore-not-found", "-f", "-", text=dump(item for item in objects if item is not service and item not in own)
+        )
         say(f"deleted what the functions of namespace {namespace} shared")
     except KubectlError as error:
         raise preflight.explained(error) from error
@@ -158,8 +165,6 @@ def _apply(kubectl: Kubectl, objects: list[Object], *, dry: bool) -> None:
     try:
         kubectl.run("apply", "--server-side", "--field-manager=relight", "--force-conflicts", *options, "-f", "-", text=dump(objects))
     except KubectlError as error:
-        if error.reason == NO_KIND and "monitoring.coreos.com" in str(error):
-            raise DeployError("the cluster has no Prometheus operator, which the component monitoring is for; leave it out") from error
         if "denied the request" in str(error):
             raise DeployError(f"the cluster refuses it: {error}") from error
         raise preflight.explained(error) from error

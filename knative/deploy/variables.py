@@ -18,6 +18,9 @@ _IMAGE = re.compile(
     r"(:[\w][\w.-]{0,127})?(@sha256:[0-9a-f]{64})?"
 )
 _WEIGHTS = re.compile(r"s3://[^/#\s]+/[^#\s]*[^/#\s](#[0-9a-f]{32})?")
+# As SQS has them, and those who imitate it: an account or a word for it, and the queue's name.
+_QUEUE = re.compile(r"https?://[^/\s@?#]+/[\w-]+/[\w-]{1,80}(\.fifo)?", re.ASCII)
+_EVENTS = ("sqs", "sqs-keda", "amqp", "broker", "kafka", "rabbitmq", "integration-source")
 # Of the Makefile, and of no concern here.
 _OTHERS = {"TORCH", "PYTHON", "VENV", "BIN", "PORT", "ADMIN_PORT", "STATE_DIR", "SEED"}
 
@@ -37,6 +40,10 @@ class Variables:
     target: float | None = None  # requests at once that a pod should have
     concurrency: int | None = None  # requests at once that a pod may have; 0 is no limit
     gpu: int | None = None  # devices for the function
+    events: str | None = None  # where they come from: a folder of manifests/eventing
+    queue_url: str | None = None  # of the SQS queue whose messages the function gets
+    results_url: str | None = None  # of the one that its replies go to
+    queue_image: str | None = None  # of the queue source
     pin: bool = True  # to the snapshot of the weights that the store has now
     timeout: int | None = None  # seconds that `deploy` waits; by default as long as the revision may take, and a minute
     data: str | None = None  # a request body, for `invoke`
@@ -67,6 +74,12 @@ class Variables:
         found = cls(**values)
         if found.max_scale and found.min_scale and found.max_scale < found.min_scale:
             raise VariableError("MAX_SCALE", found.max_scale, f"must be at least MIN_SCALE ({found.min_scale}), or 0 for no limit")
+        if found.results_url and not found.queue_url:
+            raise VariableError("RESULTS_URL", found.results_url, "goes with QUEUE_URL: replies to its messages are sent there")
+        if found.results_url and found.results_url == found.queue_url:
+            raise VariableError(
+                "RESULTS_URL", found.results_url, "must be another queue than QUEUE_URL, or each reply becomes a message again"
+            )
         return found
 
 
@@ -105,6 +118,7 @@ def _yes(name: str, text: str) -> bool:
     return words[text.lower()]
 
 
+_queue = _matching(_QUEUE, "must be the URL of an SQS queue: https://sqs.REGION.amazonaws.com/ACCOUNT/NAME")
 _name = _matching(_LABEL, "must be a label: small letters, digits and -, a letter first, at most 63")
 _image = _matching(_IMAGE, "must be an image: registry/path:tag, or with @sha256: and 64 hex digits")
 
@@ -120,6 +134,10 @@ _CHECKS: Mapping[str, Callable[[str, str], Any]] = {
     "TARGET": _target,
     "CONCURRENCY": _whole(0, CONTAINER_CONCURRENCY_MAX),
     "GPU": _whole(0, 16),
+    "EVENTS": _matching(re.compile("|".join(_EVENTS)), f"must be one of {', '.join(_EVENTS)}"),
+    "QUEUE_URL": _queue,
+    "RESULTS_URL": _queue,
+    "QUEUE_IMAGE": _image,
     "PIN": _yes,
     "TIMEOUT": _whole(1, 86_400),
     "DATA": lambda _, text: text,

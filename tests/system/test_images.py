@@ -127,7 +127,14 @@ def test_the_sidecars_image_has_no_torch_and_all_is_compiled(engine: str, built:
         has_torch, sources, compiled = json.loads(done.stdout)
         assert sources == compiled > 10
         found[target] = has_torch
-    assert found == {"function": True, "weights-cache": False}
+    assert found == {"function": True, "weights-cache": False, "queue-source": False}
+
+
+def test_the_queue_source_of_the_image_names_what_it_lacks(engine: str, built: dict[str, str]) -> None:
+    done = subprocess.run([engine, "run", "--rm", *RESTRICTED, built["queue-source"]], capture_output=True, text=True, check=False)
+    assert (done.returncode, "QUEUE_SOURCE_URL is not set" in done.stderr) == (1, True), done.stderr
+    pika = [engine, "run", "--rm", *RESTRICTED, built["queue-source"], "python", "-c", "import pika"]
+    subprocess.run(pika, check=True, capture_output=True)
 
 
 def test_the_images_say_what_they_are_and_are_not_roots(engine: str, built: dict[str, str]) -> None:

@@ -24,11 +24,14 @@ from knative.deploy.objects import containers, pod_spec, services
 from knative.deploy.render import MANIFESTS, render
 from knative.deploy.variables import Variables
 from knative.local.manifest import read_manifests
+from tests.knative.deploy import eventing_kinds
 from tests.knative.deploy.combinations import Combination, render_all
+from tests.knative.deploy.eventing_kinds import KUBERNETES
 from tests.support import BIN, ROOT
 
 OVERLAYS = sorted(path.parent.name for path in (MANIFESTS / "overlays").glob("*/kustomization.yaml"))
-KUBERNETES = "1.36"
+EVENTS = sorted(path.parent.name for path in (MANIFESTS / "eventing").glob("*/kustomization.yaml") if "kind: Component" in path.read_text())
+QUEUE_URL = "https://sqs.eu-west-1.amazonaws.com/123456789012/work"
 RESERVED_PORTS = {8008, 8012, 8013, 8022, 8112, 9090, 9091}
 OF_KNATIVE = ("containerConcurrency", "timeoutSeconds", "responseStartTimeoutSeconds", "idleTimeoutSeconds")
 # Kinds that Kubernetes has no schema for, with the fields of their specs that we use: a misspelt one is not silently dropped here.
@@ -47,11 +50,23 @@ def combinations() -> list[Combination]:
 
 
 @pytest.fixture(scope="module")
-def everything(combinations: list[Combination]) -> list[tuple[str, list[Object]]]:
+def functions(combinations: list[Combination]) -> list[tuple[str, list[Object]]]:
     """Each rendering by its name: the combinations, and the overlays."""
     kubectl = Kubectl()
     overlays = [(f"overlay {name}", render(Variables(env=name), kubectl)) for name in OVERLAYS]
     return overlays + [(" ".join(one.components) or "base", one.objects + one.cluster) for one in combinations]
+
+
+@pytest.fixture(scope="module")
+def everything(functions: list[tuple[str, list[Object]]]) -> list[tuple[str, list[Object]]]:
+    """The same, and each way of events with the overlays that have a Knative Service."""
+    kubectl = Kubectl()
+    ways = [
+        (f"{way} with {overlay}", render(Variables(env=overlay, events=way, queue_url=QUEUE_URL if "sqs" in way else None), kubectl))
+        for way in EVENTS
+        for overlay in ("default", "gpu")
+    ]
+    return functions + ways
 
 
 def pods(objects: list[Object]) -> Iterator[tuple[str, Object]]:
@@ -76,6 +91,9 @@ def test_everything_has_the_fields_that_kubernetes_knows_and_no_others(everythin
             if text in seen:
                 continue
             seen.add(text)
+            if (item["apiVersion"], item["kind"]) in eventing_kinds.SPECS:
+                assert eventing_kinds.problems(item) == [], name
+                continue
             if item["kind"] in OTHER_KINDS:
                 assert set(item["spec"]) <= OTHER_KINDS[item["kind"]], name
                 continue
@@ -102,8 +120,8 @@ def test_scale_annotations_are_knatives_and_within_its_bounds(everything: list[t
             assert not [key for key in service["metadata"]["annotations"] if "autoscaling" in key], name
 
 
-def test_every_rendering_of_a_service_runs_on_one_machine_too(everything: list[tuple[str, list[Object]]]) -> None:
-    for name, objects in everything:
+def test_every_rendering_of_a_service_runs_on_one_machine_too(functions: list[tuple[str, list[Object]]]) -> None:
+    for name, objects in functions:
         if services(objects):
             config = [item for item in objects if item["kind"] == "ConfigMap"]
             needed = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": flags.AUTOSCALER}}
@@ -174,7 +192,7 @@ def test_the_cache_is_for_reading_in_the_function(everything: list[tuple[str, li
 def test_credentials_are_the_sidecars_alone(everything: list[tuple[str, list[Object]]]) -> None:
     for name, objects in everything:
         for item in objects:
-            if "template" in item.get("spec", {}) and item["kind"] != "DaemonSet":
+            if "template" in item.get("spec", {}) and any(one["name"] == "function" for one in pod_spec(item)["containers"]):
                 annotations = item["spec"]["template"]["metadata"]["annotations"]
                 assert annotations["eks.amazonaws.com/skip-containers"] == "function", name
         for one in containers(objects):

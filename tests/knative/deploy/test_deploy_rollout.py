@@ -243,3 +243,43 @@ def test_invoke_sends_the_example_through_the_gateway_that_is_named(cluster: Clu
         ("minilm.default.example.com", b'{"instances": ["A man is eating food."]}'),
         ("minilm.default.example.com", b'{"a": 1}'),
     ]
+
+
+QUEUE_URL = "QUEUE_URL=https://sqs.eu-west-1.amazonaws.com/123456789012/work"
+EVENTING = {"sources.knative.dev/v1": [("ContainerSource", "containersources", True)]}
+
+
+def test_a_queues_source_comes_and_goes_with_its_function(cluster: Cluster, run: Run) -> None:
+    cluster.kinds |= EVENTING
+    for name in ("ada", "bob"):
+        done = deploy(run, f"NAME={name}", QUEUE_URL)
+        assert (done.exit_code, done.stderr) == (0, "")
+    assert cluster.objects["containersources", "default", "ada-queue"]["spec"]["sink"]["ref"]["name"] == "ada"
+    gone = run("undeploy", "NAME=ada", QUEUE_URL)
+    assert (gone.exit_code, gone.stderr) == (0, "")
+    assert gone.stdout.splitlines()[:2] == ["ContainerSource ada-queue: deleted", "ada: deleted"]
+    assert [name for plural, _, name in cluster.objects if plural == "containersources"] == ["bob-queue"]
+    assert ("serviceaccounts", "default", "relight-queue-source") in cluster.objects  # bob's too
+    assert run("undeploy", "NAME=bob", QUEUE_URL).exit_code == 0
+    assert {plural for plural, _, _ in cluster.objects} == {"namespaces", "configmaps", "revisions"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([QUEUE_URL], "the cluster has no ContainerSource (sources.knative.dev/v1): Knative Eventing or one of its extensions brings it"),
+        (["EVENTS=sqs-keda", QUEUE_URL], "the cluster has no ScaledObject (keda.sh/v1alpha1): KEDA brings it"),
+        (["EVENTS=broker"], "the cluster has no Broker (eventing.knative.dev/v1): Knative Eventing or its Kafka broker brings it"),
+        (["EVENTS=kafka"], "the cluster has no KafkaSink (eventing.knative.dev/v1alpha1): Knative Eventing or its Kafka broker brings it"),
+    ],
+)
+def test_a_cluster_that_lacks_a_kind_is_told_which_and_what_brings_it(cluster: Cluster, run: Run, words: list[str], message: str) -> None:
+    done = deploy(run, *words)
+    assert (done.exit_code, done.stderr.startswith(f"Error: {message}")) == (1, True), done.stderr
+    assert (cluster.applied, cluster.dry_runs) == ([], 0)
+
+
+def test_a_group_that_lacks_just_the_kind_is_no_better(cluster: Cluster, run: Run) -> None:
+    cluster.kinds |= {"sources.knative.dev/v1alpha1": [("IntegrationSource", "integrationsources", True)]}
+    done = deploy(run, "EVENTS=rabbitmq")
+    assert done.stderr.startswith("Error: the cluster has no RabbitmqSource (sources.knative.dev/v1alpha1)")
