@@ -36,7 +36,7 @@ from knative.local.schema import (
 _NOT_HERE = {
     "grpc": "gRPC probes are not run here; allowed are httpGet, tcpSocket and exec",
     "initContainers": "init containers are not run here; let a container's command do what is to be done first",
-    "lifecycle": "lifecycle hooks are not run here, and Knative refuses them in a Service; let the command do it, and end on SIGTERM",
+    "lifecycle": "Knative refuses lifecycle hooks in a Service, and they are not run here; let the command do it, and end on SIGTERM",
     "privileged": "Knative refuses privileged containers",
     "replicas": "a Knative Service has no replicas; see the annotations min-scale and max-scale of spec.template.metadata",
     "restartPolicy": "Knative refuses it; containers are always started again",

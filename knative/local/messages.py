@@ -32,10 +32,11 @@ def send(*, queue: str, data: str | None, count: int, attributes: tuple[str, ...
         given = dict(_attribute(text) for text in attributes)
         status = _status(queue, admin, state_dir)
         try:
+            target = _find(queue, status)
             text = _example(queue, status) if body is None else body.decode()
         except UnicodeDecodeError as error:
             raise PlatformError(f"--data: byte {error.start} is not UTF-8; a message is text") from error
-        _find(queue, status).send([text] * count, given, group)
+        target.send([text] * count, given, group)
         click.echo(f"{count} message{'s' * (count != 1)} sent to {queue}")
 
 

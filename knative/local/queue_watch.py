@@ -44,7 +44,7 @@ class QueueWatch:
     def status(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The entries `queue_sources` and `queues` of `/api/status`."""
         sources = [live.status() | self._describe(live.queue_url) for live in self._sources()]
-        return sources, [{"name": queue_name(url), "url": url} | self._describe(url) for url in self._wanted()]
+        return sources, [{"name": queue_name(url), "url": url} | self._describe(url) for url in sorted(self._wanted(), key=queue_name)]
 
     def _describe(self, url: str | None) -> dict[str, Any]:
         found = self._found.get(url or "")

@@ -31,7 +31,7 @@ def service_rows(status: dict[str, Any]) -> Iterator[Row]:
         ready = sum(pod["phase"] == "ready" for pod in service["pods"])
         latency, starts = service["latency"], service["cold_starts"]
         yield (
-            service["name"] if service["namespace"] == "default" else f"{service['namespace']}/{service['name']}",
+            _full_name(service),
             service["state"],
             f"{ready}/{service['desired']}",
             str(service["concurrency"]),
@@ -63,7 +63,7 @@ def source_rows(status: dict[str, Any]) -> Iterator[Row]:
     """A row for each queue source."""
     for source in status["queue_sources"]:
         yield (
-            source["name"] if source["namespace"] == "default" else f"{source['namespace']}/{source['name']}",
+            _full_name(source),
             source["phase"],
             source["queue"] or "-",
             source["sink"],
@@ -81,6 +81,10 @@ def queue_rows(status: dict[str, Any]) -> Iterator[Row]:
     for queue in status["queues"]:
         if queue["url"] not in polled:
             yield queue["name"], *_in_queue(queue), _number(queue["dead"])
+
+
+def _full_name(found: dict[str, Any]) -> str:
+    return found["name"] if found["namespace"] == "default" else f"{found['namespace']}/{found['name']}"
 
 
 def _in_queue(found: dict[str, Any]) -> Iterator[str]:
@@ -104,7 +108,7 @@ def _problems(status: dict[str, Any]) -> list[str]:
     failures = [service["failure"] for service in status["services"] if service["failure"]]
     failures += [f"{queue['name']}: {queue['problem']}" for queue in status["queues"] if queue["problem"]]
     failures += [
-        f"{source['name']} is started again and again: {container} {ended}"
+        f"{_full_name(source)} is started again and again: {container} {ended}"
         for source in status["queue_sources"]
         for container, ended in source["exits"].items()
         if source["phase"] == "failed"
