@@ -24,8 +24,9 @@ _NOT_INHERITED = re.compile(r"^(FUNCTION_|WEIGHTS_|QUEUE_SOURCE_|AWS_|K_|MAKE|PO
 
 # Two pods share this machine's ports, which in a cluster they would not.
 _PORT_SETTINGS = {"WEIGHTS_PORT", "FUNCTION_METRICS_PORT"}
-# Which queue a queue source polls, and where it tells of its work: the default is the program's own.
-QUEUE_URL, QUEUE_PORT, DEFAULT_QUEUE_PORT = "QUEUE_SOURCE_URL", "QUEUE_SOURCE_PORT", 8080
+# Which queue a queue source polls, and where it tells of its work.
+QUEUE_URL, QUEUE_PORT = "QUEUE_SOURCE_URL", "QUEUE_SOURCE_PORT"
+LONGEST_GRACE_S = 30.0  # that a source has for what it holds: in a cluster nobody sits and waits for it
 
 # For containers that have no requests any more; so short that nothing on the way of a Ctrl-C takes long, even if all of it hangs.
 STOP_GRACE_S = 5.0
@@ -144,13 +145,17 @@ def plan_source(
         given["K_CE_OVERRIDES"] = json.dumps({"extensions": source.declared.ce_overrides.extensions})
     environments = [_declared_env(source, index, source.manifests) for index in range(len(source.spec.containers))]
     index = next((index for index, env in enumerate(environments) if QUEUE_URL in env), 0)
-    ports, own = {}, {}
+    ports: dict[int, int] = {}
+    own: dict[str, str] = {}
     if QUEUE_URL in (env := environments[index]):
-        declared = int(env[QUEUE_PORT]) if env.get(QUEUE_PORT, "").isdigit() else DEFAULT_QUEUE_PORT
-        ports[declared] = free_port()
-        own = {QUEUE_PORT: str(ports[declared])}
+        declared = env.get(QUEUE_PORT, "")
+        port = free_port()
+        ports = {int(declared): port} if declared.isdigit() else {}
+        own = {QUEUE_PORT: str(port)}
     plan = _Plan(source, pod, places, source.manifests, free_port, addresses, ports, given)
-    return PodPlan(int(own.get(QUEUE_PORT, 0)), plan.processes(index, own), source.spec.termination_grace_period_seconds)
+    return PodPlan(
+        int(own.get(QUEUE_PORT, 0)), plan.processes(index, own), min(LONGEST_GRACE_S, source.spec.termination_grace_period_seconds)
+    )
 
 
 @dataclass(frozen=True)

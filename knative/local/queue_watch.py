@@ -43,17 +43,20 @@ class QueueWatch:
 
     def status(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The entries `queue_sources` and `queues` of `/api/status`."""
-        sources = [live.status() | self._describe(live.queue_url) for live in self._sources()]
+        sources = [live.status() | self._describe(live.queue_url, live.oldest_held_s) for live in self._sources()]
         return sources, [{"name": queue_name(url), "url": url} | self._describe(url) for url in sorted(self._wanted(), key=queue_name)]
 
-    def _describe(self, url: str | None) -> dict[str, Any]:
+    def _describe(self, url: str | None, oldest_s: float | None = None) -> dict[str, Any]:
+        """oldest_s: the age of the oldest message as far as that is known, where the queue is not embedded."""
         found = self._found.get(url or "")
         depth = found if isinstance(found, Depth) else None
-        sent_at = self._oldest.get(queue_name(url)) if url and self._is_embedded(url) else None
+        if url and self._is_embedded(url):
+            sent_at = self._oldest.get(queue_name(url))
+            oldest_s = None if sent_at is None else max(0.0, time.time() - sent_at)
         return {
             "depth": depth and depth.waiting,
             "in_flight": depth and depth.in_flight,
-            "oldest_age_s": round(max(0.0, time.time() - sent_at), 1) if sent_at else None,
+            "oldest_age_s": None if oldest_s is None else round(oldest_s, 1),
             "dead": depth and depth.dead,
             "problem": found if isinstance(found, str) else None,
         }

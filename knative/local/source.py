@@ -14,8 +14,13 @@ from knative.local.pod import Pod
 from knative.local.queues import is_queue_url, queue_name
 
 ASK = aiohttp.ClientTimeout(total=2)
-# What the program counts, and what it is called here.
-_COUNTERS = {"queue_source_done_total": "done", "queue_source_retried_total": "retried"}
+# What the program counts, and what it is called here: a message that is given back is retried too, by way of the queue.
+_COUNTERS = {
+    "queue_source_done_total": "done",
+    "queue_source_retried_total": "retried",
+    "queue_source_given_back_total": "retried",
+}
+_OLDEST_HELD = "queue_source_oldest_held_seconds"
 
 
 class LiveSource:
@@ -26,6 +31,7 @@ class LiveSource:
         self.source = source
         self.pod = make_pod(f"{source.name}-source-{uuid.uuid4().hex[:6]}")
         self.counts = dict.fromkeys(_COUNTERS.values(), 0)  # since the start, over all its processes
+        self.oldest_held_s: float | None = None  # for how long it has held the message that it has held for longest
         self.env: Mapping[str, str] = next((process.env for process in self.pod.plan.processes if QUEUE_URL in process.env), {})
         self._last = dict(self.counts)  # of the present process
         self._starting: asyncio.Task[None] | None = None
@@ -56,8 +62,11 @@ class LiveSource:
         except (aiohttp.ClientError, TimeoutError, ValueError):
             return  # it is just starting, or another program
         found = dict.fromkeys(self.counts, 0)
-        for sample in (sample for family in families for sample in family.samples if sample.name in _COUNTERS):
-            found[_COUNTERS[sample.name]] += int(sample.value)
+        for sample in (sample for family in families for sample in family.samples):
+            if sample.name in _COUNTERS:
+                found[_COUNTERS[sample.name]] += int(sample.value)
+            elif sample.name == _OLDEST_HELD:
+                self.oldest_held_s = sample.value or None
         for name, value in found.items():
             # A process that was started again counts from zero.
             self.counts[name] += value - self._last[name] if value >= self._last[name] else value

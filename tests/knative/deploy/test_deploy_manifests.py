@@ -33,6 +33,7 @@ RESERVED_PORTS = {8008, 8012, 8013, 8022, 8112, 9090, 9091}
 OF_KNATIVE = ("containerConcurrency", "timeoutSeconds", "responseStartTimeoutSeconds", "idleTimeoutSeconds")
 # Kinds that Kubernetes has no schema for, with the fields of their specs that we use: a misspelt one is not silently dropped here.
 OTHER_KINDS = {
+    "ContainerSource": {"sink", "ceOverrides", "template"},
     "PodMonitor": {"selector", "podMetricsEndpoints"},
     "PrometheusRule": {"groups"},
     "HTTPScaledObject": {"hosts", "scaleTargetRef", "replicas", "scalingMetric", "scaledownPeriod", "timeouts"},
@@ -174,7 +175,7 @@ def test_the_cache_is_for_reading_in_the_function(everything: list[tuple[str, li
 def test_credentials_are_the_sidecars_alone(everything: list[tuple[str, list[Object]]]) -> None:
     for name, objects in everything:
         for item in objects:
-            if "template" in item.get("spec", {}) and item["kind"] != "DaemonSet":
+            if "template" in item.get("spec", {}) and any(one["name"] == "function" for one in pod_spec(item)["containers"]):
                 annotations = item["spec"]["template"]["metadata"]["annotations"]
                 assert annotations["eks.amazonaws.com/skip-containers"] == "function", name
         for one in containers(objects):

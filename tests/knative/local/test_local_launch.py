@@ -448,12 +448,13 @@ def test_a_queue_source_has_the_embedded_queue_and_a_port_of_its_own() -> None:
     assert poll.readiness.port == FIRST_PORT
 
 
-def test_the_port_of_a_queue_source_may_be_its_default_have_a_name_and_its_settings_come_from_elsewhere() -> None:
-    flags = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "queue"}, "data": {"QUEUE_SOURCE_URL": QUEUE_URL}}
+def test_the_port_of_a_queue_source_may_have_a_name_and_its_settings_come_from_elsewhere() -> None:
+    data = {"QUEUE_SOURCE_URL": QUEUE_URL, "QUEUE_SOURCE_PORT": "9099"}
+    flags = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "queue"}, "data": data}
     found = plan_queue_source(
         {
             "envFrom": [{"configMapRef": {"name": "queue"}}],
-            "ports": [{"name": "metrics", "containerPort": 8080}],
+            "ports": [{"name": "metrics", "containerPort": 9099}],
             "livenessProbe": {"httpGet": {"port": "metrics"}},
         },
         objects=[flags],
@@ -462,3 +463,5 @@ def test_the_port_of_a_queue_source_may_be_its_default_have_a_name_and_its_setti
     assert poll.env["QUEUE_SOURCE_PORT"] == str(FIRST_PORT)
     assert poll.liveness
     assert poll.liveness.port == FIRST_PORT
+    (poll,) = plan_queue_source({"env": env(QUEUE_SOURCE_URL=QUEUE_URL)}).processes
+    assert poll.env["QUEUE_SOURCE_PORT"] == str(FIRST_PORT)
