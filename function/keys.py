@@ -5,7 +5,7 @@ import hmac
 from pathlib import Path
 
 from function.errors import Unauthorized
-from weights_cache.errors import SettingsError
+from relight.environment import SettingsError
 
 
 class Keys:

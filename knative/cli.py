@@ -12,6 +12,7 @@ _COMMANDS = {
     "send": ("knative.local.messages", "send", "Put messages into a queue."),
     "receive": ("knative.local.messages", "receive", "Take messages out of a queue and print them."),
     "cluster": ("knative.deploy.cli", "cluster", "Bring manifests to a cluster; what `make deploy` and its like do."),
+    "queue-source": ("knative.queue_source.cli", "command", "Post a queue's messages to a sink, as CloudEvents."),
     "push": ("weights_cache.cli", "push", "Upload a directory of weights to object storage."),
     "pull": ("weights_cache.cli", "pull", "Bring weights into a node's cache."),
     "snapshot": ("weights_cache.cli", "snapshot", "Print which snapshot of weights the store has now."),

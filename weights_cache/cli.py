@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weights_cache import environment
+from relight import environment
+from relight.environment import SettingsError
 from weights_cache.errors import WeightsError
 from weights_cache.settings import WeightsSettings
 
@@ -29,7 +30,7 @@ class _Command(click.Command):
         logging.getLogger("botocore").setLevel(logging.WARNING)
         try:
             return super().invoke(ctx)
-        except (WeightsError, OSError) as error:
+        except (SettingsError, WeightsError, OSError) as error:
             raise click.ClickException(str(error)) from error
 
 

@@ -5,10 +5,6 @@ class WeightsError(Exception):
     """Base of every error this package raises on purpose; its text is meant for the person who has to act."""
 
 
-class SettingsError(WeightsError):
-    """A setting is misspelt, malformed or out of bounds."""
-
-
 class CacheError(WeightsError):
     """The cache directory cannot be used as it is."""
 

@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 
 from function.settings import FunctionSettings
-from weights_cache.environment import read
-from weights_cache.errors import SettingsError
+from relight.environment import SettingsError, read
 
 
 def settings(**environ: str) -> FunctionSettings:

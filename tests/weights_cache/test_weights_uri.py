@@ -2,7 +2,7 @@
 
 import pytest
 
-from weights_cache.errors import SettingsError
+from relight.environment import SettingsError
 from weights_cache.uri import WeightsUri
 
 SNAPSHOT = "0123456789abcdef" * 2

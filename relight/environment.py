@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from weights_cache.errors import SettingsError
-
 T = TypeVar("T")
 
 # What Kubernetes injects into each container for the Services of its namespace: a Service named `function` must not look like a typo.
 _SERVICE_LINK = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_.+)?$|_PORT$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
+
+
+class SettingsError(Exception):
+    """A setting is misspelt, malformed or out of bounds; the text is for the person who has to act."""
 
 
 def setting(

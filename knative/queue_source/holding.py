@@ -1,0 +1,201 @@
+"""What is held: how many messages, for how long, and whether more may be pulled."""
+
+import math
+import threading
+import time
+from collections import OrderedDict
+from enum import Enum, auto
+
+from knative.queue_source.queue import Message
+from knative.queue_source.sink import Call
+
+PATIENCE_S = 0.02  # a receive of one message costs as much as one of ten
+REMEMBERED = 10_000  # keys of messages that were done lately
+
+
+class Lease(Enum):
+    """Whether a message is ours."""
+
+    KEPT = auto()
+    DELETING = auto()
+    RELEASING = auto()
+    LOST = auto()  # somebody else may have it
+
+
+class Held:
+    """A message that is held."""
+
+    __slots__ = ("call", "cut_at", "extending", "is_over", "lapses", "lease", "message", "renew_at", "since")
+
+    def __init__(self, message: Message, visibility_s: float) -> None:
+        self.message = message  # its latest delivery
+        self.since = message.received
+        self.lease = Lease.KEPT
+        self.is_over = False  # it is no longer held
+        self.extending = False  # a heartbeat is on its way: whatever gives it back waits for that
+        self.call: Call | None = None  # while it is being posted
+        self.cut_at = 0.0
+        self.extended(message.received, visibility_s)
+
+    def extended(self, at: float, visibility_s: float) -> None:
+        """It is ours for another visibility time from `at`."""
+        self.renew_at = at + visibility_s / 3
+        self.lapses = at + visibility_s
+
+
+class Holding:
+    """All that is held. Pollers take room before they ask the queue, so that there are never more than `limit`."""
+
+    def __init__(self, limit: int, visibility_s: float) -> None:
+        self.stopping = False
+        self._visibility_s = visibility_s
+        self._lock = threading.Lock()  # guards what follows
+        self._room_made = threading.Condition(self._lock)
+        self._turn = threading.Condition(self._lock)
+        self._free = limit
+        self._limit = limit
+        self._held: dict[str, Held] = {}
+        self._turned_away: set[str] = set()
+        self._paused_until = 0.0
+        self._done: OrderedDict[str, None] = OrderedDict()
+
+    # For pollers
+
+    def take_room(self, most: int) -> int:
+        """Room for some messages, `most` if that is there soon; 0 when it is time to stop.
+
+        There is none while the sink is busy: until the messages that it has turned away were taken.
+        """
+        want = min(most, self._limit)
+        until = math.inf  # then less than `want` will do
+        with self._lock:
+            while not self.stopping:
+                now = time.monotonic()
+                if self._paused_until > now:
+                    self._room_made.wait(self._paused_until - now)
+                elif self._turned_away:
+                    self._room_made.wait()
+                elif self._free >= want or (self._free and now >= until):
+                    taken = min(self._free, want)
+                    self._free -= taken
+                    return taken
+                elif self._free:
+                    until = min(until, now + PATIENCE_S)
+                    self._room_made.wait(until - now)
+                else:
+                    self._room_made.wait()
+            return 0
+
+    def give_room(self, count: int) -> None:
+        """What was taken and is not needed."""
+        if count:
+            with self._lock:
+                self._free += count
+                self._room_made.notify_all()
+
+    def add(self, message: Message) -> tuple[Held, bool] | None:
+        """A message for which room was taken: (it, whether it is new).
+
+        None if it was done just now: then it only has to be deleted. A second delivery of what is held replaces the first one.
+        """
+        with self._lock:
+            found = self._held.get(message.key)
+            if found and found.lease is not Lease.RELEASING:
+                found.message = message
+                found.extended(message.received, self._visibility_s)
+                if found.lease is Lease.LOST:
+                    found.lease = Lease.KEPT
+                self._make_room()
+                return found, False
+            if message.key in self._done:
+                return None
+            held = self._held[message.key] = Held(message, self._visibility_s)
+            return held, True
+
+    # For workers
+
+    def remove(self, held: Held, *, done: bool = False) -> None:
+        """It is no longer held. done: and is not to be done again."""
+        key = held.message.key
+        with self._lock:
+            if held.is_over:
+                return
+            held.is_over = True
+            if self._held.get(key) is held:  # or it was received again while it was given back
+                del self._held[key]
+                self._turned_away.discard(key)
+            if done:
+                self._done[key] = None
+                if len(self._done) > REMEMBERED:
+                    self._done.popitem(last=False)
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Wake a poller when it is worth it: it waits for room for ten, or a moment for more than one."""
+        self._free += 1
+        if self.stopping or not self._held:
+            self._room_made.notify_all()
+        elif self._free == 1 or self._free >= min(10, self._limit):
+            self._room_made.notify()
+
+    def turned_away(self, held: Held, pause_s: float) -> None:
+        """The sink is busy or away: nothing is posted for so many seconds, and nothing pulled until it has taken this."""
+        with self._lock:
+            self._turned_away.add(held.message.key)
+            self._paused_until = max(self._paused_until, time.monotonic() + pause_s)
+
+    def taken(self, held: Held) -> None:
+        """The sink has said something else about a message that it had turned away."""
+        with self._lock:
+            if held.message.key in self._turned_away:
+                self._turned_away.discard(held.message.key)
+                self._room_made.notify_all()
+
+    def wait_turn(self, held: Held, not_before: float) -> bool:
+        """Wait until it may be posted; False if it is not to be, since it is no longer ours or it is time to stop."""
+        with self._lock:
+            while not self.stopping and held.lease is Lease.KEPT:
+                left_s = max(not_before, self._paused_until) - time.monotonic()
+                if left_s <= 0:
+                    return True
+                self._turn.wait(left_s)
+            return False
+
+    # For the rest
+
+    def stop(self) -> None:
+        """Nobody waits any more."""
+        with self._lock:
+            self.stopping = True
+            self._room_made.notify_all()
+            self._turn.notify_all()
+
+    def lose(self, held: Held) -> None:
+        """It is no longer ours."""
+        with self._lock:
+            if held.lease is Lease.KEPT:
+                held.lease = Lease.LOST
+                self._turn.notify_all()
+
+    def wait_empty(self, seconds: float) -> bool:
+        """Whether nothing is held, within so many seconds."""
+        with self._lock:
+            return self._room_made.wait_for(lambda: not self._held, seconds)
+
+    def all(self) -> list[Held]:
+        """What is held now."""
+        with self._lock:
+            return list(self._held.values())
+
+    def gauges(self) -> dict[str, float]:
+        """What the metrics tell."""
+        now = time.monotonic()
+        with self._lock:
+            held = list(self._held.values())
+            paused = bool(self._turned_away) or self._paused_until > now
+        return {
+            "held": len(held),
+            "busy": sum(one.call is not None for one in held),
+            "oldest_held_seconds": max((now - one.since for one in held), default=0.0),
+            "paused": paused,
+        }

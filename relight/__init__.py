@@ -1,0 +1,1 @@
+"""What every part of Relight shares, and what knows none of them: how settings are read."""
