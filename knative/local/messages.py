@@ -13,7 +13,7 @@ from knative.local import address
 from knative.local.client import Client
 from knative.local.commands import read_body, told, where
 from knative.local.errors import PlatformError
-from knative.local.queues import EMBEDDED, LONGEST_POLL_S, Queue, is_queue_url
+from knative.local.queues import EMBEDDED, LONGEST_POLL_S, Queue, dead_letters, is_queue_url
 
 MOST = 1_000_000
 
@@ -65,9 +65,10 @@ def _find(queue: str, status: Any, wait_s: int = 0) -> Queue:
     url = queue
     if status is not None:
         urls = {found["name"]: found["url"] for found in status["queues"]}
-        if queue not in urls:
+        dead = {dead_letters(name): url.removesuffix(name) + dead_letters(name) for name, url in urls.items()}
+        if queue not in urls and queue not in dead:
             raise PlatformError(f"no queue {queue!r}; there are {', '.join(urls) or 'none'}; one that is elsewhere is named by its URL")
-        url = urls[queue]
+        url = (dead | urls)[queue]
     is_local = urlsplit(url).hostname in ("127.0.0.1", "localhost")
     return Queue(url, {**EMBEDDED, **os.environ} if is_local else os.environ, wait_s)
 

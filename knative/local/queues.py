@@ -20,7 +20,7 @@ DEAD = "-dlq"  # what the name of that ends in
 FIFO = ".fifo"
 ACCOUNT, REGION = "000000000000", "us-east-1"  # of the embedded queues
 OLDEST = "/relight/oldest"  # of the embedded server: when the oldest message of each queue was sent, which SQS tells nobody
-ANSWER_S = 4.0  # for a queue to answer
+ANSWER_S = 10.0  # for a queue to answer
 LONGEST_POLL_S = 20  # of SQS
 # What the embedded server takes; it asks for no more than a name.
 EMBEDDED = {"AWS_ACCESS_KEY_ID": "relight", "AWS_SECRET_ACCESS_KEY": "relight-local", "AWS_REGION": REGION}

@@ -128,8 +128,6 @@ def test_ten_messages_for_a_function_at_zero_are_one_cold_start_and_ten_results(
 
 def test_the_terminal_tells_the_story(demo: Demo) -> None:
     demo.wait_for_zero()
-    demo.predict("hello")
-    demo.wait_for_zero()
     said = demo.server.said()
     for words in (
         "call it   curl http://127.0.0.1",

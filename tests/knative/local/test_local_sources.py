@@ -24,9 +24,10 @@ def objects(state: Path, **env: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    crashing = queue_source("never", "echo", CRASHES)
+    crashing, refused = queue_source("never", "echo", CRASHES), queue_source("refused", "echo")
+    refused["spec"]["sink"]["uri"] = "/status/400"
     state = tmp_path_factory.mktemp("sources")
-    with platform_running(state, [*objects(state), crashing]) as running:
+    with platform_running(state, [*objects(state), crashing, refused]) as running:
         yield running
 
 
@@ -107,10 +108,22 @@ def test_messages_are_what_they_were_made_of(platform: Platform, tmp_path: Path)
     assert relight(platform, "receive", "never", "--wait", "0") == ""
 
 
+def test_what_the_function_refuses_lies_in_the_dead_letter_queue_and_is_counted(platform: Platform) -> None:
+    relight(platform, "send", "refused", "--data", "poison")
+    wait_until("it is dead", lambda: platform.source("refused-events")["dead"] == 1)
+    found = platform.source("refused-events")
+    assert (found["depth"], found["in_flight"], found["done"]) == (0, 0, 0)
+    assert found["retried"] >= 1
+    assert relight(platform, "receive", "refused-dlq") == "poison\n"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["send", "nowhere"], "no queue 'nowhere'; there are never, never-results, work, work-results; one that is elsewhere is named by"),
+        (
+            ["send", "nowhere"],
+            "no queue 'nowhere'; there are never, never-results, refused, refused-results, work, work-results; one that is elsewhere is named by",
+        ),
         (["receive", "nowhere"], "no queue 'nowhere'; there are never,"),
         (["send", "work-results"], "--data: must be given, as no Service here gets the messages of this queue"),
         (["send", "work", "--attribute", "tenant"], "--attribute 'tenant': must be NAME=VALUE"),
