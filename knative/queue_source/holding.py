@@ -4,6 +4,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from enum import Enum, auto
 
 from knative.queue_source.queue import Message
@@ -25,13 +26,12 @@ class Lease(Enum):
 class Held:
     """A message that is held."""
 
-    __slots__ = ("call", "cut_at", "extending", "is_over", "lapses", "lease", "message", "renew_at", "since")
+    __slots__ = ("call", "cut_at", "extending", "lapses", "lease", "message", "renew_at", "since")
 
     def __init__(self, message: Message, visibility_s: float) -> None:
         self.message = message  # its latest delivery
         self.since = message.received
         self.lease = Lease.KEPT
-        self.is_over = False  # it is no longer held
         self.extending = False  # a heartbeat is on its way: whatever gives it back waits for that
         self.call: Call | None = None  # while it is being posted
         self.cut_at = 0.0
@@ -114,21 +114,19 @@ class Holding:
 
     # For workers
 
-    def remove(self, held: Held, *, done: bool = False) -> None:
-        """It is no longer held. done: and is not to be done again."""
-        key = held.message.key
+    def remove(self, over: Sequence[Held], *, done: bool = False) -> None:
+        """They are no longer held. done: and are not to be done again."""
         with self._lock:
-            if held.is_over:
-                return
-            held.is_over = True
-            if self._held.get(key) is held:  # or it was received again while it was given back
-                del self._held[key]
-                self._turned_away.discard(key)
-            if done:
-                self._done[key] = None
-                if len(self._done) > REMEMBERED:
-                    self._done.popitem(last=False)
-            self._make_room()
+            for held in over:
+                key = held.message.key
+                if self._held.get(key) is held:  # else it was received again while it was given back
+                    del self._held[key]
+                    self._turned_away.discard(key)
+                if done:
+                    self._done[key] = None
+                    if len(self._done) > REMEMBERED:
+                        self._done.popitem(last=False)
+                self._make_room()
 
     def _make_room(self) -> None:
         """Wake a poller when it is worth it: it waits for room for ten, or a moment for more than one."""

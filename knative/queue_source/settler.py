@@ -1,8 +1,9 @@
-"""Calls for several messages at once, made as soon as there is one and nothing else is under way."""
+"""Calls for several items at once, without keeping one waiting for others."""
 
 import logging
-import queue
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -12,66 +13,71 @@ log = logging.getLogger("relight.queue")
 
 T = TypeVar("T")
 MOST = 10  # items of one call
-LINGER_S = 0.003
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 
 
 class Settler(Generic[T]):
     """Takes items one by one and hands them on in batches; what did not work is tried again, after a pause that grows.
 
-    An item is not kept waiting for others, but for LINGER_S while many are about to come: what is done and not deleted yet would be
-    repeated if the process died now.
+    What is there goes at once if no call is under way, and otherwise when ten are there or the call returns. So nothing waits while little
+    happens, for what is done and not yet deleted would be repeated if the process died now, and calls are full while much happens.
     """
 
-    def __init__(self, name: str, settle: Callable[[Sequence[T]], Sequence[T]], *, threads: int, are_coming: Callable[[], bool]) -> None:
-        """settle: one call; returns the items to be tried again. Raises QueueUnavailable: all of them are.
-
-        are_coming: whether enough others are about to come that waiting a moment saves a call.
-        """
+    def __init__(self, name: str, settle: Callable[[Sequence[T]], Sequence[T]], *, threads: int) -> None:
+        """settle: one call; returns the items to be tried again. Raises QueueUnavailable: all of them are."""
         self._name = name
         self._settle = settle
         self._threads = threads
-        self._are_coming = are_coming
-        self._items: queue.SimpleQueue[T] = queue.SimpleQueue()
+        self._changed = threading.Condition()  # guards what follows
+        self._items: deque[T] = deque()
+        self._calls = 0  # under way
+        self._is_woken = False  # somebody is on the way to the items
 
     def start(self, spawn: Callable[[str, Callable[[], None]], object]) -> None:
         """Work in threads of its own, which `spawn` starts."""
         for _ in range(self._threads):
             spawn(self._name, self._run)
 
-    def put(self, item: T) -> None:
-        """It is settled soon."""
-        self._items.put(item)
+    def put(self, items: Sequence[T]) -> None:
+        """They are settled soon."""
+        with self._changed:
+            self._items.extend(items)
+            self._wake()
 
     def _run(self) -> None:
         pause_s = FIRST_PAUSE_S
         while True:
-            batch = self._gather()
+            batch = self._take()
             try:
                 again = self._settle(batch)
             except QueueUnavailable as error:
                 again = batch
                 log.warning("%s: %s; again in %.2f s", self._name, error, pause_s)
-            if not again:
+            with self._changed:
+                self._calls -= 1
+                self._wake()
+            if again:
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+                self.put(again)
+            else:
                 pause_s = FIRST_PAUSE_S
-                continue
-            time.sleep(pause_s)
-            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
-            for item in again:
-                self._items.put(item)
 
-    def _gather(self) -> list[T]:
-        batch = [self._items.get()]
-        until = time.monotonic() + LINGER_S
-        while len(batch) < MOST:
-            try:
-                batch.append(self._items.get_nowait())
-            except queue.Empty:
-                left_s = until - time.monotonic()
-                if left_s <= 0 or not self._are_coming():
-                    break
-                try:
-                    batch.append(self._items.get(timeout=left_s))
-                except queue.Empty:
-                    break
-        return batch
+    def _is_due(self) -> bool:
+        return len(self._items) >= (MOST if self._calls else 1)
+
+    def _wake(self) -> None:
+        if not self._is_woken and self._is_due():
+            self._is_woken = True
+            self._changed.notify()
+
+    def _take(self) -> list[T]:
+        with self._changed:
+            while not self._is_due():
+                self._is_woken = False
+                self._changed.wait()
+            self._calls += 1
+            batch = [self._items.popleft() for _ in range(min(MOST, len(self._items)))]
+            self._is_woken = False
+            self._wake()
+            return batch

@@ -6,7 +6,6 @@ held, from the receive until the queue has confirmed the end, and cuts posts tha
 """
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from knative.queue_source.settings import QueueSourceSettings
 from knative.queue_source.settler import Settler
 from knative.queue_source.sink import Answer, Call, Sink
 from knative.queue_source.verdict import Verdict
+from knative.queue_source.workers import Workers
 
 log = logging.getLogger("relight.queue")
 
@@ -62,11 +62,9 @@ class Source:
         self._holding = Holding(settings.concurrency, settings.visibility_s)
         self.metrics = Metrics(self._holding.gauges)
         self.failed = False  # something that never should: the process is to be replaced
-        self._work: queue.SimpleQueue[Held] = queue.SimpleQueue()
-        self._workers = 0
-        self._posting = 0  # about how many posts are under way
-        self._deletes = Settler[Held]("delete", self._delete, threads=DELETERS, are_coming=lambda: self._posting >= 4)
-        self._releases = Settler[_Release]("give back", self._release, threads=1, are_coming=lambda: False)
+        self._workers = Workers(self._handle, limit=settings.concurrency, spawn=self._spawn)
+        self._deletes = Settler[Held]("delete", self._delete, threads=DELETERS)
+        self._releases = Settler[_Release]("give back", self._release, threads=1)
         self._pollers: list[threading.Thread] = []
         self._stopped = threading.Event()
         self._heard = 0.0  # when the queue last answered a receive
@@ -136,32 +134,24 @@ class Source:
                 self._stopped.wait(pause_s)
             finally:
                 self._holding.give_room(room - len(found))
-            for message in found:
-                self._admit(message)
+            self._admit(found)
 
-    def _admit(self, message: Message) -> None:
-        self.metrics.received.inc()
-        added = self._holding.add(message)
-        if added is None:  # the delete of an earlier delivery did not reach the queue, or came too late for it
-            self.metrics.repeated.inc()
-            held = Held(message, self._settings.visibility_s)
-            held.lease = Lease.DELETING
-            self._deletes.put(held)
-            return
-        held, is_new = added
-        if not is_new:
-            self.metrics.repeated.inc()
-            return
-        self._work.put(held)
-        if self._workers < self._settings.concurrency and self._work.qsize() > 0:
-            self._workers += 1
-            self._spawn("work", self._handle_all)
+    def _admit(self, messages: Sequence[Message]) -> None:
+        """Have them worked on, each once."""
+        self.metrics.received.inc(len(messages))
+        fresh = []
+        for message in messages:
+            added = self._holding.add(message)
+            if added is None:  # the delete of an earlier delivery did not reach the queue, or came too late for it
+                held = Held(message, self._settings.visibility_s)
+                held.lease = Lease.DELETING
+                self._deletes.put([held])
+            elif added[1]:
+                fresh.append(added[0])
+        self.metrics.repeated.inc(len(messages) - len(fresh))
+        self._workers.put(fresh)
 
     # Working
-
-    def _handle_all(self) -> None:
-        while True:
-            self._handle(self._work.get())
 
     def _handle(self, held: Held) -> None:
         """See a message through."""
@@ -228,11 +218,9 @@ class Source:
     def _post(self, held: Held, made: Event) -> Answer:
         held.cut_at = time.monotonic() + self._settings.timeout_s
         held.call = Call()
-        self._posting += 1
         try:
             return self._sink.post(made, held.call)
         finally:
-            self._posting -= 1
             held.call = None
 
     def _turned_away(self, held: Held, tries: int, asked_s: float | None, why: str) -> float:
@@ -279,7 +267,7 @@ class Source:
 
     def _done(self, held: Held) -> None:
         held.lease = Lease.DELETING  # also what was lost: SQS takes an old receipt as long as nobody has a newer one
-        self._deletes.put(held)
+        self._deletes.put([held])
 
     def _poison(self, held: Held, why: str) -> None:
         """At once, so that the redrive policy has its say soon; slowly where there may be none, since it would go round for ever."""
@@ -298,19 +286,18 @@ class Source:
 
     def _give_back(self, held: Held, delay_s: float) -> None:
         if held.lease is Lease.LOST:
-            self._holding.remove(held)
+            self._holding.remove([held])
             return
         held.lease = Lease.RELEASING
-        self._releases.put(_Release(held, delay_s))
+        self._releases.put([_Release(held, delay_s)])
 
     def _delete(self, batch: Sequence[Held]) -> list[Held]:
         by_message = {held.message: held for held in batch}
         outcome = self._queue.delete(list(by_message))
         again = {by_message[message] for message in outcome.again}
-        for held in batch:
-            if held not in again:
-                self.metrics.done.inc()
-                self._holding.remove(held, done=True)
+        done = [held for held in batch if held not in again]
+        self.metrics.done.inc(len(done))
+        self._holding.remove(done, done=True)
         return list(again)
 
     def _release(self, batch: Sequence["_Release"]) -> list["_Release"]:
@@ -328,10 +315,9 @@ class Source:
         for item in again:
             item.tries += 1
         again = [item for item in again if item.tries < RELEASE_TRIES]
-        for item in ready.values():
-            if item not in again:
-                self.metrics.given_back.inc()
-                self._holding.remove(item.held)
+        over = [item.held for item in ready.values() if item not in again]
+        self.metrics.given_back.inc(len(over))
+        self._holding.remove(over)
         return again + waiting
 
     # Heartbeats
