@@ -12,7 +12,6 @@ import pytest
 from knative.local.queues import EMBEDDED, MAX_RECEIVES, OLDEST, Depth, Queue, QueueError, is_queue_url
 from tests.support import clean_environment, free_port, running, wait_until
 
-
 # The threads of the server take turns as often as can be, so that what can come between will.
 RUSHED = "import sys; sys.setswitchinterval(1e-6); from knative.local.embedded_server import main; main()"
 

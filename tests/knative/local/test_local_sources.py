@@ -122,7 +122,7 @@ def test_what_the_function_refuses_lies_in_the_dead_letter_queue_and_is_counted(
     [
         (
             ["send", "nowhere"],
-            "no queue 'nowhere'; there are never, never-results, refused, refused-results, work, work-results; one that is elsewhere is named by",
+            "no queue 'nowhere'; there are never, never-results, refused, refused-results, work, work-results; one that is",
         ),
         (["receive", "nowhere"], "no queue 'nowhere'; there are never,"),
         (["send", "work-results"], "--data: must be given, as no Service here gets the messages of this queue"),
