@@ -6,9 +6,11 @@ import click
 
 _COMMANDS = {
     "run": ("knative.local.cli", "run", "Run manifests on this machine."),
-    "status": ("knative.local.commands", "status", "Show a running platform's Services and pods."),
+    "status": ("knative.local.commands", "status", "Show a running platform's Services, pods and queues."),
     "invoke": ("knative.local.commands", "invoke", "Send a request to a Service."),
-    "logs": ("knative.local.commands", "logs", "Print the log of a pod."),
+    "logs": ("knative.local.commands", "logs", "Print the log of a pod or a queue source."),
+    "send": ("knative.local.messages", "send", "Put messages into a queue."),
+    "receive": ("knative.local.messages", "receive", "Take messages out of a queue and print them."),
     "cluster": ("knative.deploy.cli", "cluster", "Bring manifests to a cluster; what `make deploy` and its like do."),
     "queue-source": ("knative.queue_source.cli", "command", "Post a queue's messages to a sink, as CloudEvents."),
     "push": ("weights_cache.cli", "push", "Upload a directory of weights to object storage."),

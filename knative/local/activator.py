@@ -47,16 +47,20 @@ class Activator:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """One request, from its headers to the last byte of its answer."""
-        revision = self._router.find(request.host, request.headers)
-        call = _Call(request, revision)
-        try:
-            async with call.clock, revision.request():
-                return await _forward(call)
-        except TimeoutError:
-            error: RequestError = call.too_slow()
-        except RequestError as refused:
-            error = refused
-        return _cut(request, call.answer) if call.answer else error_response(error)
+        return await serve(request, self._router.find(request.host, request.headers))
+
+
+async def serve(request: web.BaseRequest, revision: Revision) -> web.StreamResponse:
+    """One request for a revision that is known."""
+    call = _Call(request, revision)
+    try:
+        async with call.clock, revision.request():
+            return await _forward(call)
+    except TimeoutError:
+        error: RequestError = call.too_slow()
+    except RequestError as refused:
+        error = refused
+    return _cut(request, call.answer) if call.answer else error_response(error)
 
 
 class _Call:

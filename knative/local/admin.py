@@ -24,6 +24,7 @@ from knative.local.feed import Feed
 from knative.local.logs import Logs
 from knative.local.manifest import tag_label
 from knative.local.metrics import Metrics
+from knative.local.queue_watch import QueueWatch
 from knative.local.service import LiveService
 from knative.local.weights import cached, sidecars
 
@@ -51,6 +52,7 @@ class Admin:
     def __init__(
         self,
         services: Mapping[tuple[str, str], LiveService],
+        queues: QueueWatch,
         status: Callable[[], dict[str, Any]],
         state_dir: Path,
         session: aiohttp.ClientSession,
@@ -62,7 +64,7 @@ class Admin:
         self._feed = Feed(status)
         self._logs = Logs(state_dir / "logs")
         self._volumes = state_dir / "volumes"
-        self._metrics = Metrics(services.values())
+        self._metrics = Metrics(services.values(), queues)
         self._session = session
         self._port = port
         self._page, self._policy = _page()

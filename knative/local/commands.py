@@ -1,4 +1,4 @@
-"""`relight status`, `relight invoke` and `relight logs`: a running platform from the terminal."""
+"""`relight status`, `relight invoke` and `relight logs`: a running platform from the terminal. (For its queues see messages.py.)"""
 
 import json
 import re
@@ -16,7 +16,7 @@ from knative.local.client import PIECE_BYTES, Client, explain, lines, parse
 from knative.local.errors import PlatformError
 
 
-def _where(command: Callable[..., None]) -> Callable[..., None]:
+def where(command: Callable[..., None]) -> Callable[..., None]:
     """The options that say which platform is meant."""
     admin = click.option(
         "--admin", metavar="URL", help=f"The platform's admin port. [default: as in --state-dir, or {address.DEFAULT_ADMIN}]"
@@ -28,7 +28,7 @@ def _where(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def _told() -> Any:
+def told() -> Any:
     """Our errors as one line and exit status 1."""
     try:
         yield
@@ -41,13 +41,13 @@ def _told() -> Any:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="The document of /api/status; with --watch one in each line.")
 @click.option("--watch", is_flag=True, help="Go on until Ctrl-C.")
-@_where
+@where
 def status(*, as_json: bool, watch: bool, admin: str | None, state_dir: Path) -> None:
-    """Show the Services of a running platform, and their pods."""
+    """Show the Services of a running platform, their pods, and the queues."""
     from rich.console import Console
     from rich.live import Live
 
-    with _told():
+    with told():
         client = Client(admin or address.find(state_dir))
         console = Console(highlight=False, emoji=False)
         if not watch:
@@ -74,7 +74,7 @@ def status(*, as_json: bool, watch: bool, admin: str | None, state_dir: Path) ->
 @click.option("--tag", help="To the revision that has this tag in `spec.traffic`.")
 @click.option("--content-type", default="application/json", show_default=True, help="What the body is.")
 @click.option("--stream", is_flag=True, help="Print the data of server-sent events, each as it comes.")
-@_where
+@where
 def invoke(
     *,
     name: str,
@@ -88,9 +88,9 @@ def invoke(
     state_dir: Path,
 ) -> None:
     """Send a request to the Service NAME (or NAMESPACE/NAME) and print the answer; the exit status is 1 if it is an error."""
-    with _told():
+    with told():
         client = Client(admin or address.find(state_dir))
-        body = _body(data)
+        body = read_body(data)
         namespace, _, service = name.rpartition("/")
         chosen = (method or ("GET" if path and body is None else "POST")).upper()
         query = {"namespace": namespace or "default", "service": service, "path": path or "/", "method": chosen}
@@ -115,10 +115,10 @@ def invoke(
 @click.option("--container", help="Whose output. [default: function, or the only one]")
 @click.option("--follow", "-f", is_flag=True, help="Go on with what is added, until Ctrl-C.")
 @click.option("--tail", default=200, show_default=True, type=click.IntRange(0, 10_000), help="How many lines to begin with.")
-@_where
+@where
 def logs(*, name: str, container: str | None, follow: bool, tail: int, admin: str | None, state_dir: Path) -> None:
-    """Print the log of a pod, or of the latest pod of the revision or Service NAME; logs outlive their pods."""
-    with _told():
+    """Print the log of a pod, or of the latest pod of the revision, Service or queue source NAME; logs outlive their pods."""
+    with told():
         client = Client(admin or address.find(state_dir))
         services = client.get("/api/status")["services"]
         namespace, pod, containers = _pod(client.get("/api/logs")["logs"], name, services)
@@ -137,17 +137,20 @@ def _pod(found: list[dict[str, Any]], name: str, services: list[dict[str, Any]])
     # A revision has a number, unless its template names it.
     named = [revision["name"] for service in services if service["name"] == wanted for revision in service["revisions"]]
     of_service = re.compile(rf"({'|'.join(map(re.escape, [wanted, *named]))}|{re.escape(wanted)}-\d{{5}})-[0-9a-f]+")
+    of_source = re.compile(rf"{re.escape(wanted)}-source-[0-9a-f]+")
     ours = [log for log in found if not namespace or log["namespace"] == namespace]
     match = next((log for log in ours if log["pod"] == wanted), None)
-    match = match or next((log for log in ours if of_service.fullmatch(log["pod"])), None)  # the latest is the first
+    for pattern in (of_service, of_source):
+        match = match or next((log for log in ours if pattern.fullmatch(log["pod"])), None)  # the latest is the first
     if match is None:
         known = ", ".join(dict.fromkeys(log["pod"] for log in ours[:20]))
-        raise PlatformError(f"no pod and no Service {name!r} has a log" + (f"; pods that have one: {known}" if known else " yet"))
+        raise PlatformError(f"no pod, Service or queue source {name!r} has a log" + (f"; pods that have one: {known}" if known else " yet"))
     key = match["namespace"], match["pod"]
     return *key, sorted(log["container"] for log in found if (log["namespace"], log["pod"]) == key)
 
 
-def _body(data: str | None) -> bytes | None:
+def read_body(data: str | None) -> bytes | None:
+    """What `--data` stands for. Raises PlatformError."""
     if data is None:
         return None
     if data == "-":

@@ -36,8 +36,8 @@ def found(wanted: int | None, environ: Mapping[str, str], folder: Path = Path("/
 
 
 def check(manifests: Manifests, devices: Sequence[str]) -> None:
-    """Raises ManifestError for a Service that could never run, as it asks for more devices than there are."""
-    for service in manifests.services:
+    """Raises ManifestError for what could never run, as it asks for more devices than there are."""
+    for service in manifests.workloads:
         containers = service.spec.containers
         if (wanted := sum(container.resources.gpus for container in containers)) > len(devices):
             index = max(range(len(containers)), key=lambda index: containers[index].resources.gpus)

@@ -1,10 +1,10 @@
-"""Servers that come with the platform, each a process of its own: started when a manifest names them, filled with seeds."""
+"""The server that comes with the platform, a process of its own: an object store and queues, started when a manifest names one of them."""
 
 import asyncio
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,8 @@ from knative.local.errors import PlatformError
 from knative.local.launch import Process
 from knative.local.process import ContainerProcess
 from knative.local.procfs import MARK
+from knative.local.queues import ACCOUNT, EMBEDDED, Queue
 
-# What manifests call the object store; the real address takes its place.
-OBJECT_STORE = "http://object-store.relight.localhost"
 START_LIMIT_S = 60.0
 LOOK_S = 0.05
 
@@ -37,23 +36,24 @@ class Seed:
         return cls(Path(directory), uri)
 
 
-class ObjectStore:
-    """The embedded S3 server, in memory. One that dies is started again, and filled again with the seeds."""
+class EmbeddedServer:
+    """Object storage and queues in memory. When it dies it is started again and filled with the seeds again; the queues are empty then."""
 
-    def __init__(self, port: int, log: Path, seeds: Sequence[Seed], tell: Callable[[str], object], mark: str = "") -> None:
+    def __init__(self, port: int, log: Path, tell: Callable[[str], object], mark: str = "") -> None:
         """tell: what happens to it, for a person. mark: see `procfs.MARK`."""
         self.address = f"http://127.0.0.1:{port}"
+        self.queues: list[str] = []  # by name; the dead-letter queues not among them
+        self._seeds: list[Seed] = []
         self._port = port
-        self._seeds = seeds
         self._tell = tell
         self._ended = asyncio.Event()
         self._mending: asyncio.Task[None] | None = None
         self._process = ContainerProcess(
             Process(
-                container="object-store",
+                container="embedded",
                 is_main=True,
-                argv=(sys.executable, "-m", "knative.local.object_store", str(port)),
-                env=dict(os.environ) | {MARK: f"{mark}object-store/"},
+                argv=(sys.executable, "-m", "knative.local.embedded_server", str(port)),
+                env=dict(os.environ) | {MARK: f"{mark}embedded/"},
                 cwd=None,
                 directories=(),
                 log=log,
@@ -64,16 +64,31 @@ class ObjectStore:
         )
 
     async def start(self) -> None:
-        """Returns once it answers and has the seeds. Raises PlatformError if it does not; it is to be stopped then too."""
+        """Returns once it answers. Raises PlatformError if it does not; it is to be stopped then too."""
         await self._process.start()
         if not await self._answers():
             said = "\n".join(self._process.tail(10))
-            raise PlatformError(f"the embedded object store did not start; it said:\n{said}")
-        self._tell(f"object store at {self.address}, in memory")
-        for seed in self._seeds:
-            await self.fill(seed)
+            raise PlatformError(f"the embedded object store and queues did not start; they said:\n{said}")
         self._ended.clear()
         self._mending = asyncio.create_task(self._mend())
+
+    async def serve_objects(self, seeds: Sequence[Seed]) -> None:
+        """Be an object store with these directories in it. Raises PlatformError."""
+        self._tell(f"object store at {self.address}, in memory")
+        for seed in seeds:
+            await self.fill(seed)
+        self._seeds += seeds
+
+    async def serve_queues(self, names: Iterable[str]) -> None:
+        """Have these queues, each with a dead-letter queue. Raises PlatformError."""
+        if new := [name for name in names if name not in self.queues]:
+            await self._create(new)
+            self.queues += new
+            self._tell(f"queues at {self.address}, in memory: {', '.join(new)}")
+
+    def queue_url(self, name: str) -> str:
+        """The address of a queue."""
+        return f"{self.address}/{ACCOUNT}/{name}"
 
     async def stop(self) -> None:
         """End it; what it held is gone."""
@@ -85,7 +100,7 @@ class ObjectStore:
     def _exited(self, ended: str) -> None:
         self._ended.set()
         if self._mending:
-            self._tell(f"object store {ended}; starting it again")
+            self._tell(f"object store and queues: the embedded server {ended}; starting it again")
 
     async def _mend(self) -> None:
         """Whenever it was started again it is empty: fill it."""
@@ -95,12 +110,21 @@ class ObjectStore:
             while not await self._answers():
                 pass
             try:
+                await self._create(self.queues)
                 for seed in self._seeds:
                     await self.fill(seed)
             except PlatformError as error:  # it died again, or the seed's directory is gone
                 self._tell(str(error))
             if not self._ended.is_set():
-                self._tell(f"object store is back, with what --seed names ({len(self._seeds)})")
+                queues = f", and {len(self.queues)} queues without their messages" if self.queues else ""
+                self._tell(f"object store is back, with what --seed names ({len(self._seeds)}){queues}")
+
+    async def _create(self, names: Iterable[str]) -> None:
+        def create() -> None:
+            for name in names:
+                Queue(self.queue_url(name), EMBEDDED).create()
+
+        await asyncio.to_thread(create)
 
     async def _answers(self) -> bool:
         """Whether it does, soon."""

@@ -1,24 +1,37 @@
-"""From a Service's template to the processes of one pod: commands, environments, directories, ports, probes. Starts nothing."""
+"""From the template of a Service or a source to the processes of one pod: commands, environments, directories, ports, probes.
 
+Starts nothing.
+"""
+
+import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from knative.local.errors import ManifestError
 from knative.local.limits import NO_LIMITS, Limits
-from knative.local.manifest import Manifests, Service
+from knative.local.manifest import Manifests, QueueSource, Service
 from knative.local.procfs import MARK
-from knative.local.schema import CPU, MEMORY, Container, ProbeSpec
+from knative.local.rules import AnyContainer
+from knative.local.schema import CPU, MEMORY, ProbeSpec
 
 # A process inherits our environment, but not what configures somebody else: a container has just what its manifest says.
 _NOT_INHERITED = re.compile(r"^(FUNCTION_|WEIGHTS_|QUEUE_SOURCE_|AWS_|K_|MAKE|PORT$|MFLAGS$)")
 
 # Two pods share this machine's ports, which in a cluster they would not.
 _PORT_SETTINGS = {"WEIGHTS_PORT", "FUNCTION_METRICS_PORT"}
+# Which queue a queue source polls, and where it tells of its work.
+QUEUE_URL, QUEUE_PORT = "QUEUE_SOURCE_URL", "QUEUE_SOURCE_PORT"
+LONGEST_GRACE_S = 30.0  # that a source has for what it holds: in a cluster nobody sits and waits for it
+
+# For containers that have no requests any more; so short that nothing on the way of a Ctrl-C takes long, even if all of it hangs.
+STOP_GRACE_S = 5.0
+
+Workload = Service | QueueSource
 
 
 @dataclass(frozen=True)
@@ -55,10 +68,11 @@ class Process:
 
 @dataclass(frozen=True)
 class PodPlan:
-    """What one pod is made of. `port`: where its user container listens."""
+    """What one pod is made of. `port`: where its main container listens, 0 if it does not. `grace_s`: from SIGTERM to SIGKILL."""
 
     port: int
     processes: tuple[Process, ...]
+    grace_s: float = STOP_GRACE_S
 
     @property
     def gpus(self) -> int:
@@ -77,11 +91,11 @@ class Places:
         """What lives as long as the pod."""
         return self.state_dir / "pods" / name
 
-    def log(self, service: Service, pod: str, container: str) -> Path:
+    def log(self, service: Workload, pod: str, container: str) -> Path:
         """A container's output; kept when the pod is gone."""
         return self.state_dir / "logs" / service.namespace / pod / f"{container}.log"
 
-    def volume(self, service: Service, pod: str, name: str) -> Path:
+    def volume(self, service: Workload, pod: str, name: str) -> Path:
         """A volume's directory: the pod's own for emptyDir; for the other kinds one that all pods share and that is kept."""
         source = next(volume for volume in service.spec.volumes if volume.name == name)
         if source.persistent_volume_claim:
@@ -93,9 +107,9 @@ class Places:
 
 def check_references(manifests: Manifests) -> None:
     """Raises ManifestError for a reference to a ConfigMap or Secret that is not there."""
-    for service in manifests.services:
-        for index in range(len(service.spec.containers)):
-            _declared_env(service, index, manifests)
+    for workload in manifests.workloads:
+        for index in range(len(workload.spec.containers)):
+            _declared_env(workload, index, manifests)
 
 
 def plan_pod(
@@ -116,50 +130,92 @@ def plan_pod(
     main = service.user_container
     declared = main.ports[0].container_port if main.ports else 8080
     ports = {declared: free_port()}
-    for container in service.spec.containers:
-        for port in _own_ports(container):
-            ports.setdefault(port, free_port())
-    processes = []
-    for index, container in enumerate(service.spec.containers):
+    given = {"K_SERVICE": service.name, "K_CONFIGURATION": service.name, "K_REVISION": revision}
+    plan = _Plan(service, pod, places, manifests, free_port, addresses, ports, given)
+    index = service.spec.containers.index(main)
+    return PodPlan(ports[declared], plan.processes(index, {"PORT": str(ports[declared])}, ProbeSpec()))
+
+
+def plan_source(
+    source: QueueSource, *, pod: str, sink: str, places: Places, free_port: Callable[[], int], addresses: Mapping[str, str]
+) -> PodPlan:
+    """The processes of a source; each is told its sink, an address, as a SinkBinding does it. For the rest see `plan_pod`."""
+    given = {"K_SINK": sink}
+    if source.declared.ce_overrides.extensions:
+        given["K_CE_OVERRIDES"] = json.dumps({"extensions": source.declared.ce_overrides.extensions})
+    environments = [_declared_env(source, index, source.manifests) for index in range(len(source.spec.containers))]
+    index = next((index for index, env in enumerate(environments) if QUEUE_URL in env), 0)
+    ports: dict[int, int] = {}
+    own: dict[str, str] = {}
+    if QUEUE_URL in (env := environments[index]):
+        declared = env.get(QUEUE_PORT, "")
+        port = free_port()
+        ports = {int(declared): port} if declared.isdigit() else {}
+        own = {QUEUE_PORT: str(port)}
+    plan = _Plan(source, pod, places, source.manifests, free_port, addresses, ports, given)
+    return PodPlan(
+        int(own.get(QUEUE_PORT, 0)), plan.processes(index, own), min(LONGEST_GRACE_S, source.spec.termination_grace_period_seconds)
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the processes of one pod have in common. `ports`: the local one for each declared one. `given`: variables that all have."""
+
+    workload: Workload
+    pod: str
+    places: Places
+    manifests: Manifests
+    free_port: Callable[[], int]
+    addresses: Mapping[str, str]
+    ports: dict[int, int]
+    given: Mapping[str, str]
+
+    def processes(self, main: int, own: Mapping[str, str], default: ProbeSpec | None = None) -> tuple[Process, ...]:
+        """All of them. main: the index of the one that has the variables `own`, and `default` for want of a readiness probe."""
+        containers: Sequence[AnyContainer] = self.workload.spec.containers
+        for container in containers:
+            for port in _own_ports(container):
+                if port not in self.ports:
+                    self.ports[port] = self.free_port()
+        return tuple(
+            self._process(index, container, own if index == main else {}, default if index == main else None, is_main=index == main)
+            for index, container in enumerate(containers)
+        )
+
+    def _process(self, index: int, container: AnyContainer, own: Mapping[str, str], default: ProbeSpec | None, *, is_main: bool) -> Process:
+        workload, ports = self.workload, self.ports
         mounts = {
-            mount.mount_path.rstrip("/"): places.volume(service, pod, mount.name) / mount.sub_path for mount in container.volume_mounts
+            mount.mount_path.rstrip("/"): self.places.volume(workload, self.pod, mount.name) / mount.sub_path
+            for mount in container.volume_mounts
         }
-        env = _declared_env(service, index, manifests)
+        env = _declared_env(workload, index, self.manifests)
         env = {
             name: str(ports.get(int(value), value)) if name.endswith("_PORT") and value.isdigit() else value for name, value in env.items()
         }
-        if container is main:
-            env["PORT"] = str(ports[declared])
-        env |= {"K_SERVICE": service.name, "K_CONFIGURATION": service.name, "K_REVISION": revision}
-        here = _rewriter(mounts, addresses)
+        env |= {**own, **self.given}
+        here = _rewriter(mounts, self.addresses)
         env = {name: here(value) for name, value in env.items()}
         argv = tuple(_expand(here(word), env) for word in (*container.command, *container.args))
         limits = _limits(container)
-        env |= _threads(env, limits) | {MARK: f"{places.mark}{service.namespace}/{pod}/{container.name}/"}
-
-        probe = partial(_probe, declared=declared, ports=ports, here=here)
-        readiness = container.readiness_probe
-        if readiness is None and container is main:
-            readiness = ProbeSpec()  # Knative's default for the container that is called: its port is open
-        processes.append(
-            Process(
-                container=container.name,
-                is_main=container is main,
-                argv=argv,
-                env=inherited() | env,
-                cwd=Path(here(container.working_dir)) if container.working_dir else None,
-                directories=tuple(mounts.values()),
-                log=places.log(service, pod, container.name),
-                readiness=probe(readiness, every_s=1),
-                liveness=probe(container.liveness_probe, every_s=10),
-                startup=probe(container.startup_probe, every_s=10),
-                limits=limits,
-            )
+        env |= _threads(env, limits) | {MARK: f"{self.places.mark}{workload.namespace}/{self.pod}/{container.name}/"}
+        probe = partial(_probe, container=container, ports=ports, here=here)
+        return Process(
+            container=container.name,
+            is_main=is_main,
+            argv=argv,
+            env=inherited() | env,
+            cwd=Path(here(container.working_dir)) if container.working_dir else None,
+            directories=tuple(mounts.values()),
+            log=self.places.log(workload, self.pod, container.name),
+            readiness=probe(container.readiness_probe or default, every_s=1),
+            liveness=probe(container.liveness_probe, every_s=10),
+            startup=probe(container.startup_probe, every_s=10),
+            limits=limits,
         )
-    return PodPlan(ports[declared], tuple(processes))
 
 
-def _own_ports(container: Container) -> set[int]:
+def _own_ports(container: AnyContainer) -> set[int]:
     """Ports that a variable tells the container to open: those that its probes ask, and those of our own programs.
 
     A port that is probed and named by no variable is fixed in the program, and cannot be moved.
@@ -173,7 +229,7 @@ def _own_ports(container: Container) -> set[int]:
     return {port for name, port in told if name in _PORT_SETTINGS or port in asked}
 
 
-def _limits(container: Container) -> Limits:
+def _limits(container: AnyContainer) -> Limits:
     limits = container.resources.limits
     memory = limits.get(MEMORY)
     return Limits(limits.get(CPU) or None, int(memory) if memory else None, container.resources.gpus)
@@ -189,7 +245,7 @@ def _threads(env: Mapping[str, str], limits: Limits) -> dict[str, str]:
     return {"FUNCTION_TORCH_THREADS": str(max(1, min(int(limits.cpus), len(os.sched_getaffinity(0)) - 1)))}
 
 
-def _declared_env(service: Service, index: int, manifests: Manifests) -> dict[str, str]:
+def _declared_env(service: Workload, index: int, manifests: Manifests) -> dict[str, str]:
     env: dict[str, str] = {}
     container = service.spec.containers[index]
     for number, source in enumerate(container.env_from):
@@ -220,7 +276,7 @@ def _declared_env(service: Service, index: int, manifests: Manifests) -> dict[st
 
 
 def _missing(
-    service: Service, path: str, kind: str, name: str, objects: Mapping[tuple[str, str], Mapping[str, str]], key: str | None = None
+    service: Workload, path: str, kind: str, name: str, objects: Mapping[tuple[str, str], Mapping[str, str]], key: str | None = None
 ) -> ManifestError:
     held = objects.get((service.namespace, name))
     if held is not None:
@@ -260,11 +316,15 @@ def inherited() -> dict[str, str]:
     return env
 
 
-def _probe(spec: ProbeSpec | None, *, declared: int, ports: Mapping[int, int], here: Callable[[str], str], every_s: float) -> Probe | None:
+def _probe(
+    spec: ProbeSpec | None, *, container: AnyContainer, ports: Mapping[int, int], here: Callable[[str], str], every_s: float
+) -> Probe | None:
     if spec is None:
         return None
     target = spec.http_get or spec.tcp_socket
-    port = target.port if target and isinstance(target.port, int) and target.port else declared
+    asked = target.port if target else None
+    own = [port.container_port for port in container.ports if port.name == asked or not asked]
+    port = asked if asked and isinstance(asked, int) else next(iter(own), 8080)
     return Probe(
         port=ports.get(port, port),
         path=spec.http_get.path if spec.http_get else None,

@@ -1,11 +1,11 @@
-"""Read manifests: plain YAML in, checked Services, ConfigMaps and Secrets out."""
+"""Read manifests: plain YAML in, checked Services, queue sources, ConfigMaps and Secrets out."""
 
 import base64
 import binascii
 import difflib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -17,14 +17,26 @@ from knative.autoscaler import ScaleSpec, SpecError
 from knative.autoscaler.config import HPA, KPA
 from knative.autoscaler.spec import ANNOTATION_PREFIX
 from knative.local.errors import ManifestError
-from knative.local.rules import broken_rules
-from knative.local.schema import ConfigMap, Container, Metadata, PodSpec, Secret, ServiceObject, Template, TrafficTarget
+from knative.local.rules import broken_rules, broken_source_rules
+from knative.local.schema import (
+    ConfigMap,
+    Container,
+    ContainerSourceObject,
+    ContainerSourceSpec,
+    Metadata,
+    PodSpec,
+    Secret,
+    ServiceObject,
+    SourcePodSpec,
+    Template,
+    TrafficTarget,
+)
 
 # Fields of a Kubernetes pod that somebody may well write here, and what is to be said then.
 _NOT_HERE = {
     "grpc": "gRPC probes are not run here; allowed are httpGet, tcpSocket and exec",
     "initContainers": "init containers are not run here; let a container's command do what is to be done first",
-    "lifecycle": "Knative refuses lifecycle hooks; let the command do it, and end on SIGTERM",
+    "lifecycle": "Knative refuses lifecycle hooks in a Service, and they are not run here; let the command do it, and end on SIGTERM",
     "privileged": "Knative refuses privileged containers",
     "replicas": "a Knative Service has no replicas; see the annotations min-scale and max-scale of spec.template.metadata",
     "restartPolicy": "Knative refuses it; containers are always started again",
@@ -35,6 +47,10 @@ _NOT_HERE = {
 M = TypeVar("M", bound=BaseModel)
 
 SERVING = "serving.knative.dev/v1"
+SOURCES = "sources.knative.dev/v1"
+# What manifests call the embedded object store and the embedded queues; the real address takes their place.
+OBJECT_STORE = "http://object-store.relight.localhost"
+QUEUES = "http://queue.relight.localhost"
 AUTOSCALER_CONFIG = "config-autoscaler"
 FEATURES_CONFIG = "config-features"
 ROLLOUT = "relight/rollout"  # of a Service: what a Deployment calls its strategy
@@ -54,6 +70,9 @@ _LEFT_ALONE = {
     "PrometheusRule",
     "ServiceAccount",
 }
+# A queue as SQS names it. A cluster knows a Service by the second of these, with the namespace in it.
+_QUEUE = re.compile(rf"{re.escape(QUEUES)}/[0-9]{{12}}/([-\w]{{1,75}}(?:\.fifo)?)")
+_IN_CLUSTER = re.compile(r"https?://([-a-z0-9]+)\.([-a-z0-9]+)\.svc(?:\.cluster\.local)?(/.*)?")
 # What belongs to another class of autoscaler, which measures what nobody measures here.
 _OF_THE_CLASS = ("class", "metric", "target", "target-utilization-percentage")
 
@@ -101,11 +120,49 @@ class Service:
         return next((c for c in self.spec.containers if c.ports), self.spec.containers[0])
 
 
+@dataclass(frozen=True)
+class QueueSource:
+    """A ContainerSource as it stands in a file: a program that turns messages into requests of a Service."""
+
+    file: str
+    where: str  # in the file
+    metadata: Metadata
+    declared: ContainerSourceSpec
+    manifests: "Manifests" = field(repr=False, compare=False)  # what it was read with: its ConfigMaps and Secrets
+
+    @property
+    def name(self) -> str:
+        """The source's name."""
+        return self.metadata.name
+
+    @property
+    def namespace(self) -> str:
+        """The source's namespace."""
+        return self.metadata.namespace
+
+    @property
+    def spec(self) -> SourcePodSpec:
+        """Its pod."""
+        return self.declared.template.spec
+
+    @property
+    def sink(self) -> tuple[tuple[str, str] | None, str]:
+        """The Service that gets the events, as (namespace, name), with the path there; or None and an address."""
+        sink = self.declared.sink
+        if sink.ref:
+            return (sink.ref.namespace or self.namespace, sink.ref.name), sink.uri or ""
+        assert sink.uri
+        if found := _IN_CLUSTER.fullmatch(sink.uri):
+            return (found[2], found[1]), found[3] or ""
+        return None, sink.uri
+
+
 @dataclass
 class Manifests:
     """Everything of use in the files that were read."""
 
     services: list[Service] = field(default_factory=list)
+    sources: list[QueueSource] = field(default_factory=list)
     config_maps: dict[tuple[str, str], Mapping[str, str]] = field(default_factory=dict)  # by (namespace, name)
     secrets: dict[tuple[str, str], Mapping[str, str]] = field(default_factory=dict)
 
@@ -115,13 +172,26 @@ class Manifests:
         data = next((data for (_, name), data in self.config_maps.items() if name == FEATURES_CONFIG), {})
         return data.get("tag-header-based-routing", "").lower() == "enabled"
 
+    @property
+    def workloads(self) -> list[Service | QueueSource]:
+        """Whatever has pods."""
+        return [*self.services, *self.sources]
+
     def mentions(self, text: str) -> bool:
         """Whether `text` stands anywhere in an environment or an argument."""
-        values = [value for data in (*self.config_maps.values(), *self.secrets.values()) for value in data.values()]
-        for service in self.services:
-            for container in service.spec.containers:
-                values += [*container.command, *container.args, *(variable.value for variable in container.env)]
-        return any(text in value for value in values)
+        return any(text in value for value in self._values())
+
+    @property
+    def queues(self) -> list[str]:
+        """The names of the embedded queues that stand in an environment or an argument."""
+        return sorted({name for value in self._values() for name in _QUEUE.findall(value)})
+
+    def _values(self) -> Iterator[str]:
+        for data in (*self.config_maps.values(), *self.secrets.values()):
+            yield from data.values()
+        for workload in self.workloads:
+            for container in workload.spec.containers:
+                yield from (*container.command, *container.args, *(variable.value for variable in container.env))
 
 
 def tag_label(tag: str, service: str) -> str:
@@ -147,28 +217,35 @@ def read_manifests(sources: Sequence[tuple[str, str]]) -> Manifests:
                 raise ManifestError(file, where, "metadata.name: found none; each object needs a name")
             if kind == "Service" and document["apiVersion"] == SERVING:
                 pending.append((file, where, _parse(ServiceObject, document, file, where)))
+            elif kind == "ContainerSource" and document["apiVersion"] == SOURCES:
+                manifests.sources.append(_source(file, where, _parse(ContainerSourceObject, document, file, where), manifests))
             elif kind == "ConfigMap":
                 config_map = _parse(ConfigMap, document, file, where)
+                _check_queues(file, f"{where}: data", config_map.data.items())
                 if name == AUTOSCALER_CONFIG:
                     _scale(file, f"{where}: data", {}, 0, config_map.data)
                 manifests.config_maps[config_map.metadata.namespace, name] = config_map.data
             elif kind == "Secret":
                 secret = _parse(Secret, document, file, where)
-                manifests.secrets[secret.metadata.namespace, name] = _decoded(secret, file, where)
+                manifests.secrets[secret.metadata.namespace, name] = data = _decoded(secret, file, where)
+                _check_queues(file, f"{where}: data", data.items())
             elif kind not in _LEFT_ALONE:
                 raise ManifestError(
                     file,
                     where,
-                    f"found {document['apiVersion']} {kind}; allowed are {SERVING} Service, v1 ConfigMap and Secret"
-                    f" (and, without effect here, {', '.join(sorted(_LEFT_ALONE))})",
+                    f"found {document['apiVersion']} {kind}; allowed are {SERVING} Service, {SOURCES} ContainerSource, v1 ConfigMap and"
+                    f" Secret (and, without effect here, {', '.join(sorted(_LEFT_ALONE))})",
                 )
     autoscaler_config = next((data for (_, name), data in manifests.config_maps.items() if name == AUTOSCALER_CONFIG), {})
     for file, where, item in pending:
         manifests.services.append(_service(file, where, item, autoscaler_config, manifests))
     if not manifests.services:
         raise ManifestError(", ".join(file for file, _ in sources), "", f"found no {SERVING} Service")
-    _check_unique(manifests.services)
+    _check_unique("Service", manifests.services)
+    _check_unique("ContainerSource", manifests.sources)
     _check_hosts(manifests.services)
+    for source in manifests.sources:
+        _check_sink(source)
     return manifests
 
 
@@ -299,6 +376,36 @@ def _service(file: str, where: str, item: ServiceObject, autoscaler_config: Mapp
     return Service(file, where, item.metadata, item.spec.template, traffic, scale, manifests)
 
 
+def _source(file: str, where: str, item: ContainerSourceObject, manifests: Manifests) -> QueueSource:
+    for path, message in broken_source_rules(item):
+        raise ManifestError(file, f"{where}: {path}", message)
+    for index, container in enumerate(item.spec.template.spec.containers):
+        at = f"{where}: spec.template.spec.containers[{index}].env"
+        _check_queues(file, at, ((variable.name, variable.value) for variable in container.env))
+    return QueueSource(file, where, item.metadata, item.spec, manifests)
+
+
+def _check_queues(file: str, where: str, values: Iterable[tuple[str, str]]) -> None:
+    """Whether what begins as the address of an embedded queue is one."""
+    for name, value in values:
+        if value.startswith(f"{QUEUES}/") and value != f"{QUEUES}/" and not _QUEUE.fullmatch(value):
+            raise ManifestError(file, f"{where}: {name}", f"found {value!r}; an embedded queue is {QUEUES}/000000000000/NAME")
+
+
+def _check_sink(source: QueueSource) -> None:
+    target, _ = source.sink
+    services = [(service.namespace, service.name) for service in source.manifests.services]
+    if target is None or target in services:
+        return
+    field = "ref" if source.declared.sink.ref else "uri"
+    known = ", ".join(name if namespace == source.namespace else f"{namespace}/{name}" for namespace, name in services)
+    raise ManifestError(
+        source.file,
+        f"{source.where}: spec.sink.{field}",
+        f"found Service {target[1]!r} of namespace {target[0]!r}, which is in no manifest here; there are {known}",
+    )
+
+
 def _check_traffic(file: str, where: str, traffic: Sequence[TrafficTarget]) -> None:
     """Knative's rules (knative/serving 98e5ef90aa, pkg/apis/serving/v1/route_validation.go)."""
     tags: dict[str, int] = {}
@@ -353,12 +460,10 @@ def _decoded(item: Secret, file: str, where: str) -> Mapping[str, str]:
     return decoded | item.string_data
 
 
-def _check_unique(services: Sequence[Service]) -> None:
+def _check_unique(kind: str, found: Sequence[Service | QueueSource]) -> None:
     seen: dict[tuple[str, str], str] = {}
-    for service in services:
-        key = service.namespace, service.name
+    for item in found:
+        key = item.namespace, item.name
         if key in seen:
-            raise ManifestError(
-                service.file, f"Service {service.name}", f"stands twice in namespace {service.namespace} (first in {seen[key]})"
-            )
-        seen[key] = service.file
+            raise ManifestError(item.file, f"{kind} {item.name}", f"stands twice in namespace {item.namespace} (first in {seen[key]})")
+        seen[key] = item.file

@@ -1,4 +1,4 @@
-"""The platform's `/metrics`: what each Service does, in Prometheus' text format."""
+"""The platform's `/metrics`: what each Service and each queue source does, in Prometheus' text format."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -9,18 +9,21 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 
 from knative.local.pod import Phase
+from knative.local.queue_watch import QueueWatch
 from knative.local.service import LiveService
 
 LABELS = ["namespace", "service"]
 REVISION = [*LABELS, "revision"]
+SOURCE = ["namespace", "source"]
 
 
 class Metrics:
-    """Reads the Services when somebody asks; keeps nothing."""
+    """Reads the Services and the queues when somebody asks; keeps nothing."""
 
-    def __init__(self, services: Iterable[LiveService]) -> None:
+    def __init__(self, services: Iterable[LiveService], queues: QueueWatch) -> None:
         """services: as many as there are whenever they are asked for."""
         self._services = services
+        self._queues = queues
 
     def text(self) -> bytes:
         """Everything."""
@@ -30,6 +33,33 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """One family after the other."""
+        yield from self._of_services()
+        yield from self._of_sources()
+
+    def _of_sources(self) -> Iterator[Metric]:
+        done = CounterMetricFamily("relight_queue_source_done", "Messages that are done with.", labels=SOURCE)
+        retried = CounterMetricFamily("relight_queue_source_retried", "Deliveries that were to be tried again.", labels=SOURCE)
+        waiting = GaugeMetricFamily("relight_queue_source_depth", "Messages that wait in the queue.", labels=SOURCE)
+        in_flight = GaugeMetricFamily(
+            "relight_queue_source_in_flight", "Messages that somebody has taken and not yet deleted.", labels=SOURCE
+        )
+        oldest = GaugeMetricFamily("relight_queue_source_oldest_age_seconds", "Age of the oldest message in the queue.", labels=SOURCE)
+        dead = GaugeMetricFamily("relight_queue_source_dead", "Messages in the dead-letter queue.", labels=SOURCE)
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {
+            "done": done,
+            "retried": retried,
+            "depth": waiting,
+            "in_flight": in_flight,
+            "oldest_age_s": oldest,
+            "dead": dead,
+        }
+        for source in self._queues.status()[0]:
+            for name, family in families.items():
+                if source[name] is not None:
+                    family.add_metric([source["namespace"], source["name"]], source[name])
+        yield from families.values()
+
+    def _of_services(self) -> Iterator[Metric]:
         requests = CounterMetricFamily("relight_requests", "Requests that came.", labels=LABELS)
         concurrency = GaugeMetricFamily("relight_concurrency", "Requests in the system, those that wait included.", labels=LABELS)
         queued = GaugeMetricFamily("relight_queued", "Requests that wait for a pod.", labels=LABELS)

@@ -19,22 +19,24 @@ import aiohttp
 from aiohttp import web
 from rich.markup import escape
 
-from knative.local.activator import Activator
+from knative.local.activator import Activator, error_response, serve
 from knative.local.address import announce
 from knative.local.admin import Admin
 from knative.local.devices import Devices, check, found
-from knative.local.embedded import OBJECT_STORE, ObjectStore, Seed
-from knative.local.errors import PlatformError
+from knative.local.embedded import EmbeddedServer, Seed
+from knative.local.errors import PlatformError, Stopping
 from knative.local.fork_server import PROGRAM, ForkServer
-from knative.local.launch import Places, check_references, plan_pod
+from knative.local.launch import Places, check_references, plan_pod, plan_source
 from knative.local.limits import Limiter, delegated
-from knative.local.manifest import Manifests, Service, Sources
+from knative.local.manifest import OBJECT_STORE, QUEUES, Manifests, QueueSource, Service, Sources
 from knative.local.pod import Pod
 from knative.local.procfs import end_marked
+from knative.local.queue_watch import QueueWatch
 from knative.local.revision import Revision
 from knative.local.router import Router
 from knative.local.schema import CPU, MEMORY
 from knative.local.service import LiveService
+from knative.local.source import LiveSource
 from knative.local.terminal import Terminal
 from knative.local.watch import Watch
 
@@ -42,8 +44,8 @@ HOST = "127.0.0.1"
 LONG_START_S = 15.0
 
 
-def key(service: Service) -> tuple[str, str]:
-    """What a Service is known by."""
+def key(service: Service | QueueSource) -> tuple[str, str]:
+    """What a Service, or a source, is known by."""
     return service.namespace, service.name
 
 
@@ -79,9 +81,14 @@ class Platform:
             key(service): LiveService(service, self._make_pod, terminal) for service in self._manifests.services
         }
         self._leaving: dict[LiveService, asyncio.Task[None]] = {}  # they stand in no manifest any more
+        self._queue_sources: dict[tuple[str, str], LiveSource] = {}
+        self._leaving_sources: set[asyncio.Task[None]] = set()
+        self._sink_ports: dict[tuple[str, str], int] = {}  # by the Service that they lead to
+        self._sink_listeners = AsyncExitStack()
+        self._queue_watch: QueueWatch | None = None
         self._router = Router()
         self._session: aiohttp.ClientSession | None = None
-        self._store: ObjectStore | None = None
+        self._embedded: EmbeddedServer | None = None
         self._fork_server: ForkServer | None = None
         self._limiter = Limiter()  # until a manifest has limits
         self._limiter_told = False
@@ -122,22 +129,30 @@ class Platform:
         started.callback(self._terminal.close)
         # For probes. No connection is kept: an idle one would keep a pod that is told to end waiting for its next request.
         self._session = await started.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)))
+        self._queue_watch = QueueWatch(self._queue_sources.values, self._session)
         started.push_async_callback(self._stop_helpers)
         await self._start_helpers(self._manifests)
         started.push_async_callback(self._stop_services)
         self._update_router()
         await self._listen(started, self._settings.port, Activator(self._router).handle)
-        admin = Admin(self._services, self.status, self._settings.state_dir, self._session, self._settings.port)
+        await started.enter_async_context(self._sink_listeners)
+        admin = Admin(self._services, self._queue_watch, self.status, self._settings.state_dir, self._session, self._settings.port)
         await self._listen(started, self._settings.admin_port, admin.handle)
         started.push_async_callback(admin.close)  # before its port, which would wait for those who watch
         started.callback(announce(self._settings.state_dir, f"http://{HOST}:{self._settings.admin_port}"))
         services = [live.service for live in self._services.values()]
         urls = [f"http://{service.name}.{self._domain(service)}" for service in services]
         default = self._services[self._find_default(self._manifests)].service
-        self._terminal.serving(services, urls, default, self._settings.port, self._settings.admin_port)
-        started.callback(self._close_services)  # before the ports: who is held is to be answered while that is possible
+        for source in self._manifests.sources:
+            await self._add_source(source)
+        queue_sources = [live.status() for live in self._queue_sources.values()]
+        self._terminal.serving(services, urls, queue_sources, default, self._settings.port, self._settings.admin_port)
+        started.push_async_callback(self._end_sources)  # before the ports: who is held is to be answered while that is possible
         for live in self._services.values():
             live.start()
+        for source_live in self._queue_sources.values():
+            source_live.start()
+        self._queue_watch.start()
         if self._fork_server:
             self._fork_server.start()  # last: it waits for pods that start now
 
@@ -190,6 +205,7 @@ class Platform:
                 live.apply(service)
         self._services.update(new)
         self._update_router()
+        await self._reload_sources(manifests.sources)
         for live in gone:
             self._terminal.about(live.service.name, "stands in no manifest any more: its pods go")
             live.leave()
@@ -199,6 +215,49 @@ class Platform:
             live.start()
         if self._fork_server and self._fork_server is not fork_server:
             self._fork_server.start()
+
+    async def _reload_sources(self, sources: Sequence[QueueSource]) -> None:
+        """End those that stand in no manifest any more, start those that are new; one that was changed is both, as a Deployment's pod."""
+        wanted = {key(source): source for source in sources}
+        for name, live in list(self._queue_sources.items()):
+            if wanted.get(name) != live.source:
+                self._terminal.about(
+                    live.source.name, "was changed: it starts anew" if name in wanted else "stands in no manifest any more"
+                )
+                ending = asyncio.create_task(self._queue_sources.pop(name).stop())
+                self._leaving_sources.add(ending)
+                ending.add_done_callback(self._leaving_sources.discard)
+        for name, source in wanted.items():
+            if name not in self._queue_sources:
+                await self._add_source(source)
+                self._queue_sources[name].start()
+
+    async def _add_source(self, source: QueueSource) -> None:
+        """Plan it, and open the way to its sink. Raises PlatformError."""
+        service, rest = source.sink
+        sink = f"http://{HOST}:{await self._sink_port(service)}{rest}" if service else rest
+        self._queue_sources[key(source)] = LiveSource(source, lambda name: self._make_source_pod(source, name, sink))
+
+    async def _sink_port(self, service: tuple[str, str]) -> int:
+        """A port that leads to one Service alone: not every program knows that `minilm.default.localhost` is this machine."""
+
+        async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            if live := self._services.get(service):
+                return await serve(request, live.choose())
+            return error_response(Stopping(f"Service {service[1]} stands in no manifest any more"))
+
+        if service not in self._sink_ports:
+            port = self._free_port()
+            await self._listen(self._sink_listeners, port, handle)
+            self._sink_ports[service] = port
+        return self._sink_ports[service]
+
+    async def _end_sources(self) -> None:
+        """Let them finish or give back what they hold, which needs the Services' pods and the queues; who waits for a pod is answered."""
+        ending = [asyncio.ensure_future(live.stop()) for live in self._queue_sources.values()]
+        await asyncio.sleep(0)  # they are told first, so that a refusal is no reason to try again
+        self._close_services()
+        await asyncio.gather(*ending, *self._leaving_sources)
 
     async def _see_off(self, live: LiveService) -> None:
         await live.gone()
@@ -220,44 +279,62 @@ class Platform:
     def status(self) -> dict[str, Any]:
         """The document of `/api/status`."""
         address = f"http://{HOST}:{self._settings.port}/"
+        sources, queues = self._queue_watch.status() if self._queue_watch else ([], [])
         return {
             "now": round(time.time(), 3),
             "services": [live.status(self._domain(live.service), address) for live in self._services.values()],
             "manifests": {"problem": self._problem},
-            "queue_sources": [],
+            "queue_sources": sources,
+            "queues": queues,
             "fork_server": self._fork_server and self._fork_server.status(),
             "limits": self._limiter.describe(),
             "gpus": self._devices.status(),
         }
 
     async def _start_helpers(self, manifests: Manifests) -> None:
-        """The object store, the limits and the fork server, as soon as a manifest has a use for them. Raises PlatformError."""
-        if not self._store and (self._settings.seeds or manifests.mentions(OBJECT_STORE)):
-            log = self._settings.state_dir / "logs" / "object-store.log"
-            self._store = ObjectStore(self._free_port(), log, self._settings.seeds, self._terminal.say, self._places.mark)
-            try:
-                await self._store.start()
-            except PlatformError:
-                await self._store.stop()
-                self._store = None
-                raise
-            self._addresses[OBJECT_STORE] = self._store.address
+        """The embedded server, the limits and the fork server, as soon as a manifest has a use for them. Raises PlatformError."""
+        await self._start_embedded(manifests)
         self._set_limits(manifests)
         commands = [(*container.command, *container.args)[1:] for s in manifests.services for container in s.spec.containers]
         if not self._fork_server and self._settings.fork_server and PROGRAM in commands:
             log = self._settings.state_dir / "logs" / "fork-server.log"
             self._fork_server = ForkServer(log, self._is_starting, self._terminal.say, self._places.mark)
 
+    async def _start_embedded(self, manifests: Manifests) -> None:
+        wants_objects = bool(self._settings.seeds) or manifests.mentions(OBJECT_STORE)
+        wants_queues = manifests.mentions(QUEUES)
+        if not self._embedded and (wants_objects or wants_queues):
+            log = self._settings.state_dir / "logs" / "embedded.log"
+            self._embedded = EmbeddedServer(self._free_port(), log, self._terminal.say, self._places.mark)
+        if not self._embedded:
+            return
+        try:
+            if not self._addresses:
+                await self._embedded.start()
+            if wants_objects and OBJECT_STORE not in self._addresses:
+                await self._embedded.serve_objects(self._settings.seeds)
+                self._addresses[OBJECT_STORE] = self._embedded.address
+            if wants_queues:
+                await self._embedded.serve_queues(manifests.queues)
+                self._addresses[QUEUES] = self._embedded.address
+        except PlatformError:
+            if not self._addresses:
+                await self._embedded.stop()
+                self._embedded = None
+            raise
+        assert self._queue_watch
+        self._queue_watch.embedded = self._embedded
+
     def _set_limits(self, manifests: Manifests) -> None:
         """Say once which mechanism holds containers to their limits, as soon as there are any."""
-        containers = [container for service in manifests.services for container in service.spec.containers]
+        containers = [container for workload in manifests.workloads for container in workload.spec.containers]
         if not self._limiter_told and any({CPU, MEMORY} & container.resources.limits.keys() for container in containers):
             self._limiter_told = True
             self._limiter = Limiter(delegated())
             self._terminal.say(f"resources.limits: {self._limiter.explain()}")
 
     async def _stop_helpers(self) -> None:
-        await asyncio.gather(*(helper.stop() for helper in (self._fork_server, self._store) if helper))
+        await asyncio.gather(*(helper.stop() for helper in (self._queue_watch, self._fork_server, self._embedded) if helper))
 
     def _is_starting(self) -> bool:
         """Whether somebody may be waiting for a pod that starts; one that takes long is not waited for."""
@@ -298,6 +375,20 @@ class Platform:
             self._limiter,
             self._devices,
             revision.needs,
+        )
+
+    def _make_source_pod(self, source: QueueSource, name: str, sink: str) -> Pod:
+        plan = plan_source(source, pod=name, sink=sink, places=self._places, free_port=self._free_port, addresses=self._addresses)
+        assert self._session is not None
+        return Pod(
+            name,
+            plan,
+            self._places.pod(name),
+            self._session,
+            on_change=lambda _: None,
+            on_exit=lambda pod, ended: self._terminal.about(source.name, f"{pod.name}: {ended}"),
+            limiter=self._limiter,
+            devices=self._devices,
         )
 
     def _make_room(self, missing: int, claimant: str) -> None:

@@ -26,9 +26,6 @@ from knative.local.process import ContainerProcess, tail
 START_PROBE_S = 0.025
 QUICK_PROBE_S, QUICK_S = 0.01, 0.3
 START_LOOK_S = 0.1  # whether a startup probe is due
-# For containers that have no requests any more; so short that nothing on the way of a Ctrl-C takes long, even if all of it hangs.
-STOP_GRACE_S = 5.0
-
 Phase = Literal["pending", "starting", "ready", "draining"]
 
 
@@ -146,7 +143,10 @@ class Pod:
                     self._tasks.append(asyncio.create_task(self._watch_readiness(container, process.readiness)))
                 if process.liveness:
                     self._tasks.append(asyncio.create_task(self._watch_liveness(container, process.liveness)))
-        self._on_change(self)
+        if any(process.readiness for process in self.plan.processes):
+            self._on_change(self)
+        else:
+            self._judge()
 
     async def _take_devices(self) -> bool:
         """Wait for its GPUs; whether it has them. The progress deadline does not count meanwhile."""
@@ -192,7 +192,7 @@ class Pod:
         async with self._spawning:
             for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(*(container.stop(STOP_GRACE_S) for container in self._containers))
+            await asyncio.gather(*(container.stop(self.plan.grace_s) for container in self._containers))
         self._devices.give_back(self.name)
         await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
 
@@ -203,6 +203,11 @@ class Pod:
             self._idle.set()
             self._devices.look()
         self.on_room()
+
+    @property
+    def failed(self) -> bool:
+        """Whether one of its processes has ended and waits to be started again."""
+        return self.phase in ("starting", "ready") and any(container.last_exit and not container.running for container in self._containers)
 
     def last_words(self, lines: int = 12) -> str:
         """The last lines of each container's log, for whoever asks why it is not ready."""

@@ -52,7 +52,7 @@ class Metadata(_Strict):
 
 
 class ServiceMetadata(Metadata):
-    """`metadata` of a Service, whose name is part of a host name."""
+    """`metadata` of a Service or a source, whose name is part of host names and of paths."""
 
     name: Label
 
@@ -213,9 +213,15 @@ class VolumeMount(_Strict):
     sub_path: str = ""
 
 
-class Container(_Strict):
-    """A container, of which one machine needs the command, its environment, its ports, probes and mounts."""
+class SourcePort(_Strict):
+    """A port of a container that is no function: any number of them, under names of their own."""
 
+    container_port: int = Field(ge=1, le=65535)
+    name: str = ""
+    protocol: Literal["TCP"] = "TCP"
+
+
+class _ContainerFields(_Strict):
     name: Label = "user-container"
     image: str = ""
     image_pull_policy: str = ""
@@ -223,7 +229,6 @@ class Container(_Strict):
     args: list[str] = []
     env: list[EnvVar] = []
     env_from: list[EnvFrom] = []
-    ports: list[ContainerPort] = Field([], max_length=1)
     liveness_probe: ProbeSpec | None = None
     readiness_probe: ProbeSpec | None = None
     startup_probe: ProbeSpec | None = None
@@ -231,6 +236,18 @@ class Container(_Strict):
     security_context: SecurityContext = SecurityContext()
     volume_mounts: list[VolumeMount] = []
     working_dir: str | None = None
+
+
+class Container(_ContainerFields):
+    """A container, of which one machine needs the command, its environment, its ports, probes and mounts."""
+
+    ports: list[ContainerPort] = Field([], max_length=1)
+
+
+class SourceContainer(_ContainerFields):
+    """A container of a source, which nobody calls."""
+
+    ports: list[SourcePort] = []
 
 
 class ClaimSource(_Strict):
@@ -256,19 +273,8 @@ class Volume(_Strict):
     host_path: HostPathSource | None = None
 
 
-class PodSpec(_Strict):
-    """`spec.template.spec`.
-
-    Seconds, all three from a request's arrival, its cold start included: timeout to the end of its answer, response_start_timeout to the
-    first byte, idle_timeout to the first byte and from one to the next.
-    """
-
-    containers: list[Container] = Field(min_length=1)
+class _PodFields(_Strict):
     volumes: list[Volume] = []
-    container_concurrency: int = Field(0, ge=0, le=1000)
-    timeout_seconds: int = Field(DEFAULT_TIMEOUT_S, ge=0, le=600)  # 0 is the default, as in Knative; of the next two it is "none"
-    response_start_timeout_seconds: int | None = Field(None, ge=0, le=600)
-    idle_timeout_seconds: int | None = Field(None, ge=0, le=600)
     enable_service_links: bool | None = None
     service_account_name: str | None = None
     automount_service_account_token: bool | None = None
@@ -279,6 +285,20 @@ class PodSpec(_Strict):
     runtime_class_name: str | None = None
     priority_class_name: str | None = None
     security_context: dict[str, Any] = {}
+
+
+class PodSpec(_PodFields):
+    """`spec.template.spec` of a Service.
+
+    Seconds, all three from a request's arrival, its cold start included: timeout to the end of its answer, response_start_timeout to the
+    first byte, idle_timeout to the first byte and from one to the next.
+    """
+
+    containers: list[Container] = Field(min_length=1)
+    container_concurrency: int = Field(0, ge=0, le=1000)
+    timeout_seconds: int = Field(DEFAULT_TIMEOUT_S, ge=0, le=600)  # 0 is the default, as in Knative; of the next two it is "none"
+    response_start_timeout_seconds: int | None = Field(None, ge=0, le=600)
+    idle_timeout_seconds: int | None = Field(None, ge=0, le=600)
 
     @field_validator("timeout_seconds")
     @classmethod
@@ -324,6 +344,60 @@ class ServiceObject(_Strict):
     kind: Literal["Service"]
     metadata: ServiceMetadata
     spec: ServiceSpec
+
+
+class SourcePodSpec(_PodFields):
+    """`spec.template.spec` of a source; its pod has so many seconds to end as `terminationGracePeriodSeconds` says."""
+
+    containers: list[SourceContainer] = Field(min_length=1)
+    termination_grace_period_seconds: int = Field(30, ge=0)
+    restart_policy: Literal["Always"] = "Always"
+
+
+class SourceTemplate(_Strict):
+    """`spec.template` of a source."""
+
+    metadata: Metadata = Metadata()
+    spec: SourcePodSpec
+
+
+class SinkRef(_Strict):
+    """Who gets the events, by name."""
+
+    api_version: str
+    kind: str
+    name: Label
+    namespace: Label | None = None
+
+
+class Sink(_Strict):
+    """`spec.sink`: by name, by address, or by name with a path below it."""
+
+    ref: SinkRef | None = None
+    uri: str | None = None
+
+
+class EventOverrides(_Strict):
+    """`spec.ceOverrides`: attributes that every event gets."""
+
+    extensions: dict[Annotated[str, Field(pattern="^[a-z0-9]+$")], str] = {}
+
+
+class ContainerSourceSpec(_Strict):
+    """`spec` of a ContainerSource."""
+
+    template: SourceTemplate
+    sink: Sink
+    ce_overrides: EventOverrides = EventOverrides()
+
+
+class ContainerSourceObject(_Strict):
+    """A Knative ContainerSource: a program that sends events to a sink."""
+
+    api_version: Literal["sources.knative.dev/v1"]
+    kind: Literal["ContainerSource"]
+    metadata: ServiceMetadata
+    spec: ContainerSourceSpec
 
 
 class ConfigMap(_Strict):

@@ -12,6 +12,8 @@ Row = Sequence[str]
 SERVICE_HEAD = ("SERVICE", "STATE", "PODS", "BUSY", "QUEUED", "REQUESTS", "P50", "P95", "P99", "LAST START", "URL")
 REVISION_HEAD = ("REVISION", "STATE", "TRAFFIC", "PODS", "BUSY", "REQUESTS", "TAGS")
 POD_HEAD = ("POD", "PHASE", "BUSY", "AGE", "RESTARTS", "WEIGHTS")
+SOURCE_HEAD = ("QUEUE SOURCE", "PHASE", "QUEUE", "SINK", "WAITING", "IN FLIGHT", "OLDEST", "DONE", "RETRIED", "DEAD", "RESTARTS")
+QUEUE_HEAD = ("QUEUE", "WAITING", "IN FLIGHT", "OLDEST", "DEAD")
 _MARKS = {"zero": "○", "pending": "◌", "starting": "◐", "ready": "●", "draining": "↓", "failed": "✕"}
 _STYLES = {"zero": "dim", "pending": "yellow", "starting": "yellow", "ready": "green", "draining": "blue", "failed": "red"}
 
@@ -29,7 +31,7 @@ def service_rows(status: dict[str, Any]) -> Iterator[Row]:
         ready = sum(pod["phase"] == "ready" for pod in service["pods"])
         latency, starts = service["latency"], service["cold_starts"]
         yield (
-            service["name"] if service["namespace"] == "default" else f"{service['namespace']}/{service['name']}",
+            _full_name(service),
             service["state"],
             f"{ready}/{service['desired']}",
             str(service["concurrency"]),
@@ -57,8 +59,46 @@ def revision_rows(status: dict[str, Any]) -> Iterator[Row]:
                 )
 
 
+def source_rows(status: dict[str, Any]) -> Iterator[Row]:
+    """A row for each queue source."""
+    for source in status["queue_sources"]:
+        yield (
+            _full_name(source),
+            source["phase"],
+            source["queue"] or "-",
+            source["sink"],
+            *_in_queue(source),
+            str(source["done"]),
+            str(source["retried"]),
+            _number(source["dead"]),
+            str(sum(source["restarts"].values())),
+        )
+
+
+def queue_rows(status: dict[str, Any]) -> Iterator[Row]:
+    """A row for each queue that no source polls, as are those that results go to."""
+    polled = {source["queue_url"] for source in status["queue_sources"]}
+    for queue in status["queues"]:
+        if queue["url"] not in polled:
+            yield queue["name"], *_in_queue(queue), _number(queue["dead"])
+
+
+def _full_name(found: dict[str, Any]) -> str:
+    return found["name"] if found["namespace"] == "default" else f"{found['namespace']}/{found['name']}"
+
+
+def _in_queue(found: dict[str, Any]) -> Iterator[str]:
+    yield from (_number(found["depth"]), _number(found["in_flight"]))
+    yield "-" if found["oldest_age_s"] is None else f"{found['oldest_age_s']:.0f} s"
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
 def _blocks(status: dict[str, Any]) -> Iterator[tuple[Row, list[Row]]]:
-    for head, rows in ((SERVICE_HEAD, service_rows), (REVISION_HEAD, revision_rows), (POD_HEAD, pod_rows)):
+    tables = (SERVICE_HEAD, service_rows), (REVISION_HEAD, revision_rows), (POD_HEAD, pod_rows), (SOURCE_HEAD, source_rows)
+    for head, rows in (*tables, (QUEUE_HEAD, queue_rows)):
         if found := list(rows(status)):
             yield head, found
 
@@ -66,6 +106,13 @@ def _blocks(status: dict[str, Any]) -> Iterator[tuple[Row, list[Row]]]:
 def _problems(status: dict[str, Any]) -> list[str]:
     """What a person has to look after."""
     failures = [service["failure"] for service in status["services"] if service["failure"]]
+    failures += [f"{queue['name']}: {queue['problem']}" for queue in status["queues"] if queue["problem"]]
+    failures += [
+        f"{_full_name(source)} is started again and again: {container} {ended}"
+        for source in status["queue_sources"]
+        for container, ended in source["exits"].items()
+        if source["phase"] == "failed"
+    ]
     problem = status["manifests"]["problem"]
     return [*failures, *([f"manifests not taken: {problem}"] if problem else [])]
 

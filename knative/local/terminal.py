@@ -2,7 +2,8 @@
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -38,15 +39,28 @@ class Terminal:
         """A line outside any service."""
         self.console.print(text, soft_wrap=True)
 
-    def serving(self, services: Sequence[Service], urls: Sequence[str], default: Service, port: int, admin_port: int) -> None:
-        """The platform takes requests."""
+    def serving(
+        self,
+        services: Sequence[Service],
+        urls: Sequence[str],
+        sources: Sequence[Mapping[str, Any]],
+        default: Service,
+        port: int,
+        admin_port: int,
+    ) -> None:
+        """The platform takes requests. sources: their entries in the status document."""
         self.say("")
         for service, url in zip(services, urls, strict=True):
             scale = service.scale
             standing = "at zero: costs nothing until somebody calls" if not max(scale.initial_scale, scale.min_scale) else "starting"
             self.say(f"  [bold]{service.name}[/]  {url}  [dim]{standing}[/]")
+        for source in sources:
+            queue = f"queue {source['queue']}" if source["queue"] else "events"
+            self.say(f"  [bold]{source['name']}[/]  {escape(queue)} → {escape(source['sink'])}")
         body = default.example
         self.say(f"\n  call it   curl http://127.0.0.1:{port}/ -H 'Content-Type: application/json' -d {escape(shlex.quote(body))}")
+        for polled in [source["queue"] for source in sources if source["queue"]][:1]:
+            self.say(f"  send it   relight send {polled} --count 10")
         self.say(f"  watch it  http://127.0.0.1:{admin_port}/")
         self.say("  stop      Ctrl-C ends everything that was started\n")
 

@@ -1,6 +1,7 @@
 """The main job, from a function at zero to an answer from real weights and back, with every part a real process."""
 
 import contextlib
+import json
 import math
 import re
 import signal
@@ -36,6 +37,16 @@ class Demo:
         assert reply.status == 200, reply.body
         vectors: list[list[float]] = reply.json()["predictions"]
         return vectors
+
+    def queue(self, name: str) -> Any:
+        queues = request(self.admin_port, "GET", "/api/status").json()["queues"]
+        return next(queue for queue in queues if queue["name"] == name)
+
+    def relight(self, *words: str) -> str:
+        command = [str(BIN / "relight"), *words, "--state-dir", str(self.state)]
+        found = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=60, check=False)
+        assert (found.returncode, found.stderr) == (0, "")
+        return found.stdout
 
     def wait_for_zero(self) -> None:
         wait_until("zero pods", lambda: not self.service()["pods"] or None, 60)
@@ -90,7 +101,7 @@ def test_a_function_at_zero_answers_with_real_weights_and_returns_to_zero_and_re
 
     demo.wait_for_zero()
     # Without a store there is nothing that the second start could have fetched from.
-    store = next(pid for pid in Path("/proc").glob("[0-9]*") if is_child_of(pid, demo, b"knative.local.object_store"))
+    store = next(pid for pid in Path("/proc").glob("[0-9]*") if is_child_of(pid, demo, b"knative.local.embedded_server"))
     signal_process(store, signal.SIGSTOP)
     try:
         assert demo.predict(RELATED[0])[0] == pytest.approx(vectors[0], abs=1e-6)
@@ -100,13 +111,27 @@ def test_a_function_at_zero_answers_with_real_weights_and_returns_to_zero_and_re
     assert pod["weights"]["source"] == "cache"
 
 
-def test_the_terminal_tells_the_story(demo: Demo) -> None:
+def test_ten_messages_for_a_function_at_zero_are_one_cold_start_and_ten_results(demo: Demo) -> None:
     demo.wait_for_zero()
-    demo.predict("hello")
+    before = demo.service()
+    sent = demo.relight("send", "minilm", "--data", json.dumps({"instances": RELATED}), "--count", "10")
+    assert sent == "10 messages sent to minilm\n"
+    wait_until("ten results", lambda: demo.queue("minilm-results")["depth"] == 10)
+    results = [json.loads(line) for line in demo.relight("receive", "minilm-results").splitlines()]
+    assert len(results) == 10
+    assert all(len(vector) == 384 for result in results for vector in result["data"]["predictions"])
+    after = demo.service()
+    assert after["requests_total"] - before["requests_total"] == 10
+    known = {start["pod"] for start in before["cold_starts"]}
+    assert len([start for start in after["cold_starts"] if start["pod"] not in known]) == 1
+
+
+def test_the_terminal_tells_the_story(demo: Demo) -> None:
     demo.wait_for_zero()
     said = demo.server.said()
     for words in (
         "call it   curl http://127.0.0.1",
+        "send it   relight send minilm --count 10",
         "starting minilm-00001-",
         "1 request waiting",
         "ready after",

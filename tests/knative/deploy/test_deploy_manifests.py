@@ -36,6 +36,7 @@ RESERVED_PORTS = {8008, 8012, 8013, 8022, 8112, 9090, 9091}
 OF_KNATIVE = ("containerConcurrency", "timeoutSeconds", "responseStartTimeoutSeconds", "idleTimeoutSeconds")
 # Kinds that Kubernetes has no schema for, with the fields of their specs that we use: a misspelt one is not silently dropped here.
 OTHER_KINDS = {
+    "ContainerSource": {"sink", "ceOverrides", "template"},
     "PodMonitor": {"selector", "podMetricsEndpoints"},
     "PrometheusRule": {"groups"},
     "HTTPScaledObject": {"hosts", "scaleTargetRef", "replicas", "scalingMetric", "scaledownPeriod", "timeouts"},

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,6 +49,38 @@ def service(
                 },
                 "spec": {"containers": [main, *sidecars], "volumes": volumes, **(spec or {})},
             }
+        },
+    }
+
+
+QUEUE = "http://queue.relight.localhost/000000000000/"  # what manifests call the embedded queues
+
+
+def queue_source(name: str, sink: str, command: Sequence[str] = ("python", "-m", "knative.queue_source"), **env: str) -> dict[str, Any]:
+    """A ContainerSource that polls the embedded queue `name`, and sends what it finds to a Service; results go to `<name>-results`."""
+    settings = {
+        "QUEUE_SOURCE_URL": f"{QUEUE}{name}",
+        "QUEUE_SOURCE_RESULTS_URL": f"{QUEUE}{name}-results",
+        "QUEUE_SOURCE_CONCURRENCY": "4",
+        "QUEUE_SOURCE_HOST": "127.0.0.1",
+        "QUEUE_SOURCE_WAIT_S": "1",
+        "AWS_ENDPOINT_URL": QUEUE.removesuffix("/000000000000/"),
+        "AWS_ACCESS_KEY_ID": "relight",
+        "AWS_SECRET_ACCESS_KEY": "relight-local",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    container = {
+        "name": "poll",
+        "command": list(command),
+        "env": [{"name": key, "value": value} for key, value in (settings | env).items()],
+    }
+    return {
+        "apiVersion": "sources.knative.dev/v1",
+        "kind": "ContainerSource",
+        "metadata": {"name": f"{name}-events"},
+        "spec": {
+            "sink": {"ref": {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "name": sink}},
+            "template": {"spec": {"containers": [container]}},
         },
     }
 
@@ -108,6 +141,24 @@ class Platform:
             yield connection
         finally:
             connection.close()
+
+    def source(self, name: str) -> Any:
+        return next((source for source in self.status()["queue_sources"] if source["name"] == name), None)
+
+    def queue(self, name: str) -> Any:
+        return next(queue for queue in self.status()["queues"] if queue["name"] == name)
+
+    def relight(self, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        """A command that talks to this platform."""
+        return subprocess.run(
+            [BIN / "relight", *words, "--state-dir", str(self.state)],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=clean_environment(),
+            check=False,
+        )
 
     def wait_for(self, name: str, what: str, probe: Any, seconds: float = 30) -> Any:
         """The Service's status, as soon as `probe` says so of it."""

@@ -21,7 +21,7 @@ from tests.support import request, wait_until
 
 JOURNAL = str(Path(__file__).parent / "pods" / "journal.py")
 # What of a process's command line tells what it is.
-FUNCTION, SIDECAR, STORE = "pods/journal.py", "weights_cache serve", "knative.local.object_store"
+FUNCTION, SIDECAR, STORE = "pods/journal.py", "weights_cache serve", "knative.local.embedded_server"
 SETTINGS = {
     "AWS_ENDPOINT_URL": "http://object-store.relight.localhost",
     "AWS_ACCESS_KEY_ID": "relight",

@@ -127,7 +127,7 @@ def test_logs_are_those_of_a_pod_or_of_a_services_latest(platform: Platform) -> 
         assert relight("logs", name, state=platform.state).stdout == "a pod of its own\n"
     assert relight("logs", "echo", "--tail", "0", state=platform.state).stdout == ""
     found = relight("logs", "ech", state=platform.state)
-    assert (found.returncode, "no pod and no Service 'ech' has a log; pods that have one: " in found.stderr) == (1, True)
+    assert (found.returncode, "no pod, Service or queue source 'ech' has a log; pods that have one: " in found.stderr) == (1, True)
     found = relight("logs", "echo", "--container", "sidecar", state=platform.state)
     assert "has no container 'sidecar'; it has function" in found.stderr
 
@@ -175,8 +175,13 @@ def test_in_a_terminal_a_state_has_a_sign_and_a_failure_its_reason() -> None:
             for number, percent, tags in ((1, 90, {}), (2, 10, {"next": "http://next-x/"}))
         ],
     }
+    in_queue: dict[str, Any] = {"depth": 70, "in_flight": 8, "oldest_age_s": 12.3, "dead": None, "problem": None}
+    source = in_queue | {"name": "events", "namespace": "other", "phase": "failed", "queue": "work", "queue_url": "http://q/work"}
+    source |= {"sink": "[x]", "done": 31, "retried": 4, "restarts": {"poll": 6}, "exits": {"poll": "ended with status 3"}}
+    queues = [in_queue | {"name": "work", "url": "http://q/work"}, in_queue | {"name": "results", "url": "http://q/results", "dead": 5}]
+    document = {"now": 9.0, "services": [found], "manifests": {"problem": "a.yaml: [broken]"}, "queue_sources": [source], "queues": queues}
     screen = io.StringIO()
-    Console(file=screen, width=200).print(tables.rich({"now": 9.0, "services": [found], "manifests": {"problem": "a.yaml: [broken]"}}))
+    Console(file=screen, width=200).print(tables.rich(document))
     text = screen.getvalue()
     for expected in (
         "other/[x]",
@@ -191,6 +196,10 @@ def test_in_a_terminal_a_state_has_a_sign_and_a_failure_its_reason() -> None:
         "90 %",
         "next",
         "[broken]",
+        "other/events",
+        "12 s",
+        "results",
+        "other/events is started again and again: poll ended with status 3",
     ):
         assert expected in text, text
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.knative.local.running import Platform, platform_running, service
+from tests.knative.local.running import Platform, platform_running, queue_source, service
 from tests.support import wait_until
 
 CHROMIUM = shutil.which("chromium")
@@ -25,7 +26,10 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     echo = service("echo")
     echo["metadata"]["annotations"] = {"relight/example": json.dumps({"instances": [ODD]})}
     broken = service("broken", scale={"min-scale": "1"}, progress_deadline="1s", container={"command": BROKEN})
-    with platform_running(tmp_path_factory.mktemp("dashboard"), [echo, broken]) as running:
+    # Its queue is looked at, but nobody polls it: what is in it stays.
+    idle = queue_source("work", "echo", ["python", "-c", "import time; print('awake', flush=True); time.sleep(1000)"])
+    crashing = queue_source("never", "echo", BROKEN)
+    with platform_running(tmp_path_factory.mktemp("dashboard"), [echo, broken, idle, crashing]) as running:
         yield running
 
 
@@ -104,6 +108,31 @@ def test_everything_is_reached_with_the_tab_key_and_opened_with_enter(page: Page
     first.locator("summary").focus()
     page.keyboard.press("Enter")
     assert (first.get_attribute("open") is not None) != was_open
+
+
+def test_a_queue_source_is_seen_with_what_is_in_its_queue_and_its_log(page: Page, platform: Platform) -> None:
+    queues = page.locator("#queues")
+    source = queues.get_by_role("region", name="Queue source work-events")
+    expect(source.locator("header .badge")).to_have_text("ready")
+    expect(source).to_contain_text("queue work → echo")
+    platform.relight("send", "work", "--count", "7")
+    platform.relight("send", "never-results", "--data", ODD)
+    figures = [source.locator("dl > div", has_text=name).locator("dd") for name in ("Waiting", "In flight", "Done", "Retried", "Dead")]
+    for figure, expected in zip(figures, ("7", "0", "0", "0", "0"), strict=True):
+        expect(figure).to_have_text(expected)
+    expect(source.locator("dl > div", has_text="Oldest").locator("dd")).to_have_text(re.compile(r"\d+ s"))
+    row = queues.locator("tbody tr", has_text="never-results")
+    expect(row.locator("td").nth(1)).to_have_text("1")
+    expect(queues.locator("tbody tr")).to_have_count(2)  # those that no source polls
+    source.get_by_role("button", name="Log of work-events").click()
+    expect(page.get_by_role("log")).to_contain_text("awake")
+    page.keyboard.press("Escape")
+
+
+def test_a_queue_source_that_crashes_says_so_in_words(page: Page) -> None:
+    source = page.get_by_role("region", name="Queue source never-events")
+    expect(source.locator("header .badge")).to_have_text("failed")
+    expect(source).to_contain_text("poll ended with status 3; it is started again")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -1,4 +1,4 @@
-"""The object store that comes with the platform."""
+"""The object store and the queues that come with the platform."""
 
 import asyncio
 import os
@@ -6,8 +6,11 @@ import signal
 from pathlib import Path
 from urllib.request import urlopen
 
-from knative.local.embedded import ObjectStore, Seed
+from knative.local.embedded import EmbeddedServer, Seed
+from knative.local.queues import EMBEDDED, Depth, Queue
 from tests.support import free_port
+
+TOLD = [("object store", ""), ("queues", ": work"), ("queues", ": more")]
 
 
 async def told(said: list[str], text: str) -> None:
@@ -16,22 +19,28 @@ async def told(said: list[str], text: str) -> None:
             await asyncio.sleep(0.02)
 
 
-def test_a_store_that_dies_is_started_again_with_what_it_was_filled_with(tmp_path: Path) -> None:
+def test_a_server_that_dies_is_started_again_with_its_seeds_and_its_queues(tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "config.json").write_text("{}")
     said: list[str] = []
 
     async def main() -> None:
-        store = ObjectStore(free_port(), tmp_path / "log", [Seed(tmp_path / "small", "s3://models/small")], said.append)
-        await store.start()
+        store = EmbeddedServer(free_port(), tmp_path / "log", said.append)
         try:
-            assert said == [f"object store at {store.address}, in memory"]
+            await store.start()
+            await store.serve_objects([Seed(tmp_path / "small", "s3://models/small")])
+            await store.serve_queues(["work"])
+            await store.serve_queues(["work", "more"])
+            work = Queue(store.queue_url("work"), EMBEDDED)
+            await asyncio.to_thread(work.send, ["lost"], {}, "")
+            assert said == [f"{what} at {store.address}, in memory{of}" for what, of in TOLD]
             assert store._process._child
             os.kill(store._process._child.pid, signal.SIGKILL)
-            await told(said, "object store was ended by SIGKILL; starting it again")
-            await told(said, "object store is back, with what --seed names (1)")
+            await told(said, "the embedded server was ended by SIGKILL; starting it again")
+            await told(said, "object store is back, with what --seed names (1), and 2 queues without their messages")
             listed = await asyncio.to_thread(lambda: urlopen(f"{store.address}/models?list-type=2").read())  # noqa: S310
             assert b"small/config.json" in listed
+            assert await asyncio.to_thread(work.depth) == Depth(0, 0, 0)
         finally:
             await store.stop()
 

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from knative.local.embedded import OBJECT_STORE
 from knative.local.errors import ManifestError
-from knative.local.launch import Places, PodPlan, Probe, Process, plan_pod
+from knative.local.launch import Places, PodPlan, Probe, Process, plan_pod, plan_source
 from knative.local.limits import Limits
-from knative.local.manifest import read_manifests
+from knative.local.manifest import OBJECT_STORE, QUEUES, read_manifests
 
 STATE = Path("/state")
 STORE = "http://127.0.0.1:9999"
@@ -399,3 +398,70 @@ def test_python_is_the_one_that_the_packages_are_installed_for(path: str | None,
     assert found
     assert Path(found).parent == Path(sys.executable).parent
     assert process().env["PATH"].endswith(path or os.defpath)
+
+
+SINK = "http://127.0.0.1:9998"
+QUEUE_URL = f"{QUEUES}/000000000000/work"
+
+
+def plan_queue_source(container: Mapping[str, Any], *, objects: Sequence[Mapping[str, Any]] = (), **spec: Any) -> PodPlan:
+    """The pod of a source whose first container has these fields; `spec` is the source's."""
+    service = {
+        "apiVersion": "serving.knative.dev/v1",
+        "kind": "Service",
+        "metadata": {"name": "hello"},
+        "spec": {"template": {"spec": {"containers": [{"command": ["serve"]}]}}},
+    }
+    pod = {"containers": [{"name": "poll", "command": ["poll", "$(K_SINK)"], **container}], "terminationGracePeriodSeconds": 7}
+    source = {
+        "apiVersion": "sources.knative.dev/v1",
+        "kind": "ContainerSource",
+        "metadata": {"name": "events"},
+        "spec": {"sink": {"uri": SINK}, "template": {"spec": pod}, **spec},
+    }
+    (found,) = read_manifests([("hello.yaml", yaml.safe_dump_all([service, source, *objects]))]).sources
+    addresses = {OBJECT_STORE: STORE, QUEUES: STORE}
+    return plan_source(
+        found, pod="events-1", sink=SINK, places=Places(STATE), free_port=itertools.count(FIRST_PORT).__next__, addresses=addresses
+    )
+
+
+def test_a_source_is_told_its_sink_as_a_sink_binding_tells_it() -> None:
+    found = plan_queue_source({}, ceOverrides={"extensions": {"tenant": "a"}})
+    (poll,) = found.processes
+    assert poll.argv == ("poll", SINK)
+    assert poll.env["K_SINK"] == SINK
+    assert poll.env["K_CE_OVERRIDES"] == '{"extensions": {"tenant": "a"}}'
+    assert not {"K_SERVICE", "K_REVISION", "PORT", "QUEUE_SOURCE_PORT"} & poll.env.keys()
+    assert (poll.readiness, poll.log) == (None, Path("/state/logs/default/events-1/poll.log"))
+    assert (found.port, found.grace_s) == (0, 7)
+    assert "K_CE_OVERRIDES" not in plan_queue_source({}).processes[0].env
+
+
+def test_a_queue_source_has_the_embedded_queue_and_a_port_of_its_own() -> None:
+    probe = {"httpGet": {"path": "/readyz", "port": 9099}}
+    found = plan_queue_source({"env": env(QUEUE_SOURCE_URL=QUEUE_URL, QUEUE_SOURCE_PORT="9099"), "readinessProbe": probe})
+    (poll,) = found.processes
+    assert poll.env["QUEUE_SOURCE_URL"] == f"{STORE}/000000000000/work"
+    assert poll.env["QUEUE_SOURCE_PORT"] == str(found.port) == str(FIRST_PORT)
+    assert poll.readiness
+    assert poll.readiness.port == FIRST_PORT
+
+
+def test_the_port_of_a_queue_source_may_have_a_name_and_its_settings_come_from_elsewhere() -> None:
+    data = {"QUEUE_SOURCE_URL": QUEUE_URL, "QUEUE_SOURCE_PORT": "9099"}
+    flags = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "queue"}, "data": data}
+    found = plan_queue_source(
+        {
+            "envFrom": [{"configMapRef": {"name": "queue"}}],
+            "ports": [{"name": "metrics", "containerPort": 9099}],
+            "livenessProbe": {"httpGet": {"port": "metrics"}},
+        },
+        objects=[flags],
+    )
+    (poll,) = found.processes
+    assert poll.env["QUEUE_SOURCE_PORT"] == str(FIRST_PORT)
+    assert poll.liveness
+    assert poll.liveness.port == FIRST_PORT
+    (poll,) = plan_queue_source({"env": env(QUEUE_SOURCE_URL=QUEUE_URL)}).processes
+    assert poll.env["QUEUE_SOURCE_PORT"] == str(FIRST_PORT)

@@ -93,6 +93,9 @@ def test_our_local_overlay_is_a_function_at_zero_with_its_store_and_cache() -> N
     assert (minilm.scale.initial_scale, minilm.scale.stable_window_s, minilm.scale.progress_deadline_s) == (0, 10, 120)
     assert manifests.secrets["default", "weights-store"]["AWS_ENDPOINT_URL"] == "http://object-store.relight.localhost"
     assert manifests.mentions("object-store.relight.localhost")
+    (source,) = manifests.sources
+    assert source.sink == (("default", "minilm"), "")
+    assert manifests.queues == ["minilm", "minilm-results"]
 
 
 def test_our_default_overlay_is_read_too() -> None:
@@ -478,7 +481,7 @@ def test_a_mistake_in_a_service_is_told_with_file_and_path_and_what_is_allowed(p
         pytest.param(put(("metadata",), {}), "document 2 (Service): metadata.name: found none", id="no name"),
         pytest.param(put(("metadata",), None), "document 2 (Service): metadata.name: found none", id="no metadata"),
         pytest.param(
-            {**HELLO, "apiVersion": "v1"}, "found v1 Service; allowed are serving.knative.dev/v1 Service, v1 ConfigMap", id="core Service"
+            {**HELLO, "apiVersion": "v1"}, "found v1 Service; allowed are serving.knative.dev/v1 Service, sources.", id="core Service"
         ),
         pytest.param(
             {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "hello"}},
@@ -663,3 +666,114 @@ def test_the_stamp_of_files_is_another_when_one_is_written_replaced_added_or_rem
     (tmp_path).rmdir()
     note()
     assert [stamps.count(stamp) for stamp in stamps] == [2, 1, 1, 1, 2, 1]  # empty at the beginning, and again
+
+
+SOURCE: dict[str, Any] = {
+    "apiVersion": "sources.knative.dev/v1",
+    "kind": "ContainerSource",
+    "metadata": {"name": "events"},
+    "spec": {
+        "sink": {"ref": {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "name": "hello"}},
+        "template": {"spec": {"containers": [{"name": "poll", "command": ["poll"]}]}},
+    },
+}
+SINK = ("spec", "sink")
+QUEUE = "http://queue.relight.localhost/000000000000"
+
+
+def sink(value: dict[str, Any]) -> dict[str, Any]:
+    return put(SINK, value, SOURCE)
+
+
+def variable(name: str, value: str) -> dict[str, Any]:
+    return put((*FUNCTION, "env"), [{"name": name, "value": value}], SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        pytest.param(SOURCE["spec"]["sink"], (("default", "hello"), ""), id="by name"),
+        pytest.param(SOURCE["spec"]["sink"] | {"uri": "/events"}, (("default", "hello"), "/events"), id="by name, with a path"),
+        pytest.param({"uri": "http://hello.default.svc.cluster.local/a"}, (("default", "hello"), "/a"), id="by its address in a cluster"),
+        pytest.param({"uri": "https://elsewhere.example/a"}, (None, "https://elsewhere.example/a"), id="elsewhere"),
+    ],
+)
+def test_the_sink_of_a_source_is_a_service_or_an_address(value: dict[str, Any], expected: Any) -> None:
+    (source,) = read(HELLO, sink(value)).sources
+    assert (source.name, source.namespace, source.sink) == ("events", "default", expected)
+
+
+def test_a_source_may_have_what_a_pod_may_have_and_a_service_may_not() -> None:
+    document = put((*FUNCTION, "ports"), [{"name": "metrics", "containerPort": 9090}, {"name": "more", "containerPort": 8012}], SOURCE)
+    document = put((*SPEC, "terminationGracePeriodSeconds"), 90, document)
+    (source,) = read(HELLO, put((*SPEC, "serviceAccountName"), "reader", document)).sources
+    assert source.spec.termination_grace_period_seconds == 90
+
+
+def test_queues_that_stand_anywhere_are_known_by_name() -> None:
+    source = variable("QUEUE_SOURCE_URL", f"{QUEUE}/work")
+    manifests = read(HELLO, source, config_map("queues", A=f"{QUEUE}/a.fifo"), secret(stringData={"B": f"{QUEUE}/b"}))
+    assert manifests.queues == ["a.fifo", "b", "work"]
+    assert manifests.mentions("http://queue.relight.localhost")
+
+
+@pytest.mark.parametrize(
+    ("documents", "said"),
+    [
+        pytest.param([sink({})], "(ContainerSource events): spec.sink: found neither ref nor uri", id="no sink"),
+        pytest.param([put(("spec",), {"template": SOURCE["spec"]["template"]}, SOURCE)], "spec.sink: Field required", id="no sink at all"),
+        pytest.param([sink({"uri": "/a"})], "spec.sink.uri: found '/a'; must be an http address, or a path with a ref", id="half a sink"),
+        pytest.param(
+            [sink(SOURCE["spec"]["sink"] | {"uri": "http://a/b"})],
+            "spec.sink.uri: found 'http://a/b'; with a ref it must be a path that begins with /",
+            id="two sinks",
+        ),
+        pytest.param(
+            [sink({"ref": {"apiVersion": "eventing.knative.dev/v1", "kind": "Broker", "name": "default"}})],
+            "spec.sink.ref: found a eventing.knative.dev/v1 Broker; here a sink is a serving.knative.dev/v1 Service, or an address (uri)",
+            id="broker",
+        ),
+        pytest.param(
+            [put((*SINK, "ref", "name"), "hallo", SOURCE)],
+            "spec.sink.ref: found Service 'hallo' of namespace 'default', which is in no manifest here; there are hello",
+            id="nobody's name",
+        ),
+        pytest.param(
+            [sink({"uri": "http://hello.models.svc.cluster.local"})],
+            "spec.sink.uri: found Service 'hello' of namespace 'models', which is in no manifest here; there are hello",
+            id="address of nobody",
+        ),
+        pytest.param([put((*SINK, "reff"), {}, SOURCE)], "spec.sink.reff: there is no such field; did you mean ref?", id="misspelt"),
+        pytest.param(
+            [put((*FUNCTION, "command"), [], SOURCE)], "containers[0].command: found none; here images are not run", id="no command"
+        ),
+        pytest.param(
+            [variable("K_SINK", "http://a")], "containers[0].env[0].name: found 'K_SINK', which Knative sets itself", id="its sink"
+        ),
+        pytest.param(
+            [variable("QUEUE_SOURCE_URL", "http://queue.relight.localhost/work")],
+            "env: QUEUE_SOURCE_URL: found 'http://queue.relight.localhost/work'; an embedded queue is "
+            "http://queue.relight.localhost/000000000000/NAME",
+            id="half a queue",
+        ),
+        pytest.param(
+            [SOURCE, config_map("queues", A=f"{QUEUE}/a b")],
+            "(ConfigMap queues): data: A: found 'http://queue.relight.localhost/000000000000/a b'; an embedded queue is ",
+            id="queue of no name",
+        ),
+        pytest.param(
+            [put(("spec", "ceOverrides"), {"extensions": {"a-b": "c"}}, SOURCE)], "spec.ceOverrides.extensions.a-b", id="extension"
+        ),
+        pytest.param(
+            [put((*FUNCTION, "livenessProbe"), {"httpGet": {"port": "metrics"}}, SOURCE)],
+            "livenessProbe.httpGet.port: found metrics; must be a number, as this container has no ports of its own",
+            id="port of no container",
+        ),
+        pytest.param([SOURCE, SOURCE], "ContainerSource events: stands twice in namespace default (first in hello.yaml)", id="twice"),
+        pytest.param(
+            [put((*SPEC, "timeoutSeconds"), 3, SOURCE)], "spec.template.spec.timeoutSeconds: there is no such field", id="a Service's"
+        ),
+    ],
+)
+def test_a_mistake_in_a_source_is_told_with_its_place(documents: list[dict[str, Any]], said: str) -> None:
+    assert said in mistake(HELLO, *documents)

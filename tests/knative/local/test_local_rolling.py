@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from knative.local.embedded import OBJECT_STORE
+from knative.local.manifest import OBJECT_STORE
 from tests.knative.local.running import Platform, command, manifests, platform_running, service
 from tests.support import BIN, clean_environment, free_port, request, running, wait_until
 

@@ -150,6 +150,10 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, body: bytes, status: int = 200) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
+        if "ce-id" in self.headers:  # an event is answered with an event
+            self.send_header("Content-Type", "application/json")
+            for name in ("ce-specversion", "ce-id", "ce-source", "ce-type"):
+                self.send_header(name, self.headers[name])
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)

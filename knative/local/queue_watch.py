@@ -1,0 +1,99 @@
+"""What is in the queues: those of the embedded server and those of the sources, asked every few seconds."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import aiohttp
+
+from knative.local.embedded import EmbeddedServer
+from knative.local.queues import EMBEDDED, OLDEST, Depth, Queue, QueueError, queue_name
+from knative.local.source import ASK, LiveSource
+
+LOOK_S = 3.0  # between two looks; each is two requests for each queue
+ASKED_AT_ONCE = 4
+
+
+class QueueWatch:
+    """Asks, and remembers the latest answers."""
+
+    def __init__(self, sources: Callable[[], Iterable[LiveSource]], session: aiohttp.ClientSession) -> None:
+        """sources: those of each moment."""
+        self.embedded: EmbeddedServer | None = None  # once there is one
+        self._sources = sources
+        self._session = session
+        self._queues: dict[str, Queue] = {}  # by address
+        self._found: dict[str, Depth | str] = {}  # likewise: what is in it, or why that is not known
+        self._oldest: dict[str, float] = {}  # when it was sent, by the name of an embedded queue
+        self._threads = ThreadPoolExecutor(ASKED_AT_ONCE, "queues")
+        self._looking: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Look from now on."""
+        self._looking = asyncio.create_task(self._look())
+
+    async def stop(self) -> None:
+        """Do not wait for queues that have yet to answer."""
+        if self._looking:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def status(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The entries `queue_sources` and `queues` of `/api/status`."""
+        sources = [live.status() | self._describe(live.queue_url, live.oldest_held_s) for live in self._sources()]
+        return sources, [{"name": queue_name(url), "url": url} | self._describe(url) for url in sorted(self._wanted(), key=queue_name)]
+
+    def _describe(self, url: str | None, oldest_s: float | None = None) -> dict[str, Any]:
+        """oldest_s: the age of the oldest message as far as that is known, where the queue is not embedded."""
+        found = self._found.get(url or "")
+        depth = found if isinstance(found, Depth) else None
+        if url and self._is_embedded(url):
+            sent_at = self._oldest.get(queue_name(url))
+            oldest_s = None if sent_at is None else max(0.0, time.time() - sent_at)
+        return {
+            "depth": depth and depth.waiting,
+            "in_flight": depth and depth.in_flight,
+            "oldest_age_s": None if oldest_s is None else round(oldest_s, 1),
+            "dead": depth and depth.dead,
+            "problem": found if isinstance(found, str) else None,
+        }
+
+    def _is_embedded(self, url: str) -> bool:
+        return self.embedded is not None and url.startswith(f"{self.embedded.address}/")
+
+    def _wanted(self) -> dict[str, Mapping[str, str]]:
+        """The environment that counts, for each queue."""
+        embedded = {self.embedded.queue_url(name): EMBEDDED for name in self.embedded.queues} if self.embedded else {}
+        return {live.queue_url: live.env for live in self._sources() if live.queue_url} | embedded
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.gather(
+                *(self._ask(url, env) for url, env in self._wanted().items()),
+                *(live.count(self._session) for live in self._sources()),
+                self._ask_ages(),
+            )
+            await asyncio.sleep(LOOK_S)
+
+    async def _ask(self, url: str, env: Mapping[str, str]) -> None:
+        def ask() -> Depth:
+            if url not in self._queues:
+                self._queues[url] = Queue(url, env)
+            return self._queues[url].depth()
+
+        try:
+            self._found[url] = await asyncio.get_running_loop().run_in_executor(self._threads, ask)
+        except QueueError as error:
+            self._found[url] = str(error)
+
+    async def _ask_ages(self) -> None:
+        if not self.embedded or not self.embedded.queues:
+            return
+        try:
+            async with self._session.get(f"{self.embedded.address}{OLDEST}", timeout=ASK) as reply:
+                self._oldest = await reply.json()
+        except (aiohttp.ClientError, TimeoutError, ValueError):
+            pass  # it has died, and will be there again
