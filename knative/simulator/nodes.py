@@ -12,7 +12,7 @@ from knative.simulator.model import ColdStart, Nodes
 from knative.simulator.pod import PENDING, Pod
 
 if TYPE_CHECKING:
-    from knative.simulator.running import Running
+    from knative.simulator.replicas import Replicas
 
 
 class _Node:
@@ -31,9 +31,9 @@ class Cluster:
     def __init__(self, nodes: Nodes) -> None:
         self._warm = nodes.warm
         self._nodes = [_Node(nodes.gpus) for _ in range(nodes.count)] or [_Node(math.inf)]
-        self._pending: deque[tuple[Running, Pod]] = deque()
+        self._pending: deque[tuple[Replicas, Pod]] = deque()
 
-    def ask(self, now: float, owner: Running, pod: Pod) -> None:
+    def ask(self, now: float, owner: Replicas, pod: Pod) -> None:
         """Start the pod where there is room, now or later."""
         if not self._place(now, owner, pod):
             self._pending.append((owner, pod))
@@ -42,16 +42,16 @@ class Cluster:
         """The pod is gone; those that wait may start."""
         assert pod.node is not None
         self._nodes[pod.node].free += gpus
-        still: deque[tuple[Running, Pod]] = deque()
+        still: deque[tuple[Replicas, Pod]] = deque()
         while self._pending:
             owner, waiting = self._pending.popleft()
             if waiting.state == PENDING and not self._place(now, owner, waiting):
                 still.append((owner, waiting))
         self._pending = still
 
-    def _place(self, now: float, owner: Running, pod: Pod) -> bool:
+    def _place(self, now: float, owner: Replicas, pod: Pod) -> bool:
         """On the fullest node with room, one that has the weights first."""
-        gpus = owner.model.gpus
+        gpus = owner.gpus
         fitting = [
             (("weights", owner.name) not in node.has, node.free, index) for index, node in enumerate(self._nodes) if node.free >= gpus
         ]
