@@ -28,6 +28,8 @@ class Policy:
     source: ClassVar[str]  # where the algorithm is described
     period_s: float = 1.0  # between samples
     initial: int = 0  # pods that are there, and ready, when the trace begins
+    packs: ClassVar[bool] = False  # whether requests go to the first pod with room, and idle pods go first (only foresight has that)
+    hears_idle: ClassVar[bool] = False  # whether `pod_idle` is called
 
     def decide(self, now: float, sample: Sample) -> int | None:
         """The pods wanted at `now`; None: leave them as they are."""
@@ -39,6 +41,10 @@ class Policy:
 
     def pods_changed(self, now: float, ready: int) -> int | None:
         """As `decide`, as another pod is ready or gone."""
+        return None
+
+    def pod_idle(self, now: float, busy: int) -> int | None:
+        """As `decide`, as a pod has just answered its last request and nobody waits; `busy`: pods with requests."""
         return None
 
     def next_s(self, now: float, idle: bool) -> float:

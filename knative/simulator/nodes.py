@@ -1,0 +1,78 @@
+"""Where pods are placed: GPUs per node, what a node has already, and who waits."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from knative.simulator.model import ColdStart, Nodes
+from knative.simulator.pod import PENDING, Pod
+
+if TYPE_CHECKING:
+    from knative.simulator.running import Running
+
+
+class _Node:
+    """One node. `has`: when the image, or the weights, of a function are complete here."""
+
+    __slots__ = ("free", "has")
+
+    def __init__(self, gpus: float) -> None:
+        self.free = gpus
+        self.has: dict[tuple[str, str], float] = {}
+
+
+class Cluster:
+    """All nodes. A pod that fits nowhere is pending; of those that would fit, the one that has waited longest goes first."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        self._warm = nodes.warm
+        self._nodes = [_Node(nodes.gpus) for _ in range(nodes.count)] or [_Node(math.inf)]
+        self._pending: deque[tuple[Running, Pod]] = deque()
+
+    def ask(self, now: float, owner: Running, pod: Pod) -> None:
+        """Start the pod where there is room, now or later."""
+        if not self._place(now, owner, pod):
+            self._pending.append((owner, pod))
+
+    def release(self, now: float, gpus: int, pod: Pod) -> None:
+        """The pod is gone; those that wait may start."""
+        assert pod.node is not None
+        self._nodes[pod.node].free += gpus
+        still: deque[tuple[Running, Pod]] = deque()
+        while self._pending:
+            owner, waiting = self._pending.popleft()
+            if waiting.state == PENDING and not self._place(now, owner, waiting):
+                still.append((owner, waiting))
+        self._pending = still
+
+    def _place(self, now: float, owner: Running, pod: Pod) -> bool:
+        """On the fullest node with room, one that has the weights first."""
+        gpus = owner.model.gpus
+        fitting = [(("weights", owner.name) not in node.has, node.free, index) for index, node in enumerate(self._nodes) if node.free >= gpus]
+        if not fitting:
+            return False
+        pod.node = min(fitting)[2]
+        self._nodes[pod.node].free -= gpus
+        owner.start(now, pod)
+        return True
+
+    def cold_start_s(self, now: float, name: str, node: int, stages: ColdStart, rng: np.random.Generator) -> float:
+        """How long a pod takes to start on `node`, and what the node has from then on."""
+
+        def drawn(stage: str) -> float:
+            return float(getattr(stages, stage).sample(rng, 1)[0])
+
+        has = self._nodes[node].has
+        at = now + drawn("schedule")
+        for what, fetch in (("image", "image"), ("weights", "weights_store")):
+            complete = has.get((what, name))
+            if complete is None and not self._warm:
+                complete = at + drawn(fetch)
+            has[what, name] = complete = at if complete is None else complete
+            # Another pod on the node may be fetching it just now: one download per node.
+            at = max(at, complete)
+        return at + drawn("weights_cache") + drawn("imports") + drawn("load") - now
