@@ -70,7 +70,7 @@ def recommend(run: Run, slo: Slo, told: Callable[[int], object], done: Callable[
         new = [dict(key) for key in dict.fromkeys(map(_key, candidates)) if key not in tried]
         told(len(new))
         found = results([replace(train, knobs=knobs) for knobs in new], done) if new else []
-        tried.update(zip(map(_key, new), found, strict=True))
+        tried.update({_key(knobs): result for knobs, result in zip(new, found, strict=True)})
         return dict(min(tried, key=lambda key: _rank(slo, tried[key])))
 
     told(2)

@@ -9,10 +9,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from knative.simulator.engine import Finished, simulate
+from knative.simulator.engine import simulate
 from knative.simulator.model import FunctionModel, Nodes, read_model
 from knative.simulator.policies import make_policy
 from knative.simulator.result import Result
+from knative.simulator.running import Finished
 from knative.simulator.traces import OpenTrace, open_trace
 
 Part = tuple[float, float]  # from, to, in seconds of the trace
@@ -30,7 +31,7 @@ class Run:
     seed: int = 0
     part: Part | None = None  # of the trace; None: all of it
     history: str | None = None  # an earlier trace, for a policy that learns
-    history_part: Part | None = None  # of `history`, or where that is None of the trace itself
+    history_seed: int | None = None  # of what is sampled in it; None: as of the trace
 
     def open(self) -> OpenTrace:
         """Its trace. Raises BadTrace."""
@@ -50,10 +51,10 @@ class Run:
         return simulate(trace, model, policy, seed=self.seed, nodes=nodes, observe=observe)
 
     def _history(self) -> OpenTrace | None:
-        if self.history is None and self.history_part is None:
+        if self.history is None:
             return None
-        whole = open_trace(self.history or self.trace, function=None if self.history else self.function, seed=self.seed)
-        return whole.part(*self.history_part) if self.history_part else whole
+        seed = self.seed if self.history_seed is None else self.history_seed
+        return open_trace(self.history, function=self.function if self.history == self.trace else None, seed=seed)
 
     def with_settings(self, settings: Mapping[str, str]) -> Run:
         """The same with some things set: `policy`, settings of the model, and all else knobs of the policy."""

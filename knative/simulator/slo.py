@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knative.simulator.distribution import parse_seconds
-from knative.simulator.engine import Finished
 from knative.simulator.errors import SimulatorError
 from knative.simulator.result import Result
+from knative.simulator.running import Finished
 
 _TEXT = re.compile(r"p(\d{1,2}(?:\.\d+)?)\s*=\s*(\S+)")
 BLOCKS = 40  # that a trace is cut into, to see how much they differ
