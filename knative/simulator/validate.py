@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,7 @@ LOOK_S = 0.5  # between two looks at the platform
 READY_S = 120.0  # until the platform is up, or at zero again
 
 Floats = NDArray[np.float64]
+Found = TypeVar("Found")
 
 
 class ValidateError(SimulatorError):
@@ -204,18 +205,17 @@ class _Platform:
     ) -> tuple[list[float], float, Floats, list[tuple[float, int]]]:
         """Seconds that starts took and that a request takes besides; latencies (inf: no answer); (time, pods) at each look."""
         async with self._client() as client:
-            await self._until(client, "the platform is up", lambda status: status["fork_server"] is None or status["fork_server"]["warm"])
+            await self._until(client, "the platform is up", _is_up)
             starts = []
             for number in range(STARTS):
-                await self._until(client, "there is no pod", lambda status: not any(service["pods"] for service in status["services"]))
+                await self._until(client, "there is no pod", _is_empty)
                 await asyncio.sleep(LOOK_S)
                 await self._call(client, "measured", 0.0)
-                (service,) = (one for one in (await self._look(client))["services"] if one["name"] == "measured")
-                starts.append(float(service["pods"][0]["stages"]["ready"]))
+                starts.append(await self._until(client, "a start is told", _start_s))
                 told(f"start {number + 1} of {STARTS} took {starts[-1]:.3f} s")
             overhead_s = statistics.median([await self._call(client, "measured", 0.0) for _ in range(CALLS)])
             told(f"a request that takes no time took {overhead_s * 1000:.2f} ms")
-            await self._until(client, "there is no pod", lambda status: not any(service["pods"] for service in status["services"]))
+            await self._until(client, "there is no pod", _is_empty)
             told(f"replaying {len(times)} requests in {SPAN_S:g} s")
             began = time.monotonic()
             looking = asyncio.create_task(self._watch(client, began, told))
@@ -255,12 +255,13 @@ class _Platform:
         async with client.get(self._status) as reply:
             return await reply.json()
 
-    async def _until(self, client: Any, what: str, probe: Callable[[Any], bool]) -> None:
+    async def _until(self, client: Any, what: str, probe: Callable[[Any], Found | None]) -> Found:
+        """What `probe` makes of the platform's status, as soon as that is true."""
         end = time.monotonic() + READY_S
         while time.monotonic() < end and self._process.poll() is None:
             with suppress(OSError):  # it does not listen yet
-                if probe(await self._look(client)):
-                    return
+                if found := probe(await self._look(client)):
+                    return found
             await asyncio.sleep(0.1)
         said = self._log.read_text(errors="replace").strip()[-2000:]
         raise ValidateError(f"--validate: not so within {READY_S:g} s: {what}; `relight run` said:\n{said}")
@@ -275,6 +276,20 @@ class _Platform:
                 return time.monotonic() - began if reply.status == 200 else float("inf")
         except (OSError, TimeoutError):
             return float("inf")
+
+
+def _is_up(status: Any) -> bool:
+    return status["fork_server"] is None or bool(status["fork_server"]["warm"])
+
+
+def _is_empty(status: Any) -> bool:
+    return not any(service["pods"] for service in status["services"])
+
+
+def _start_s(status: Any) -> float | None:
+    """How long the pod took that shows it."""
+    (service,) = (one for one in status["services"] if one["name"] == "measured")
+    return next((float(pod["stages"]["ready"]) for pod in service["pods"] if "ready" in pod["stages"]), None)
 
 
 def _service(name: str, knobs: Mapping[str, str], timeout_s: float) -> dict[str, Any]:
