@@ -9,6 +9,7 @@ _COMMANDS = {
     "status": ("knative.local.commands", "status", "Show a running platform's Services and pods."),
     "invoke": ("knative.local.commands", "invoke", "Send a request to a Service."),
     "logs": ("knative.local.commands", "logs", "Print the log of a pod."),
+    "simulate": ("knative.simulator.cli", "simulate", "Try a policy on a trace of requests before paying for it."),
     "cluster": ("knative.deploy.cli", "cluster", "Bring manifests to a cluster; what `make deploy` and its like do."),
     "push": ("weights_cache.cli", "push", "Upload a directory of weights to object storage."),
     "pull": ("weights_cache.cli", "pull", "Bring weights into a node's cache."),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from heapq import heappop
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import numpy as np
 
 from knative.simulator.model import FunctionModel, Nodes
 from knative.simulator.nodes import Cluster
-from knative.simulator.policies.policy import Policy
+from knative.simulator.policy import Policy
 from knative.simulator.result import Result, total
 from knative.simulator.running import EXPIRES, Clock, Finished, Running
 from knative.simulator.trace import Trace
@@ -42,17 +41,21 @@ def simulate(
     *,
     seed: int,
     nodes: Nodes = ROOMY,
+    span_s: float = 0.0,
     horizon_s: float | None = None,
     observe: Callable[[Finished], object] | None = None,
+    index: int = 0,
 ) -> Result:
     """One function under a trace; the same for the same seed.
 
-    horizon_s: where it ends, whatever is still on its way; None: when the last request is over.
+    index: of which function of simulate_many it is to have the chance.
+    It ends when the last request is over, and not before span_s: the length of the trace, whose end may be quiet.
+    horizon_s: where it ends instead, whatever is still on its way.
     observe: called with each request when it is over.
     Raises TraceError or ModelError where the trace is not in order or does not go with the model.
     """
     functions = [Function("function", trace, model, policy)]
-    return simulate_many(functions, seed=seed, nodes=nodes, horizon_s=horizon_s, observe=observe).functions["function"]
+    return _simulate(functions, [seeds(seed, index)], nodes, span_s, horizon_s, observe).functions["function"]
 
 
 def simulate_many(
@@ -60,13 +63,26 @@ def simulate_many(
     *,
     seed: int,
     nodes: Nodes = ROOMY,
+    span_s: float = 0.0,
     horizon_s: float | None = None,
     observe: Callable[[Finished], object] | None = None,
 ) -> Results:
     """Several functions that share the nodes, each with a name and a policy of its own; otherwise as `simulate`."""
+    return _simulate(functions, [seeds(seed, index) for index in range(len(functions))], nodes, span_s, horizon_s, observe)
+
+
+def _simulate(
+    functions: Sequence[Function],
+    chances: Sequence[np.random.SeedSequence],
+    nodes: Nodes,
+    span_s: float,
+    horizon_s: float | None,
+    observe: Callable[[Finished], object] | None,
+) -> Results:
     clock, cluster = Clock(), Cluster(nodes)
     running = [
-        Running(one.name, one.trace, one.model, one.policy, clock, cluster, seeds(seed, index), observe) for index, one in enumerate(functions)
+        Running(one.name, one.trace, one.model, one.policy, clock, cluster, chance, observe)
+        for one, chance in zip(functions, chances, strict=True)
     ]
     for one in running:
         one.begin()
@@ -75,7 +91,7 @@ def simulate_many(
         clock.when(max(one.look(now) for one in running), EXPIRES, look)
 
     clock.when(1.0, EXPIRES, look)
-    end = _run(clock, math.inf if horizon_s is None else horizon_s)
+    end = _run(clock, span_s if horizon_s is None else horizon_s, cut=horizon_s is not None)
     results = {one.name: one.result(end) for one in running}
     return Results(results, total(results.values(), clock.pods.most))
 
@@ -85,15 +101,11 @@ def seeds(seed: int, index: int) -> np.random.SeedSequence:
     return np.random.SeedSequence((seed, index))
 
 
-def _run(clock: Clock, horizon_s: float) -> float:
-    """Let everything happen up to the horizon, or until no request is left where there is none; when that was."""
+def _run(clock: Clock, end_s: float, *, cut: bool) -> float:
+    """Let everything happen up to `end_s`, and unless it is to be `cut` there, until no request is left; when that was."""
     heap = clock.heap
     now = 0.0
-    to_the_end = horizon_s < math.inf
-    while heap and (clock.live or to_the_end):
-        at, _, handler, about = heappop(heap)
-        if at > horizon_s:
-            break
-        now = at
-        handler(at, about)
-    return horizon_s if to_the_end else now
+    while heap and (heap[0][0] <= end_s or (clock.live and not cut)):
+        now, _, handler, about = heappop(heap)
+        handler(now, about)
+    return end_s if cut else max(now, end_s)

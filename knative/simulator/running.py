@@ -19,7 +19,7 @@ import numpy as np
 from knative.simulator.model import FunctionModel
 from knative.simulator.nodes import Cluster
 from knative.simulator.pod import DRAINING, GONE, PENDING, READY, STARTING, Job, Pod
-from knative.simulator.policies.policy import Policy, Sample
+from knative.simulator.policy import Policy, Sample
 from knative.simulator.record import Course, Steps
 from knative.simulator.result import Latencies, Result
 from knative.simulator.rooms import rooms
