@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from knative.simulator import patch, tables
-from knative.simulator.errors import SimulatorError
+from knative.simulator.options import errors_in_one_line, read_knobs
 from knative.simulator.recommend import Recommendation, recommend
 from knative.simulator.result import Result
 from knative.simulator.runs import Run
@@ -53,9 +53,8 @@ def run_sweep(run: Run, axes: Sequence[str], by: str, png: Path | None, html: Pa
     with _progress(len(combinations(parsed)) + 1) as done:
         found = sweep(run, parsed, slo, done)
     _console().print(tables.swept(found, notes))
-    _files(
-        run, notes, found.points and {_named(point.settings): point.result for point in found.points if point.on_front}, found, png, html
-    )
+    best = {_named(point.settings): point.result for point in found.points if point.on_front}
+    _files(run, notes, best, found, png, html)
     if as_json:
         points = [tables.as_json(point.settings, point.result) | {"on_front": point.on_front} for point in found.points]
         oracle = found.oracle.result.to_json() if found.oracle else None
@@ -110,8 +109,8 @@ def recommend_(
 
     They are chosen on the first 60 % of the trace and judged on the rest. The exit status is 1 if the goal is not kept.
     """
-    try:
-        knobs = read_knobs(settings)
+    knobs = read_knobs(settings)
+    with errors_in_one_line():
         run = Run(trace, knobs=knobs, model=model, function=function, seed=seed)
         notes = run.open().notes
         with _growing() as (more, done):
@@ -119,8 +118,6 @@ def recommend_(
         text = patch.patch(found.annotations, found.container_concurrency, _why(run, found))
         unchecked = patch.check(text)
         patch.write(output, text)
-    except SimulatorError as err:
-        raise click.ClickException(str(err)) from None
     click.echo(tables.recommended(found, notes))
     click.echo(
         f"wrote {output}: "
@@ -130,17 +127,6 @@ def recommend_(
         click.echo(json.dumps(_document(found, output, unchecked is None)))
     if not found.is_met:
         raise SystemExit(1)
-
-
-def read_knobs(settings: Sequence[str]) -> dict[str, str]:
-    """NAME=VALUE texts as a dictionary; a later one wins. Raises click.UsageError for one without `=`."""
-    knobs: dict[str, str] = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or not name.strip():
-            raise click.UsageError(f"--set {setting}: must be NAME=VALUE, e.g. --set window=30s")
-        knobs[name.strip()] = value.strip()
-    return knobs
 
 
 def _document(found: Recommendation, output: Path, is_checked: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from knative.simulator.result import Result
 from knative.simulator.sweep import Point
@@ -17,6 +18,7 @@ from knative.simulator.sweep import Point
 # Of Okabe and Ito: told apart by people who see few colours.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#8C564B", "#7F7F7F", "#000000")
 INK, FAINT = "#24292f", "#d0d7de"
+MOST_NAMES = 12  # that can be read beside points
 LINES = ("-", "--", "-.", ":")
 
 
@@ -62,10 +64,20 @@ def latency_cdf(results: Mapping[str, Result], title: str) -> Figure:
         slower = 1 - shares * answered  # those without an answer are slower than any
         kept = slower > 0
         style = LINES[at // len(COLOURS) % len(LINES)]
-        axes.step(latencies[kept], slower[kept], where="post", color=COLOURS[at % len(COLOURS)], linestyle=style, linewidth=1.4, label=name)
+        axes.step(
+            latencies[kept],
+            slower[kept],
+            where="post",
+            color=INK if name == "oracle" else COLOURS[at % len(COLOURS)],
+            linestyle=style,
+            linewidth=1.4,
+            label=name,
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylim(top=1)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(_plain))
     for q in (0.95, 0.99):
         axes.axhline(1 - q, color=FAINT, linewidth=0.8, zorder=0)
         axes.annotate(f"p{q * 100:g}", (1, 1 - q), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="#6e7781")
@@ -81,31 +93,43 @@ def pareto(points: Sequence[Point], oracle: Point | None, percentile: str, title
     axes = figure.subplots()
     shown = [point for point in points if math.isfinite(point.latency_s)]
     policies = list(dict.fromkeys(point.settings.get("policy", "") for point in shown))
-    for at, policy in enumerate(policies):
+    colours = {policy: COLOURS[at % len(COLOURS)] for at, policy in enumerate(policies)}
+    by_colour = len(shown) > MOST_NAMES and len(policies) > 1  # too many points to name each
+    for policy, colour in colours.items():
         of = [point for point in shown if point.settings.get("policy", "") == policy]
-        axes.scatter(
-            [point.result.cost for point in of],
-            [point.latency_s for point in of],
-            s=26,
-            color=COLOURS[at % len(COLOURS)],
-            label=policy or "settings",
-            zorder=2,
-        )
-    front = sorted(((point.result.cost, point.latency_s, point) for point in shown if point.on_front), key=lambda one: one[:2])
-    axes.step([one[0] for one in front], [one[1] for one in front], where="post", color=INK, linewidth=0.9, zorder=1, label="front")
-    if len(front) <= 12:
-        for cost, latency, point in front:
-            text = ", ".join(value if name == "policy" else f"{name} {value}" for name, value in point.settings.items())
-            axes.annotate(text, (cost, latency), xytext=(5, 4), textcoords="offset points", fontsize=7, color=INK)
+        label = policy if by_colour else None
+        axes.scatter([point.result.cost for point in of], [point.latency_s for point in of], s=26, color=colour, label=label, zorder=2)
+    front = sorted((point for point in shown if point.on_front), key=lambda point: (point.result.cost, point.latency_s))
+    xs, ys = [point.result.cost for point in front], [point.latency_s for point in front]
+    axes.step(xs, ys, where="post", color=INK, linewidth=0.9, zorder=1, label="nobody is cheaper and faster")
+    for point in shown if len(shown) <= MOST_NAMES else front[:MOST_NAMES]:
+        text = ", ".join(value if name == "policy" else f"{name} {value}" for name, value in point.settings.items())
+        place = (point.result.cost, point.latency_s)
+        axes.annotate(text, place, xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK)
     if oracle and math.isfinite(oracle.latency_s):
-        axes.scatter([oracle.result.cost], [oracle.latency_s], marker="D", s=44, color=COLOURS[1], zorder=3, label="perfect foresight")
+        axes.scatter([oracle.result.cost], [oracle.latency_s], marker="D", s=44, color=INK, zorder=3, label="perfect foresight")
     axes.set_yscale("log")
     axes.set_xlim(left=0)
+    axes.margins(x=0.12, y=0.08)
+    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_minor_formatter(FuncFormatter(_plain if high < 5 * low else _plain_if_few))
+    axes.tick_params(which="minor", labelsize=8, colors=INK)
     _tidy(axes, "cost", f"{percentile}, s")
     left_out = len(points) - len(shown)
     axes.set_title(title + (f" ({left_out} without enough answers left out)" if left_out else ""), loc="left", fontsize=11, color=INK)
     axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=8, ncols=1 + len(policies) // 8)
     return figure
+
+
+def _plain(value: float, _: object) -> str:
+    """A tick of a logarithmic axis as one writes the number."""
+    return f"{value:g}"
+
+
+def _plain_if_few(value: float, _: object) -> str:
+    """Between two powers of ten, what begins with 2 or 5."""
+    return f"{value:g}" if f"{value:.0e}"[0] in "25" else ""
 
 
 def _tidy(axes: Axes, x: str, y: str) -> None:

@@ -21,6 +21,7 @@ FEW = 20  # cold starts; an estimate that rests on fewer is a guess
 DAY_S = 86_400.0
 
 Knobs = Mapping[str, str]
+Key = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,17 @@ def recommend(run: Run, slo: Slo, told: Callable[[int], object], done: Callable[
     middle_s = begin_s + TRAIN_SHARE * (end_s - begin_s)
     train, test = replace(run, policy="kpa", part=(begin_s, middle_s)), replace(run, policy="kpa", part=(middle_s, end_s))
     model, _ = run.read_model()
-    tried: dict[tuple[tuple[str, str], ...], Result] = {}
+    tried: dict[Key, Result] = {}
 
     def best(candidates: Iterable[Knobs]) -> Knobs:
         """Of all that have been tried, these included: the cheapest that keeps the goal, else the fastest."""
         new = [dict(key) for key in dict.fromkeys(map(_key, candidates)) if key not in tried]
         told(len(new))
         found = results([replace(train, knobs=knobs) for knobs in new], done) if new else []
-        tried.update({_key(knobs): result for knobs, result in zip(new, found, strict=True)})
-        return dict(min(tried, key=lambda key: _rank(slo, tried[key])))
+        for knobs, result in zip(new, found, strict=True):
+            tried[_key(knobs)] = result
+        _, chosen = min((_rank(slo, result), key) for key, result in tried.items())
+        return dict(chosen)
 
     told(2)
     (bound,) = results([replace(train, policy="oracle", knobs={})], done)
@@ -103,7 +106,7 @@ def recommend(run: Run, slo: Slo, told: Callable[[int], object], done: Callable[
     return Recommendation(slo, chosen, model.concurrency, judged, tested, oracle, confidence, len(tried), *lengths)
 
 
-def _key(knobs: Knobs) -> tuple[tuple[str, str], ...]:
+def _key(knobs: Knobs) -> Key:
     return tuple(sorted(knobs.items()))
 
 

@@ -31,6 +31,7 @@ class Run:
     seed: int = 0
     part: Part | None = None  # of the trace; None: all of it
     history: str | None = None  # an earlier trace, for a policy that learns
+    horizon_s: float | None = None  # where it ends, whatever is still on its way
     history_seed: int | None = None  # of what is sampled in it; None: as of the trace
 
     def open(self) -> OpenTrace:
@@ -48,7 +49,8 @@ class Run:
         model, nodes = self.read_model()
         history = self._history()
         policy = make_policy(self.policy, self.knobs, model, history=history.read if history else None, future=trace.read, seed=self.seed)
-        return simulate(trace, model, policy, seed=self.seed, nodes=nodes, observe=observe)
+        span_s, horizon_s = trace.span_s(), self.horizon_s
+        return simulate(trace, model, policy, seed=self.seed, nodes=nodes, span_s=span_s, horizon_s=horizon_s, observe=observe)
 
     def _history(self) -> OpenTrace | None:
         if self.history is None:

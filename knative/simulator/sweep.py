@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from knative.simulator.errors import SimulatorError
@@ -68,9 +68,7 @@ def combinations(axes: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, st
 def sweep(base: Run, axes: Sequence[tuple[str, Sequence[str]]], slo: Slo, done: Callable[[], object] = lambda: None) -> Sweep:
     """Simulate every combination, and the oracle. slo: whose percentile is compared. done: called after each. Raises SimulatorError."""
     chosen = combinations(axes)
-    oracle = Run(
-        base.trace, "oracle", model=base.model, function=base.function, seed=base.seed, part=base.part
-    )  # none of the base's knobs, which are another policy's
+    oracle = replace(base, policy="oracle", knobs={})
     *found, bound = results([*(base.with_settings(settings) for settings in chosen), oracle], done)
     points = [Point(settings, result, slo.latency_s(result)) for settings, result in zip(chosen, found, strict=True)]
     front = pareto([(point.result.cost, point.latency_s) for point in points])

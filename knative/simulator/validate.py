@@ -1,6 +1,7 @@
 """Is it true? The same requests, in real time, to `relight run` with a function that takes as long as each of them says.
 
-What is not the platform's own is measured first and put into the model: how long a pod takes to start, and a request to pass.
+What is not the platform's own is measured first and put into the model: how long a pod takes to start, and a request to pass. The replay
+begins when the autoscaler decides, as the simulation does: what it sees of a burst depends on that.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from knative.autoscaler import TICK_S
 from knative.autoscaler.spec import ANNOTATION_PREFIX
 from knative.simulator.distribution import Constant, Empirical
 from knative.simulator.engine import simulate
@@ -37,9 +39,10 @@ from knative.simulator.trace import Arrivals, arrivals
 BOUND_PODS, BOUND_SHARE, BOUND_S = 0.5, 0.2, 0.1  # what simulation and reality may be apart: pods on average; p95, whichever is more
 SPAN_S = 300.0  # what is replayed of a trace
 MOST_REQUESTS = 20_000  # in it; more would measure this machine
-STARTS, CALLS = 4, 50  # measured before
+STARTS, CALLS = 5, 50  # measured before
+PHASE_S = 12.0  # for so long it is watched when the autoscaler decides
 LOOK_S = 0.5  # between two looks at the platform
-READY_S = 120.0  # until the platform is up, or at zero again
+READY_S = 600.0  # until the platform is up, or at zero again
 
 Floats = NDArray[np.float64]
 Found = TypeVar("Found")
@@ -168,7 +171,7 @@ def validate(run: Run, told: Callable[[str], object]) -> Comparison:
 
     measured = replace(model, cold_start=start, service=None)
     policy = make_policy("kpa", run.knobs, measured, future=source, seed=run.seed)
-    simulated = simulate(source(), measured, policy, seed=run.seed, nodes=replace(nodes, count=0), horizon_s=float(looks[-1][0]))
+    simulated = simulate(source(), measured, policy, seed=run.seed, nodes=replace(nodes, count=0), span_s=SPAN_S)
     times, pods = (np.array(column) for column in zip(*looks, strict=True))
     return Comparison(trace.name, simulated, answered, len(latencies) - len(answered), times, pods, tuple(starts), overhead_s)
 
@@ -207,6 +210,7 @@ class _Platform:
         async with self._client() as client:
             await self._until(client, "the platform is up", _is_up)
             starts = []
+            await self._call(client, "measured", 0.0)  # the first start finds everything on disk
             for number in range(STARTS):
                 await self._until(client, "there is no pod", _is_empty)
                 await asyncio.sleep(LOOK_S)
@@ -215,9 +219,11 @@ class _Platform:
                 told(f"start {number + 1} of {STARTS} took {starts[-1]:.3f} s")
             overhead_s = statistics.median([await self._call(client, "measured", 0.0) for _ in range(CALLS)])
             told(f"a request that takes no time took {overhead_s * 1000:.2f} ms")
+            phase = await self._tick_phase(client)
             await self._until(client, "there is no pod", _is_empty)
             told(f"replaying {len(times)} requests in {SPAN_S:g} s")
             began = time.monotonic()
+            began += (phase - began) % TICK_S  # as the simulated autoscaler decides at even seconds
             looking = asyncio.create_task(self._watch(client, began, told))
             latencies = await asyncio.gather(
                 *(self._call(client, "compared", takes, began + at) for at, takes in zip(times, services, strict=True))
@@ -240,6 +246,22 @@ class _Platform:
                 told(f"{at:.0f} s: {len(service['pods'])} pods, {service['requests_total']} requests")
                 minute += 1
             await asyncio.sleep(LOOK_S - (time.monotonic() - began) % LOOK_S)
+
+    async def _tick_phase(self, client: Any) -> float:
+        """When the autoscaler decides, on time.monotonic's clock modulo TICK_S: it tells another average then, while it forgets a call."""
+        await self._call(client, "compared", 1.0)
+        seen, found = None, []
+        end = time.monotonic() + PHASE_S
+        while time.monotonic() < end:
+            (service,) = (one for one in (await self._look(client))["services"] if one["name"] == "compared")
+            if seen not in (None, service["stable_concurrency"]):
+                found.append(time.monotonic())
+            seen = service["stable_concurrency"]
+            await asyncio.sleep(0.005)
+        if not found:
+            raise ValidateError(f"--validate: the platform's autoscaler decided nothing within {PHASE_S:g} s")
+        offsets = [(at - found[0] + TICK_S / 2) % TICK_S - TICK_S / 2 for at in found]
+        return float(found[0] + statistics.median(offsets))
 
     @asynccontextmanager
     async def _client(self) -> AsyncIterator[Any]:
