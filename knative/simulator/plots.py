@@ -18,7 +18,7 @@ from knative.simulator.sweep import Point
 # Of Okabe and Ito: told apart by people who see few colours.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#8C564B", "#7F7F7F", "#000000")
 INK, FAINT = "#24292f", "#d0d7de"
-MOST_NAMES = 12  # that can be read beside points
+MOST_NAMES = 14  # that can be read beside points
 LINES = ("-", "--", "-.", ":")
 
 

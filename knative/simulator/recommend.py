@@ -17,6 +17,7 @@ TRAIN_SHARE = 0.6  # of the trace's time
 HOLDS = ("0s", "5m", "15m", "1h")  # how long pods stay for what comes back; Knative allows no more than an hour
 UTILIZATIONS = ("50", "70", "85")
 WINDOWS = ("30s", "60s", "5m")
+ALIKE = 2.0  # ratio of the two parts' traffic; beyond it the one says little about the other
 FEW = 20  # cold starts; an estimate that rests on fewer is a guess
 DAY_S = 86_400.0
 
@@ -45,14 +46,19 @@ class Recommendation:
         return self.slo.is_met(self.train) and self.slo.is_met(self.test)
 
     @property
+    def are_alike(self) -> bool:
+        """Whether the two parts have about as much traffic for their length."""
+        before, after = self.train.requests / self.train_s, self.test.requests / self.test_s
+        return before <= ALIKE * after and after <= ALIKE * before
+
+    @property
     def certainty(self) -> str:
         """In one word: high, fair or low."""
         if not self.is_met or self.confidence.share_met < 0.8:
             return "low"
         # Without a minimum, what is slow is a cold start, of which there must be enough to know them.
-        if self.confidence.share_met < 0.95 or (self.test.cold_starts < FEW and self.annotations["min-scale"] == "0"):
-            return "fair"
-        return "high"
+        has_few = self.test.cold_starts < FEW and self.annotations["min-scale"] == "0"
+        return "fair" if self.confidence.share_met < 0.95 or has_few or not self.are_alike else "high"
 
 
 def recommend(run: Run, slo: Slo, told: Callable[[int], object], done: Callable[[], object]) -> Recommendation:
@@ -89,7 +95,11 @@ def recommend(run: Run, slo: Slo, told: Callable[[int], object], done: Callable[
     }
     free = [name for name in start if name not in run.knobs]  # what the caller has set, stays
     least = sorted({0, 1, 2, 3, *(math.ceil(bound.peak_pods * share) for share in (0.25, 0.5, 1.0))})
-    chosen = best(_varied(start, free, least, HOLDS))
+    chosen: Knobs = start
+    for pods in least if "min-scale" in free else [0]:
+        if tried and _rank(slo, tried[_key(chosen)]) < (False, pods * (middle_s - begin_s)):
+            break  # so many would be dearer even if no other were ever needed
+        chosen = best(_varied(start, free, [pods], HOLDS))
     chosen = best({**chosen, **some} for some in _others(free))
     near = {max(0, int(chosen["min-scale"]) + step) for step in (-1, 0, 1)}
     chosen = best(_varied(chosen, free, sorted(near), HOLDS))
@@ -111,8 +121,9 @@ def _key(knobs: Knobs) -> Key:
 
 
 def _rank(slo: Slo, result: Result) -> tuple[bool, float, float]:
+    """Those that keep the goal first, by their cost; the others by how close they come."""
     latency_s = slo.latency_s(result)
-    return (False, result.cost, latency_s) if latency_s <= slo.limit_s else (True, latency_s, result.cost)
+    return (False, result.pod_seconds, latency_s) if latency_s <= slo.limit_s else (True, latency_s, result.pod_seconds)
 
 
 def _varied(start: Knobs, free: Sequence[str], least: Sequence[int], holds: Sequence[str]) -> Iterable[Knobs]:

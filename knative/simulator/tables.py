@@ -105,9 +105,15 @@ def recommended(found: Recommendation, notes: Iterable[str]) -> str:
         f"with perfect foresight it would be {found.oracle.cost * per_day:.2f}.",
         f"How sure: {found.certainty}. It rests on {found.test.requests} requests; {found.test.cold_starts} of them waited for a cold start"
         + (", and on days like these." if found.test.cold_starts else "; none of them tells how long one takes."),
+        *([] if found.are_alike else [_unlike(found)]),
         *(f"note: {note}" for note in notes),
     ]
     return "\n".join(lines)
+
+
+def _unlike(found: Recommendation) -> str:
+    before, after = found.train.requests / found.train_s, found.test.requests / found.test_s
+    return f"note: the two parts differ, {before:.3g} and {after:.3g} requests/s on average: what holds in one says little about the other"
 
 
 def lines_of(found: Recommendation) -> list[str]:
