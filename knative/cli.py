@@ -19,6 +19,10 @@ _COMMANDS = {
 }
 
 
+# What a command needs besides the package itself.
+_EXTRAS = {"run": "local", "simulate": "simulator"}
+
+
 class _Lazy(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -27,7 +31,12 @@ class _Lazy(click.Group):
         if name not in _COMMANDS:
             return None
         module, attribute, _ = _COMMANDS[name]
-        command = getattr(importlib.import_module(module), attribute)
+        try:
+            command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if name not in _EXTRAS:
+                raise
+            raise click.ClickException(f"{name} needs another package ({error}): pip install 'relight[{_EXTRAS[name]}]'") from error
         assert isinstance(command, click.Command)
         return command
 

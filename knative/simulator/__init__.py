@@ -6,11 +6,12 @@
 trace -> arrivals -> activator queue -> pods -> samples -> policy -> pods. The policy `kpa` is `knative.autoscaler` itself.
 """
 
-from knative.simulator.engine import Finished, Function, Results, simulate, simulate_many
+from knative.simulator.engine import Function, Results, simulate, simulate_many
 from knative.simulator.errors import ModelError, PolicyError, SimulatorError, TraceError
 from knative.simulator.model import FunctionModel, Nodes, read_model
 from knative.simulator.policies import Policy, make_policy, policy_names
 from knative.simulator.result import Latencies, Result, Series
+from knative.simulator.running import Finished
 from knative.simulator.trace import Arrivals, Source, Trace, arrivals
 
 __all__ = [

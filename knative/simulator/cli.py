@@ -21,14 +21,37 @@ from knative.simulator.traces import OpenTrace, open_trace
 
 
 @click.group(invoke_without_command=True)
-@click.option("--trace", "paths", multiple=True, metavar="FILE", help="A file, or synthetic:KIND?NAME=VALUE&… More than one: functions that share the nodes.")
-@click.option("--function", "names", multiple=True, metavar="NAME", help="Whose requests, where a file has several functions'. Several share the nodes.")
+@click.option(
+    "--trace",
+    "paths",
+    multiple=True,
+    metavar="FILE",
+    help="A file, or synthetic:KIND?NAME=VALUE&… More than one: functions that share the nodes.",
+)
+@click.option(
+    "--function",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="Whose requests, where a file has several functions'. Several share the nodes.",
+)
 @click.option("--policy", default="kpa", show_default=True, help=f"One of {', '.join(policy_names())}.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A knob of the policy; for kpa an annotation or a setting of config-autoscaler.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A knob of the policy; for kpa an annotation or a setting of config-autoscaler.",
+)
 @click.option("--model", multiple=True, metavar="FILE|NAME=VALUE", help="A TOML file with the function and its nodes, or one value of it.")
 @click.option("--history", metavar="FILE", help="An earlier trace, for the policy `schedule` to learn from.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of everything that is left to chance.")
-@click.option("--horizon", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="End there; by default with the trace, when all is answered.")
+@click.option(
+    "--horizon",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="End there; by default with the trace, when all is answered.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The last line of the output is the result as one JSON object.")
 @answers.options
 @click.pass_context

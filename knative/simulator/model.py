@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,9 @@ def _service(name: str, text: str) -> Distribution | Tokens:
     try:
         return parse_distribution(name, text)
     except ModelError as err:
-        raise ModelError(f"{err}" if "tokens" in str(err) else str(err).replace("seconds, ", "seconds, tokens(prefill=…, decode=…), ", 1)) from None
+        raise ModelError(
+            f"{err}" if "tokens" in str(err) else str(err).replace("seconds, ", "seconds, tokens(prefill=…, decode=…), ", 1)
+        ) from None
 
 
 def _whole(low: int) -> Callable[[str, str], int]:

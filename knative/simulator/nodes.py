@@ -52,7 +52,9 @@ class Cluster:
     def _place(self, now: float, owner: Running, pod: Pod) -> bool:
         """On the fullest node with room, one that has the weights first."""
         gpus = owner.model.gpus
-        fitting = [(("weights", owner.name) not in node.has, node.free, index) for index, node in enumerate(self._nodes) if node.free >= gpus]
+        fitting = [
+            (("weights", owner.name) not in node.has, node.free, index) for index, node in enumerate(self._nodes) if node.free >= gpus
+        ]
         if not fitting:
             return False
         pod.node = min(fitting)[2]

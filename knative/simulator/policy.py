@@ -48,7 +48,10 @@ class Policy:
         return None
 
     def next_s(self, now: float, idle: bool) -> float:
-        """When to call `decide` next, after `now`. idle: there is neither a pod nor a request, nor is a pod wanted; the next request ends it."""
+        """When to call `decide` next, after `now`; inf: not until something happens.
+
+        idle: there is neither a pod nor a request, nor is a pod wanted. The next request ends that, and this is asked anew.
+        """
         return math.inf if idle else (math.floor(now / self.period_s) + 1) * self.period_s
 
     def cold_start_s(self) -> float | None:

@@ -1,8 +1,8 @@
 """One function in a simulation: its requests, its pods, and the policy that scales them.
 
-    arrive -> a pod with room -> serve -> leave
-           -> the activator's queue -> a pod is ready or has room -> serve; or time-out, or rejected
-    tick, poke, pods_changed: the policy -> scale_to -> the cluster -> start -> pod_ready -> ... -> let_go -> gone
+arrive -> a pod with room -> serve -> leave
+       -> the activator's queue -> a pod is ready or has room -> serve; or time-out, or rejected
+tick, poke, pods_changed: the policy -> scale_to -> the cluster -> start -> pod_ready -> ... -> let_go -> gone
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from knative.simulator.policy import Policy, Sample
 from knative.simulator.record import Course, Steps
 from knative.simulator.result import Latencies, Result
 from knative.simulator.rooms import rooms
-from knative.simulator.trace import Trace, checked
+from knative.simulator.trace import Arrivals, Trace, checked, in_chunks
 
 # A scale-down that is followed by a scale-up within so long was a mistake: whatever it saved, a cold start followed.
 FLAP_S = 60.0
+PIECE = 4_096  # requests that are unpacked at a time: Python's own numbers take four times the room
 PROGRESS_DEADLINE_S = 600.0  # Knative's default: a new revision that is not ready by then has failed
 
 # What happens first of what happens at one time: a place is free before it is looked for, and a sample has what came before it.
@@ -83,7 +84,7 @@ class Running:
         self._clock = clock
         self._cluster = cluster
         self._observe = observe
-        self._chunks: Iterator = checked(trace)
+        self._chunks: Iterator[Arrivals] = (piece for chunk in checked(trace) for piece in in_chunks(chunk, PIECE))
         self._service_rng = np.random.default_rng(services)
         self._pod_rng = np.random.default_rng(pods)
         self._rooms = rooms(model.concurrency, random.Random(int(chance.generate_state(1)[0])), packed=policy.packs)
@@ -473,8 +474,8 @@ class Running:
                 job.done = True
             return [(job.arrived_s, job.taken_s) for job in jobs]
         ends = (self._answer, self._cut)
-        found = [about for _, _, handler, about in self._clock.heap if handler in ends and about[0] is pod]  # type: ignore[index]
-        return sorted((arrived_s, taken_s) for _, arrived_s, taken_s in found)  # type: ignore[misc]
+        found: list[tuple[Pod, float, float]] = [about for _, _, handler, about in self._clock.heap if handler in ends]  # type: ignore[misc]
+        return sorted((arrived_s, taken_s) for one, arrived_s, taken_s in found if one is pod)
 
     # --- roll-outs
 

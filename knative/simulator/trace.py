@@ -45,7 +45,7 @@ def arrivals(
 def in_chunks(whole: Arrivals, size: int = CHUNK) -> Iterator[Arrivals]:
     """`whole` in chunks of at most `size` requests."""
     for begin in range(0, len(whole.t_s), size):
-        yield Arrivals(*(column[begin : begin + size] for column in whole))
+        yield Arrivals._make(column[begin : begin + size] for column in whole)
 
 
 def checked(trace: Trace) -> Iterator[Arrivals]:

@@ -14,8 +14,8 @@ from knative.simulator.policies.hpa import Hpa
 from knative.simulator.policies.keda import KedaHttp, KedaQueue
 from knative.simulator.policies.knobs import Knobs
 from knative.simulator.policies.kpa import Kpa
-from knative.simulator.policy import Policy, Sample
 from knative.simulator.policies.simple import Fixed, KeepAlive, RpsStep
+from knative.simulator.policy import Policy, Sample
 from knative.simulator.trace import Source
 
 __all__ = ["Policy", "Sample", "make_policy", "policy_names"]
@@ -30,14 +30,14 @@ class _Given(NamedTuple):
     history: Source | None
     future: Source | None
     seed: int
-    index: int
+    number: int
 
 
 def _oracle(given: _Given) -> Policy:
     if given.future is None:
         raise PolicyError("oracle: it needs the trace that will be simulated")
-    changes = demand(given.future, given.model, given.seed, given.index)
-    return Oracle(changes, cold_starts(given.model.cold_start, given.seed, given.index), given.model.drain_s)
+    changes = demand(given.future, given.model, given.seed, given.number)
+    return Oracle(changes, cold_starts(given.model.cold_start, given.seed, given.number), given.model.drain_s)
 
 
 _MAKERS: dict[str, Callable[[_Given], Policy]] = {
@@ -78,7 +78,8 @@ def make_policy(
     """
     if name not in _MAKERS:
         close = get_close_matches(name, _MAKERS, 1)
-        raise PolicyError(f"there is no policy {name!r}; {f'did you mean {close[0]}?' if close else f'known are {chr(44).join(_MAKERS)}'}")
+        known = f"did you mean {close[0]}?" if close else f"known are {', '.join(_MAKERS)}"
+        raise PolicyError(f"there is no policy {name!r}; {known}")
     knobs = Knobs(name, settings)
     policy = _MAKERS[name](_Given(knobs, settings, model, history, future, seed, index))
     if name not in _OF_KPA:

@@ -52,7 +52,7 @@ class _OnDemand(Policy):
 
 
 def demand(source: Source, model: FunctionModel, seed: int, index: int = 0) -> list[tuple[float, int]]:
-    """(when, pods from then on): the pods with requests if none ever waited, each packed as full as it gets. Memory grows with the trace."""
+    """(when, pods from then on): the pods with requests if none ever waited, each as full as it gets. Its memory grows with the trace."""
     alone = _without_trouble(model)
     policy = _OnDemand()
     simulate(source(), alone, policy, seed=seed, index=index)

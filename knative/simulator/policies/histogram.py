@@ -11,8 +11,8 @@ from collections import deque
 from typing import NamedTuple
 
 from knative.simulator.policies.knobs import Knobs
-from knative.simulator.policy import Policy, Sample
 from knative.simulator.policies.simple import Most, needed
+from knative.simulator.policy import Policy, Sample
 
 BIN_S = 60.0
 OUT_OF_RANGE_SHARE = 0.5  # beyond which the histogram is not asked

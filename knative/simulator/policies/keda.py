@@ -22,7 +22,7 @@ def activate(pods: int, active: bool, idle_s: float, cooldown_s: float, least: i
         return None if pods else max(1, least)
     if pods and not least and idle_s > cooldown_s:
         return 0
-    return max(pods, least) if pods < least else None
+    return least if pods < least else None
 
 
 class _Keda(Policy):
@@ -93,6 +93,7 @@ class KedaHttp(_Keda):
         self._window_s = knobs.seconds("window", 60.0, above=0)
         super().__init__(knobs, 100.0 if self._by_rate else min(100.0, concurrency or 100.0))
         self._counts: deque[tuple[float, float]] = deque()  # until when, requests
+        self._counted_s = -math.inf
 
     def _metric(self, now: float, sample: Sample) -> float:
         if sample.in_system:
@@ -100,7 +101,8 @@ class KedaHttp(_Keda):
         if not self._by_rate:
             return sample.in_system
         counts = self._counts
-        counts.append((now, sample.rps * self.period_s))
+        counts.append((now, sample.rps * min(self.period_s, now - self._counted_s)))
+        self._counted_s = now
         while counts[0][0] <= now - self._window_s:
             counts.popleft()
         return sum(count for _, count in counts) / self._window_s

@@ -29,7 +29,8 @@ class Kpa(Policy):
     @classmethod
     def make(cls, settings: Mapping[str, str], concurrency: int) -> Kpa:
         """With annotations, their prefix left out, and settings of config-autoscaler. A name that is both is the annotation."""
-        annotations, config = {}, {}
+        annotations: dict[str, str] = {}
+        config: dict[str, str] = {}
         for name, value in settings.items():
             try:
                 ScaleSpec.parse({name: value}, concurrency)
