@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.table import Table
 
+from knative.simulator import answers
 from knative.simulator.engine import Function, simulate_many
-from knative.simulator.errors import SimulatorError
 from knative.simulator.model import FunctionModel, Nodes, read_model
+from knative.simulator.options import errors_in_one_line, read_knobs
 from knative.simulator.policies import make_policy, policy_names
 from knative.simulator.result import Result
+from knative.simulator.runs import Run
 from knative.simulator.traces import OpenTrace, open_trace
-
-
-def read_knobs(settings: Sequence[str]) -> dict[str, str]:
-    """NAME=VALUE texts as a dictionary; a later one wins. Raises click.UsageError for one without `=`."""
-    knobs: dict[str, str] = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or not name.strip():
-            raise click.UsageError(f"--set {setting}: must be NAME=VALUE, e.g. --set window=30s")
-        knobs[name.strip()] = value.strip()
-    return knobs
-
-
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """What the simulator raises on purpose is for the user, without a traceback."""
-    try:
-        yield
-    except SimulatorError as err:
-        raise click.ClickException(str(err)) from None
 
 
 @click.group(invoke_without_command=True)
@@ -71,6 +53,7 @@ def errors_in_one_line() -> Iterator[None]:
     help="End there; by default with the trace, when all is answered.",
 )
 @click.option("--json", "as_json", is_flag=True, help="The last line of the output is the result as one JSON object.")
+@answers.options
 @click.pass_context
 def simulate(
     context: click.Context,
@@ -83,6 +66,11 @@ def simulate(
     seed: int,
     horizon: float | None,
     as_json: bool,
+    axes: tuple[str, ...],
+    by: str,
+    png: Path | None,
+    html: Path | None,
+    validated: bool,
 ) -> None:
     """Simulate a function under a trace: what a policy costs, and how long callers wait."""
     if context.invoked_subcommand:
@@ -90,6 +78,16 @@ def simulate(
     if not paths:
         raise click.UsageError("--trace is missing: a file, or e.g. synthetic:poisson?rps=2")
     knobs = read_knobs(settings)
+    run = Run(paths[0], policy, knobs, model, names[0] if names else None, seed, history=history, horizon_s=horizon)
+    if axes or validated:
+        if len(paths) > 1 or len(names) > 1:
+            raise click.UsageError("--sweep and --validate are for one trace and one function")
+        with errors_in_one_line():
+            if validated:
+                answers.run_validation(run, as_json)
+            else:
+                answers.run_sweep(run, axes, by, png, html, as_json)
+        return
     with errors_in_one_line():
         function, nodes = read_model(model)
         traces = [open_trace(path, function=name, seed=seed) for path in paths for name in names or (None,)]
@@ -103,11 +101,16 @@ def simulate(
         )
     notes = sorted({note for trace in traces for note in trace.notes})
     _print(policy, traces, results.functions, results.total, function, nodes, notes)
+    with errors_in_one_line():
+        answers.draw(run, results.total, notes, png, html)
     if as_json:
         found = results.total.to_json()
         if len(traces) > 1:
             found["functions"] = {name: result.to_json() for name, result in results.functions.items()}
         click.echo(json.dumps(found))
+
+
+simulate.add_command(answers.recommend_)
 
 
 def _function(
