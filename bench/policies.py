@@ -100,12 +100,12 @@ def section(case: Case, found: dict[str, Result]) -> str:
     bound = found["oracle"]
     others = [name for name in found if name != "oracle"]
     front = pareto([(found[name].cost, BY.latency_s(found[name])) for name in others])
-    points = [
-        Point({"policy": name}, found[name], BY.latency_s(found[name]), on_front=at in front) for at, name in enumerate(others)
-    ]
+    points = [Point({"policy": name}, found[name], BY.latency_s(found[name]), on_front=at in front) for at, name in enumerate(others)]
     oracle = Point({"policy": "oracle"}, bound, BY.latency_s(bound))
     write(f"{case.key}.png", plots.pareto(points, oracle, BY.name, case.title.replace("`", "")))
-    table = markdown(HEAD, [row(point.settings["policy"], point.result, point.on_front) for point in points] + [row("oracle", bound, False)])
+    table = markdown(
+        HEAD, [row(point.settings["policy"], point.result, point.on_front) for point in points] + [row("oracle", bound, False)]
+    )
     return f"### {case.title}\n\n{bound.requests} requests.\n\n{table}\n\n![Cost and p99 of each policy.](policies/{case.key}.png)"
 
 

@@ -158,6 +158,7 @@ class Replicas:
         if pod.state == PENDING:
             pod.state = GONE
             del self._pods[pod.number]
+            self._cluster.forget(pod)
             self._start_held(now)
         elif pod.state == STARTING:
             self._go(now, pod)

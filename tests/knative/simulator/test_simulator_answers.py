@@ -144,7 +144,9 @@ def test_one_result_has_pictures_of_load_and_pods(tmp_path: Path) -> None:
 def test_a_recommendation_keeps_its_goal_and_renders_on_our_base(tmp_path: Path) -> None:
     out = tmp_path / "scale.yaml"
     settings = ["--model", "cold_start.imports=20", "--model", "service=0.5", "--model", "concurrency=4"]
-    result = call("recommend", "--trace", "synthetic:poisson?rps=0.05&duration=6h", "--slo", "p99=2s", *settings, "--output", str(out), "--json")
+    result = call(
+        "recommend", "--trace", "synthetic:poisson?rps=0.05&duration=6h", "--slo", "p99=2s", *settings, "--output", str(out), "--json"
+    )
     assert result.exit_code == 0
     document = last(result)
     assert document["kept"]
