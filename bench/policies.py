@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose platform.py would stand for Python's own
 
+from matplotlib.figure import Figure  # noqa: E402
+
 from bench.common import machine  # noqa: E402  found through the line above
 from knative.simulator import plots  # noqa: E402
 from knative.simulator.result import Result  # noqa: E402
@@ -100,12 +102,12 @@ def section(case: Case, found: dict[str, Result]) -> str:
     bound = found["oracle"]
     others = [name for name in found if name != "oracle"]
     front = pareto([(found[name].cost, BY.latency_s(found[name])) for name in others])
-    points = [
-        Point({"policy": name}, found[name], BY.latency_s(found[name]), on_front=at in front) for at, name in enumerate(others)
-    ]
+    points = [Point({"policy": name}, found[name], BY.latency_s(found[name]), on_front=at in front) for at, name in enumerate(others)]
     oracle = Point({"policy": "oracle"}, bound, BY.latency_s(bound))
     write(f"{case.key}.png", plots.pareto(points, oracle, BY.name, case.title.replace("`", "")))
-    table = markdown(HEAD, [row(point.settings["policy"], point.result, point.on_front) for point in points] + [row("oracle", bound, False)])
+    table = markdown(
+        HEAD, [row(point.settings["policy"], point.result, point.on_front) for point in points] + [row("oracle", bound, False)]
+    )
     return f"### {case.title}\n\n{bound.requests} requests.\n\n{table}\n\n![Cost and p99 of each policy.](policies/{case.key}.png)"
 
 
@@ -117,7 +119,7 @@ def teaching(found: dict[str, Result]) -> str:
     return f"### {TEACHING.title}\n\n{table}\n\n{picture}"
 
 
-def write(name: str, figure: plots.Figure) -> None:
+def write(name: str, figure: Figure) -> None:
     data = plots.png(figure, dpi=90)
     assert len(data) <= 100_000, f"{name} has {len(data)} bytes"
     (PICTURES / name).write_bytes(data)
