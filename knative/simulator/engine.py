@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from knative.simulator.clock import EXPIRES, Clock
 from knative.simulator.model import FunctionModel, Nodes
 from knative.simulator.nodes import Cluster
 from knative.simulator.policy import Policy
 from knative.simulator.result import Result, total
-from knative.simulator.running import EXPIRES, Clock, Finished, Running
+from knative.simulator.running import Finished, Running
 from knative.simulator.trace import Trace
 
 ROOMY = Nodes()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from knative.simulator.model import ColdStart, Nodes
-from knative.simulator.pod import PENDING, Pod
+from knative.simulator.pod import Pod
 
 if TYPE_CHECKING:
-    from knative.simulator.running import Running
+    from knative.simulator.replicas import Replicas
 
 
 class _Node:
@@ -31,36 +30,44 @@ class Cluster:
     def __init__(self, nodes: Nodes) -> None:
         self._warm = nodes.warm
         self._nodes = [_Node(nodes.gpus) for _ in range(nodes.count)] or [_Node(math.inf)]
-        self._pending: deque[tuple[Running, Pod]] = deque()
+        self._pending: dict[Pod, Replicas] = {}  # in the order in which they asked
 
-    def ask(self, now: float, owner: Running, pod: Pod) -> None:
-        """Start the pod where there is room, now or later."""
-        if not self._place(now, owner, pod):
-            self._pending.append((owner, pod))
-
-    def release(self, now: float, gpus: int, pod: Pod) -> None:
-        """The pod is gone; those that wait may start."""
-        assert pod.node is not None
-        self._nodes[pod.node].free += gpus
-        still: deque[tuple[Running, Pod]] = deque()
-        while self._pending:
-            owner, waiting = self._pending.popleft()
-            if waiting.state == PENDING and not self._place(now, owner, waiting):
-                still.append((owner, waiting))
-        self._pending = still
-
-    def _place(self, now: float, owner: Running, pod: Pod) -> bool:
-        """On the fullest node with room, one that has the weights first."""
-        gpus = owner.model.gpus
+    def ask(self, now: float, owner: Replicas, pod: Pod) -> None:
+        """Start the pod where there is room, now or later: on the fullest node with room, one that has the weights first."""
+        gpus = owner.gpus
         fitting = [
             (("weights", owner.name) not in node.has, node.free, index) for index, node in enumerate(self._nodes) if node.free >= gpus
         ]
-        if not fitting:
-            return False
-        pod.node = min(fitting)[2]
-        self._nodes[pod.node].free -= gpus
-        owner.start(now, pod)
-        return True
+        if fitting:
+            self._place(min(fitting)[2], owner, pod)
+            owner.start(now, pod)
+        else:
+            self._pending[pod] = owner
+
+    def forget(self, pod: Pod) -> None:
+        """It is pending, and no longer wanted."""
+        del self._pending[pod]
+
+    def release(self, now: float, gpus: int, pod: Pod) -> None:
+        """The pod is gone; those that wait may start in its place, the only one where there is room now that was none before."""
+        assert pod.node is not None
+        node = self._nodes[pod.node]
+        node.free += gpus
+        placed: list[tuple[Replicas, Pod]] = []
+        for waiting, owner in self._pending.items():
+            if node.free <= 0:
+                break
+            if owner.gpus <= node.free:
+                self._place(pod.node, owner, waiting)
+                placed.append((owner, waiting))
+        for _, waiting in placed:
+            del self._pending[waiting]
+        for owner, waiting in placed:
+            owner.start(now, waiting)
+
+    def _place(self, node: int, owner: Replicas, pod: Pod) -> None:
+        pod.node = node
+        self._nodes[node].free -= owner.gpus
 
     def cold_start_s(self, now: float, name: str, node: int, stages: ColdStart, rng: np.random.Generator) -> float:
         """How long a pod takes to start on `node`, and what the node has from then on."""

@@ -106,7 +106,7 @@ def _middle(buckets: NDArray[np.int64]) -> Floats:
 class Series(NamedTuple):
     """How it went: averages over each step, so that the sum of `pods` x `step_s` is the pod-seconds. All arrays have one length.
 
-    There are at most SERIES_POINTS steps (see engine.py), of equal length but for the last one.
+    There are at most SERIES_POINTS steps (see record.py), of equal length but for the last one.
     """
 
     t_s: Floats  # where each step begins
@@ -139,7 +139,7 @@ class Result:
     cost: float  # in the currency of price_per_gpu_hour
     peak_pods: int
     busy_seconds: float  # pod-seconds with at least one request
-    flaps: int  # scale-downs taken back within FLAP_S (see engine.py)
+    flaps: int  # scale-downs taken back within FLAP_S (see replicas.py)
     horizon_s: float  # when the simulation ended
     series: Series
 

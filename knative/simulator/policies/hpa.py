@@ -92,7 +92,6 @@ class Hpa(Policy):
         self.period_s = knobs.seconds("sync", SYNC_S, above=0)
         self._behavior = Behavior(knobs.seconds("stabilization", STABILIZATION_S))
         self._least, self._most = knobs.bounds(1, 100)
-        self._least = max(1, self._least)
         self.initial = self._least
 
     def decide(self, now: float, sample: Sample) -> int | None:

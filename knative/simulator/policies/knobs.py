@@ -68,8 +68,8 @@ class Knobs:
         return default if text is None else text
 
     def bounds(self, least: int, most: int) -> tuple[int, int]:
-        """The knobs `min` and `max`, pods."""
-        low, high = self.whole("min", least, low=0), self.whole("max", most, low=1)
+        """The knobs `min`, which is at least `least`, and `max`, pods."""
+        low, high = self.whole("min", least, low=least), self.whole("max", most, low=1)
         if low > high:
             raise self.error("max" if "max" in self._settings else "min", f"min ({low}) must be at most max ({high})")
         return low, high

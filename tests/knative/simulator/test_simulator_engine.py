@@ -143,6 +143,22 @@ def test_functions_share_the_gpus_and_who_has_waited_longest_is_next() -> None:
     assert (results.total.peak_pods, results.total.pod_seconds) == (1, 60)
 
 
+def test_a_pending_pod_that_is_no_longer_wanted_never_starts() -> None:
+    functions = [Function("a", [], model_of(), Script(1, t50=0)), Function("b", [], model_of(), Script(0, t5=1, t20=0))]
+    results = simulate_many(functions, seed=1, nodes=Nodes(count=1, gpus=1), horizon_s=100.0)
+    assert (results.functions["a"].pod_seconds, results.functions["b"].pod_seconds) == (50, 0)
+
+
+def test_a_small_pod_may_start_before_a_large_one_that_does_not_fit() -> None:
+    functions = [
+        Function("holds", [], model_of(gpus=1), Script(2, t30=1, t60=0)),
+        Function("large", [], model_of(gpus=2), Script(0, t5=1)),
+        Function("small", [], model_of(gpus=1), Script(0, t6=1)),
+    ]
+    results = simulate_many(functions, seed=1, nodes=Nodes(count=1, gpus=2), horizon_s=100.0)
+    assert [result.pod_seconds for result in results.functions.values()] == [90, 0, 70]
+
+
 def test_a_roll_out_with_a_surge_takes_twice_the_pods_until_the_new_ones_are_ready() -> None:
     ends, result = finished(trace_of(np.arange(0, 60, 0.5), [0.2] * 120), model_of(rollouts="20"), Script(2), horizon_s=60.0)
     assert result.peak_pods == 4

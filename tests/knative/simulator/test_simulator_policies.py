@@ -377,6 +377,7 @@ def test_nobody_waits_for_the_oracle_where_pods_take_several(concurrency: int) -
         ("fixed", {"pod": "3"}, "fixed: pod = '3', there is no such knob; known are pods"),
         ("fixed", {"pods": "-1"}, "fixed: pods = '-1', must be a whole number of at least 0"),
         ("hpa", {"target": "0"}, "hpa: target = '0', must be a number above 0"),
+        ("hpa", {"min": "0"}, "hpa: min = '0', must be a whole number of at least 1"),
         ("hpa", {"metric": "rps"}, "hpa: metric = 'rps', must be cpu or concurrency"),
         ("hpa", {"min": "5", "max": "4"}, "hpa: max = '4', min (5) must be at most max (4)"),
         ("keep-alive", {"keep": "soon"}, "must be a duration"),
