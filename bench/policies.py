@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose platform.py would stand for Python's own
 
+from matplotlib.figure import Figure  # noqa: E402
+
 from bench.common import machine  # noqa: E402  found through the line above
 from knative.simulator import plots  # noqa: E402
 from knative.simulator.result import Result  # noqa: E402
@@ -117,7 +119,7 @@ def teaching(found: dict[str, Result]) -> str:
     return f"### {TEACHING.title}\n\n{table}\n\n{picture}"
 
 
-def write(name: str, figure: plots.Figure) -> None:
+def write(name: str, figure: Figure) -> None:
     data = plots.png(figure, dpi=90)
     assert len(data) <= 100_000, f"{name} has {len(data)} bytes"
     (PICTURES / name).write_bytes(data)

@@ -187,6 +187,8 @@ def _files(run: Run, notes: Sequence[str], results: Mapping[str, Result], swept:
         if swept:
             names = list(swept.points[0].settings)
             rows = [[*point.settings.values(), *tables.cells(point.result)] for point in swept.points]
+            if swept.oracle:
+                rows.append(["oracle", *[""] * (len(names) - 1), *tables.cells(swept.oracle.result)])
             marked = frozenset(at for at, point in enumerate(swept.points) if point.on_front)
             table = report.Table([*names, *tables.HEAD], rows, marked)
         else:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from knative.simulator.policies import make_policy
 from knative.simulator.result import Result
 from knative.simulator.runs import Run, results
 from knative.simulator.slo import Confidence, Requests, Slo
@@ -82,8 +83,6 @@ def recommend(run: Run, slo: Slo, told: Callable[[int], object], done: Callable[
         _, chosen = min((_rank(slo, result), key) for key, result in tried.items())
         return dict(chosen)
 
-    told(2)
-    (bound,) = results([replace(train, policy="oracle", knobs={})], done)
     start = {
         "target": str(model.concurrency or 100),
         "target-utilization-percentage": "70",
@@ -93,15 +92,20 @@ def recommend(run: Run, slo: Slo, told: Callable[[int], object], done: Callable[
         "scale-to-zero-pod-retention-period": "0s",
         **run.knobs,
     }
+    make_policy("kpa", start, model)  # what the caller has set is checked before anything is tried
+    told(2)
+    (bound,) = results([replace(train, policy="oracle", knobs={})], done)
     free = [name for name in start if name not in run.knobs]  # what the caller has set, stays
+    most = int(run.knobs.get("max-scale", "0")) or math.inf
     least = sorted({0, 1, 2, 3, *(math.ceil(bound.peak_pods * share) for share in (0.25, 0.5, 1.0))})
+    least = [pods for pods in least if pods <= most]
     chosen: Knobs = start
     for pods in least if "min-scale" in free else [0]:
         if tried and _rank(slo, tried[_key(chosen)]) < (False, pods * (middle_s - begin_s)):
             break  # so many would be dearer even if no other were ever needed
         chosen = best(_varied(start, free, [pods], HOLDS))
     chosen = best({**chosen, **some} for some in _others(free))
-    near = {max(0, int(chosen["min-scale"]) + step) for step in (-1, 0, 1)}
+    near = {pods for step in (-1, 0, 1) if 0 <= (pods := int(chosen["min-scale"]) + step) <= most}
     chosen = best(_varied(chosen, free, sorted(near), HOLDS))
 
     judged = tried[_key(chosen)]
