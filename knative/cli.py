@@ -11,6 +11,7 @@ _COMMANDS = {
     "logs": ("knative.local.commands", "logs", "Print the log of a pod or a queue source."),
     "send": ("knative.local.messages", "send", "Put messages into a queue."),
     "receive": ("knative.local.messages", "receive", "Take messages out of a queue and print them."),
+    "simulate": ("knative.simulator.cli", "simulate", "Try a policy on a trace of requests before paying for it."),
     "cluster": ("knative.deploy.cli", "cluster", "Bring manifests to a cluster; what `make deploy` and its like do."),
     "queue-source": ("knative.queue_source.cli", "command", "Post a queue's messages to a sink, as CloudEvents."),
     "push": ("weights_cache.cli", "push", "Upload a directory of weights to object storage."),
@@ -21,6 +22,10 @@ _COMMANDS = {
 }
 
 
+# What a command needs besides the package itself.
+_EXTRAS = {"run": "local", "simulate": "simulator"}
+
+
 class _Lazy(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -29,7 +34,12 @@ class _Lazy(click.Group):
         if name not in _COMMANDS:
             return None
         module, attribute, _ = _COMMANDS[name]
-        command = getattr(importlib.import_module(module), attribute)
+        try:
+            command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if name not in _EXTRAS:
+                raise
+            raise click.ClickException(f"{name} needs another package ({error}): pip install 'relight[{_EXTRAS[name]}]'") from error
         assert isinstance(command, click.Command)
         return command
 

@@ -58,6 +58,11 @@ def test_the_command_line_imports_no_command_until_it_is_called() -> None:
     assert not foreign(ROOT / DOOR)
 
 
+def test_only_the_comparison_with_reality_starts_a_platform() -> None:
+    reached = {path.name for path in files("knative/simulator") if any(name.startswith("knative.local") for name in imports(path))}
+    assert reached <= {"validate.py"}
+
+
 def test_only_restore_and_agents_import_torch() -> None:
     known = {
         str(path.relative_to(ROOT)) for package in PACKAGES for path in files(package) if {"torch", "torch.nn.functional"} & imports(path)
@@ -77,7 +82,10 @@ def test_only_restore_and_agents_import_torch() -> None:
             "import weights_cache.sidecar, weights_cache.store", {"torch", "flask", "numpy", "boto3"}, id="the sidecar needs no torch"
         ),
         pytest.param("import function.agents.echo", {"torch", "boto3"}, id="an agent without torch never imports it"),
-        pytest.param("import knative.cli", {"torch", "boto3", "aiohttp", "pydantic", "yaml", "rich"}, id="the command line starts fast"),
+        pytest.param(
+            "import knative.cli", {"torch", "boto3", "aiohttp", "pydantic", "yaml", "rich", "numpy"}, id="the command line starts fast"
+        ),
+        pytest.param("import knative.simulator", {"torch", "aiohttp", "pydantic", "matplotlib"}, id="a simulation needs numpy alone"),
     ],
 )
 def test_importing_a_program_leaves_out_what_it_does_not_need(program: str, absent: set[str]) -> None:

@@ -1,0 +1,121 @@
+"""Which pod a request goes to: Knative's activator's choice, in constant or logarithmic time.
+
+containerConcurrency 0: the less busy of two at random; up to 3: the first with room; above: each in its turn.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections import deque
+from typing import Protocol
+
+from knative.simulator.pod import READY, Pod
+
+
+class Rooms(Protocol):
+    """The ready pods that have room for one request more."""
+
+    def add(self, pod: Pod) -> None:
+        """It is ready, or has room again."""
+
+    def take(self) -> Pod | None:
+        """A pod for one request, which the caller hands it at once; None if none has room."""
+
+    def drop(self, pod: Pod) -> None:
+        """It takes no more requests."""
+
+
+class FirstWithRoom:
+    """Always the oldest with room."""
+
+    def __init__(self, concurrency: int) -> None:
+        self._limit = concurrency or math.inf
+        self._heap: list[tuple[int, Pod]] = []
+
+    def add(self, pod: Pod) -> None:
+        """See Rooms."""
+        if not pod.listed:
+            pod.listed = True
+            heapq.heappush(self._heap, (pod.number, pod))
+
+    def take(self) -> Pod | None:
+        """See Rooms."""
+        heap = self._heap
+        while heap:
+            pod = heap[0][1]
+            if pod.state == READY and pod.in_flight < self._limit:
+                return pod
+            heapq.heappop(heap)
+            pod.listed = False
+        return None
+
+    def drop(self, pod: Pod) -> None:
+        """Nothing to do: its state says so."""
+
+
+class EachInTurn:
+    """Round robin over those with room."""
+
+    def __init__(self, concurrency: int) -> None:
+        self._limit = concurrency
+        self._turn: deque[Pod] = deque()
+
+    def add(self, pod: Pod) -> None:
+        """See Rooms."""
+        if not pod.listed:
+            pod.listed = True
+            self._turn.append(pod)
+
+    def take(self) -> Pod | None:
+        """See Rooms."""
+        turn = self._turn
+        while turn:
+            pod = turn.popleft()
+            if pod.state == READY and pod.in_flight < self._limit:
+                turn.append(pod)
+                return pod
+            pod.listed = False
+        return None
+
+    def drop(self, pod: Pod) -> None:
+        """Nothing to do: its state says so."""
+
+
+class LessBusyOfTwo:
+    """Of two chosen at random the one with fewer requests; every pod has room."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._random = rng.random
+        self._pods: list[Pod] = []
+
+    def add(self, pod: Pod) -> None:
+        """See Rooms."""
+        if not pod.listed:
+            pod.listed = True
+            self._pods.append(pod)
+
+    def take(self) -> Pod | None:
+        """See Rooms."""
+        pods = self._pods
+        count = len(pods)
+        if count < 2:
+            return pods[0] if pods else None
+        first = int(self._random() * count)
+        second = int(self._random() * (count - 1))
+        one, other = pods[first], pods[second + (second >= first)]
+        return other if other.in_flight < one.in_flight else one
+
+    def drop(self, pod: Pod) -> None:
+        """See Rooms."""
+        if pod.listed:
+            pod.listed = False
+            self._pods.remove(pod)
+
+
+def rooms(concurrency: int, rng: random.Random, *, packed: bool) -> Rooms:
+    """For pods that take so many requests at once; packed: the first with room whatever the number."""
+    if packed or 0 < concurrency <= 3:
+        return FirstWithRoom(concurrency)
+    return EachInTurn(concurrency) if concurrency else LessBusyOfTwo(rng)
