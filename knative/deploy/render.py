@@ -59,10 +59,14 @@ def render(variables: Variables, kubectl: Kubectl) -> list[Object]:
 
 
 def render_cluster(variables: Variables, kubectl: Kubectl) -> list[Object]:
-    """What an administrator applies once for the overlay: just what its components need. Raises DeployError."""
+    """What an administrator applies once for the overlay: just what it needs. Raises DeployError."""
+    objects = render(variables, kubectl)
     named = list(_components(_overlay(variables.env))) + (["gpu"] if variables.gpu else [])
     folders = [MANIFESTS / "cluster" / name for name in dict.fromkeys(named)]
-    return _kustomize(kubectl, [MANIFESTS / "cluster"], [folder for folder in folders if folder.is_dir()])
+    found = _kustomize(kubectl, [MANIFESTS / "cluster"], [folder for folder in folders if folder.is_dir()])
+    for name, settings in flags.missing(flags.required(objects), flags.shipped(found)).items():  # of the overlay's own patches
+        _config_map(found, name)["data"] |= settings
+    return found
 
 
 def dump(objects: Iterable[Object]) -> str:
@@ -133,6 +137,15 @@ def _kustomize(kubectl: Kubectl, resources: list[Path], components: list[Path]) 
         except KubectlError as error:
             raise DeployError(f"{resources[0]} does not render: {error}") from error
     return [item for item in yaml.safe_load_all(text) if item]
+
+
+def _config_map(objects: list[Object], name: str) -> Object:
+    """A ConfigMap of Knative among the objects, added if it is not there."""
+    for item in objects:
+        if item["kind"] == "ConfigMap" and item["metadata"]["name"] == name:
+            return item
+    objects.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "namespace": flags.NAMESPACE}, "data": {}})
+    return objects[-1]
 
 
 def _put(variables: Variables, objects: list[Object]) -> None:

@@ -4,7 +4,7 @@ import itertools
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,12 @@ class Combination:
 
 
 def render_all() -> list[Combination]:
+    """Every one of them."""
+    return render_each(list(combinations()))
+
+
+def render_each(chosen: Sequence[tuple[str, ...]]) -> list[Combination]:
     """One run of kustomize for all, told apart by a prefix of their names: a run for each would take minutes."""
-    chosen = list(combinations())
     functions = _render([("base", "components", names) for names in chosen])
     clusters = _render(
         [("cluster", "cluster", tuple(name for name in names if (MANIFESTS / "cluster" / name).is_dir())) for names in chosen]

@@ -21,7 +21,7 @@ from knative.autoscaler import ScaleSpec
 from knative.deploy import flags
 from knative.deploy.kubectl import Kubectl
 from knative.deploy.objects import containers, pod_spec, services
-from knative.deploy.render import MANIFESTS, render
+from knative.deploy.render import MANIFESTS, render, render_cluster
 from knative.deploy.variables import Variables
 from knative.local.manifest import read_manifests
 from tests.knative.deploy import eventing_kinds
@@ -105,6 +105,23 @@ def test_everything_has_the_fields_that_kubernetes_knows_and_no_others(everythin
 def test_every_flag_that_is_needed_is_shipped_and_no_other(combinations: list[Combination]) -> None:
     for one in combinations:
         assert flags.shipped(one.cluster) == flags.required(one.objects), one.components
+
+
+def test_what_an_overlay_asks_for_with_patches_of_its_own_is_in_its_cluster_part_too(tmp_path: Path) -> None:
+    patch = "- {op: replace, path: /spec/template/spec/timeoutSeconds, value: 1200}"
+    document = {
+        "resources": [os.path.relpath(MANIFESTS / "overlays/default", tmp_path.resolve())],
+        "patches": [{"target": {"group": "serving.knative.dev", "kind": "Service"}, "patch": patch}],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(document))
+    variables, kubectl = Variables(env=str(tmp_path)), Kubectl()
+    needed = flags.required(render(variables, kubectl))
+    assert needed["config-defaults"] == {"max-revision-timeout-seconds": "1200"}
+    (line,) = flags.in_words(flags.missing(needed, {"config-features": needed["config-features"], "config-defaults": {}}))
+    assert line.startswith("config-defaults: max-revision-timeout-seconds must be '1200' (")
+    assert flags.missing(needed, {**needed, "config-defaults": {"max-revision-timeout-seconds": "3600"}}) == {}
+    assert flags.shipped(render_cluster(variables, kubectl)) == needed
+    assert set(flags.shipped(render_cluster(Variables(), kubectl))) == {"config-features"}
 
 
 def test_the_local_overlay_ships_the_flags_that_it_needs() -> None:
