@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from function.errors import BadInput
-from relight.environment import SettingsError
+from weights_cache.environment import SettingsError
 from weights_cache.reader import Weights
 
 __all__ = ["BadInput", "InferenceAgent", "TensorSpec", "Weights", "load_agent"]

@@ -5,7 +5,7 @@ import hmac
 from pathlib import Path
 
 from function.errors import Unauthorized
-from relight.environment import SettingsError
+from weights_cache.environment import SettingsError
 
 
 class Keys:

@@ -21,7 +21,7 @@ from function.breaker import Breaker
 from function.errors import CannotStream, ClientGone, FunctionError, TimedOut, Unavailable, told
 from function.settings import FunctionSettings
 from function.streams import Stream, Streams
-from relight.environment import SettingsError
+from weights_cache.environment import SettingsError
 from weights_cache.errors import WeightsError
 from weights_cache.reader import Weights
 

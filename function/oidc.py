@@ -24,7 +24,7 @@ import orjson
 
 from function.errors import Forbidden, Unauthorized, Unavailable
 from function.settings import CLUSTER_ISSUER, FunctionSettings
-from relight.environment import SettingsError
+from weights_cache.environment import SettingsError
 
 try:
     import jwt

@@ -24,7 +24,7 @@ from function.metrics import Metrics
 from function.model import Model
 from function.settings import FunctionSettings, from_environment
 from function.worker import FunctionWorker
-from relight.environment import SettingsError
+from weights_cache.environment import SettingsError
 from weights_cache.reader import Weights
 from weights_cache.settings import WeightsSettings
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from relight import environment
-from relight.environment import setting
+from weights_cache import environment
+from weights_cache.environment import setting
 from weights_cache.settings import WeightsSettings
 
 CLUSTER_ISSUER = "https://kubernetes.default.svc"  # where the cluster that a pod is in answers, however it calls itself

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from relight import environment
-from relight.environment import SettingsError
+from weights_cache import environment
+from weights_cache.environment import SettingsError
 from weights_cache.errors import WeightsError
 from weights_cache.settings import WeightsSettings
 

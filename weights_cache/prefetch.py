@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 
-from relight.environment import SettingsError
+from weights_cache.environment import SettingsError
 from weights_cache.uri import WeightsUri
 
 LABEL = "weights.relight/"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from relight.environment import setting
+from weights_cache.environment import setting
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from relight.environment import SettingsError
 from weights_cache import prefetch
 from weights_cache.cache import NodeCache
+from weights_cache.environment import SettingsError
 from weights_cache.errors import WeightsError
 from weights_cache.keeper import SOCKET, Keeper, Pulled, Settle, make_keeper
 from weights_cache.settings import WeightsSettings

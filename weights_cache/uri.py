@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from relight.environment import SettingsError
+from weights_cache.environment import SettingsError
 
 _FORM = re.compile(r"s3://([^/#]+)/([^#]*[^/#])/?(?:#([0-9a-f]{32}))?")
 

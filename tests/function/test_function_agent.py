@@ -6,7 +6,7 @@ import pytest
 
 from function.agent import load_agent
 from function.agents.echo import Echo
-from relight.environment import SettingsError
+from weights_cache.environment import SettingsError
 
 
 def test_a_class_is_found_by_its_module_and_name() -> None:

@@ -34,8 +34,8 @@ from function.errors import Unauthorized, Unavailable
 from function.model import Model
 from function.oidc import Senders
 from function.settings import FunctionSettings
-from relight.environment import SettingsError
 from tests.support import BIN, clean_environment, free_port, request, running, wait_until
+from weights_cache.environment import SettingsError
 from weights_cache.settings import WeightsSettings
 
 AUDIENCE = "functions/default/echo"

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from function.settings import FunctionSettings
-from relight.environment import SettingsError, read
+from weights_cache.environment import SettingsError, read
 
 
 def settings(**environ: str) -> FunctionSettings:

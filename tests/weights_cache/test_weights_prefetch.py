@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from relight.environment import SettingsError
 from tests.support import wait_until
 from tests.weights_cache.conftest import current, noise, push
 from tests.weights_cache.stores import Bucket
 from weights_cache import prefetch, room, sidecar
 from weights_cache.cache import NodeCache
+from weights_cache.environment import SettingsError
 from weights_cache.settings import WeightsSettings
 
 MODEL = {"config.json": b"{}", "model.safetensors": noise(1 << 20)}

@@ -19,13 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from relight.environment import SettingsError
 from tests.support import ROOT, fill_cache, free_port, wait_until, write_chunks
 from weights_cache import chunks, room
 from weights_cache.blob import BlobWriter
 from weights_cache.cache import FileRef, Lease, NodeCache, Ref
 from weights_cache.chunks import CHUNK_BYTES
 from weights_cache.digest import chunk_digest
+from weights_cache.environment import SettingsError
 from weights_cache.errors import CacheError, HeaderError, WeightsError
 from weights_cache.reader import INDEX, Restored, Weights
 from weights_cache.settings import WeightsSettings

@@ -2,7 +2,7 @@
 
 import pytest
 
-from relight.environment import SettingsError
+from weights_cache.environment import SettingsError
 from weights_cache.uri import WeightsUri
 
 SNAPSHOT = "0123456789abcdef" * 2

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from knative.environment import SettingsError
 from knative.queue_source import event, results, unwrap, verdict
 from knative.queue_source.claim import reference
 from knative.queue_source.errors import ResultRefused, Unacceptable
@@ -13,7 +14,6 @@ from knative.queue_source.queue import Message
 from knative.queue_source.settings import from_environment
 from knative.queue_source.sqs import arn_of, client, traceparent
 from knative.queue_source.verdict import Verdict
-from relight.environment import SettingsError
 
 NEEDED = {"QUEUE_SOURCE_URL": "https://sqs.eu-west-1.amazonaws.com/1/work", "K_SINK": "http://minilm.default.svc.cluster.local"}
 

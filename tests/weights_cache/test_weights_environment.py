@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from relight import environment
-from relight.environment import SettingsError, setting
+from weights_cache import environment
+from weights_cache.environment import SettingsError, setting
 from weights_cache.settings import WeightsSettings
 
 

@@ -1,1 +1,0 @@
-"""What every part of Relight shares, and what knows none of them: how settings are read."""
