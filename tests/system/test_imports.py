@@ -13,7 +13,7 @@ from tests.support import ROOT
 DOOR = Path("knative/cli.py")
 PACKAGES = ("function", "knative", "weights_cache")
 # A function sees the reader's side of the cache.
-READER_SIDE = {"weights_cache", "weights_cache.environment", "weights_cache.errors", "weights_cache.reader", "weights_cache.settings"}
+READER_SIDE = {"weights_cache", "weights_cache.errors", "weights_cache.reader", "weights_cache.settings"}
 
 
 def imports(path: Path) -> set[str]:
@@ -54,6 +54,15 @@ def test_the_function_knows_the_reader_side_of_the_cache_alone() -> None:
     assert reached <= READER_SIDE
 
 
+def test_what_all_share_knows_none_of_them() -> None:
+    assert set().union(*(foreign(path) for path in files("relight"))) == set()
+
+
+def test_the_queue_source_knows_nothing_of_the_platform() -> None:
+    ours = {name for path in files("knative/queue_source") for name in imports(path) if name.split(".")[0] == "knative"}
+    assert {name for name in ours if not name.startswith("knative.queue_source")} == set()
+
+
 def test_the_command_line_imports_no_command_until_it_is_called() -> None:
     assert not foreign(ROOT / DOOR)
 
@@ -77,6 +86,11 @@ def test_only_restore_and_agents_import_torch() -> None:
             "import weights_cache.sidecar, weights_cache.store", {"torch", "flask", "numpy", "boto3"}, id="the sidecar needs no torch"
         ),
         pytest.param("import function.agents.echo", {"torch", "boto3"}, id="an agent without torch never imports it"),
+        pytest.param(
+            "import knative.queue_source.cli, knative.queue_source.source, knative.queue_source.sqs",
+            {"torch", "flask", "aiohttp", "pydantic", "yaml", "rich", "pika", "function", "weights_cache"},
+            id="the queue source needs boto3 and little else",
+        ),
         pytest.param("import knative.cli", {"torch", "boto3", "aiohttp", "pydantic", "yaml", "rich"}, id="the command line starts fast"),
     ],
 )
