@@ -56,6 +56,10 @@ class Call:
             return not self._cut
 
 
+class _Broken(NoAnswer):
+    """The connection ended before the answer began."""
+
+
 class Sink:
     """Where events go."""
 
@@ -77,7 +81,7 @@ class Sink:
         with contextlib.suppress(IndexError):
             connection = self._idle.pop()
             # A connection that was kept may have been closed meanwhile, and one learns of it by using it.
-            with contextlib.suppress(NoAnswer):
+            with contextlib.suppress(_Broken):
                 return self._post(connection, event.data, headers, call)
         return self._post(self._connect(), event.data, headers, call)
 
@@ -103,18 +107,20 @@ class Sink:
         return connection
 
     def _post(self, connection: http.client.HTTPConnection, data: bytes, headers: Mapping[str, str], call: Call) -> Answer:
-        fine = False
+        fine = has_begun = False
         try:
             call.begin(connection.sock)
             connection.request("POST", self._path, data, headers)
             reply = connection.getresponse()
+            has_begun = True
             body = reply.read(LONGEST_REPLY_BYTES + 1)
             if len(body) > LONGEST_REPLY_BYTES:
                 raise NoAnswer(f"the sink's answer is longer than {LONGEST_REPLY_BYTES} bytes")
             fine = not reply.will_close
             return Answer(reply.status, {name.lower(): value for name, value in reply.headers.items()}, body)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise NoAnswer(f"the sink gave no answer: {error or type(error).__name__}") from error
+            kind = _Broken if isinstance(error, ConnectionError) and not has_begun else NoAnswer
+            raise kind(f"the sink gave no answer: {error or type(error).__name__}") from error
         finally:
             if call.end() and fine:
                 self._idle.append(connection)
