@@ -10,7 +10,7 @@ from enum import Enum, auto
 from knative.queue_source.queue import Message
 from knative.queue_source.sink import Call
 
-PATIENCE_S = 0.02  # a receive of one message costs as much as one of ten
+PATIENCE_S = 0.05  # a receive of one message costs as much as one of ten
 REMEMBERED = 10_000  # keys of messages that were done lately
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from knative.queue_source import event, results, unwrap, verdict
 from knative.queue_source.claim import Claims, reference
+from knative.queue_source.connection import Answer
 from knative.queue_source.errors import (
     ClaimUnavailable,
     NoAnswer,
@@ -26,7 +27,7 @@ from knative.queue_source.metrics import Metrics
 from knative.queue_source.queue import Message, Queue, Results
 from knative.queue_source.settings import QueueSourceSettings
 from knative.queue_source.settler import Settler
-from knative.queue_source.sink import Answer, Call, Sink
+from knative.queue_source.sink import Call, Sink
 from knative.queue_source.verdict import Verdict
 from knative.queue_source.workers import Workers
 
