@@ -160,7 +160,7 @@ class Source:
         except ClaimUnavailable as error:
             self._failed(held, str(error))
             return
-        except Exception as error:
+        except Exception as error:  # a message that trips over a mistake of ours must not stop the others
             log.exception("%s: cannot be made an event", held.message.id)
             self._poison(held, repr(error))
             return
