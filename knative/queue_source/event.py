@@ -89,7 +89,7 @@ def make(
         elif short and value and short not in _KEPT and (short in _TAKEN or short not in made):
             made[short] = value
     made |= extensions
-    return Event(made, content_type or detect(data), data)
+    return Event(made, _clean(content_type or "") or detect(data), data)
 
 
 def _clean(value: str) -> str:

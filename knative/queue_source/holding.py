@@ -10,7 +10,7 @@ from enum import Enum, auto
 from knative.queue_source.queue import Message
 from knative.queue_source.sink import Call
 
-PATIENCE_S = 0.02  # a receive of one message costs as much as one of ten
+PATIENCE_S = 0.05  # a receive of one message costs as much as one of ten
 REMEMBERED = 10_000  # keys of messages that were done lately
 
 
@@ -121,7 +121,7 @@ class Holding:
                 key = held.message.key
                 if self._held.get(key) is held:  # else it was received again while it was given back
                     del self._held[key]
-                    self._turned_away.discard(key)
+                    self._settled(key)
                 if done:
                     self._done[key] = None
                     if len(self._done) > REMEMBERED:
@@ -145,9 +145,12 @@ class Holding:
     def taken(self, held: Held) -> None:
         """The sink has said something else about a message that it had turned away."""
         with self._lock:
-            if held.message.key in self._turned_away:
-                self._turned_away.discard(held.message.key)
-                self._room_made.notify_all()
+            self._settled(held.message.key)
+
+    def _settled(self, key: str) -> None:
+        if key in self._turned_away:
+            self._turned_away.remove(key)
+            self._room_made.notify_all()
 
     def wait_turn(self, held: Held, not_before: float) -> bool:
         """Wait until it may be posted; False if it is not to be, since it is no longer ours or it is time to stop."""

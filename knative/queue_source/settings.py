@@ -104,7 +104,14 @@ def _check_url(name: str, url: str, schemes: tuple[str, ...]) -> None:
     """Raises SettingsError."""
     try:
         parts = urlsplit(url)
-        fine = parts.scheme in schemes and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        fine = (
+            url.isascii()
+            and url.isprintable()
+            and " " not in url
+            and parts.scheme in schemes
+            and bool(parts.hostname)
+            and (parts.port is None or parts.port > 0)
+        )
     except ValueError:
         fine = False
     if not fine or (name != "K_SINK" and len(parts.path) < 2):

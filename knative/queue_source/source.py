@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from knative.queue_source import event, results, unwrap, verdict
 from knative.queue_source.claim import Claims, reference
+from knative.queue_source.connection import Answer
 from knative.queue_source.errors import (
     ClaimUnavailable,
     NoAnswer,
@@ -26,7 +27,7 @@ from knative.queue_source.metrics import Metrics
 from knative.queue_source.queue import Message, Queue, Results
 from knative.queue_source.settings import QueueSourceSettings
 from knative.queue_source.settler import Settler
-from knative.queue_source.sink import Answer, Call, Sink
+from knative.queue_source.sink import Call, Sink
 from knative.queue_source.verdict import Verdict
 from knative.queue_source.workers import Workers
 
@@ -67,18 +68,13 @@ class Source:
         self._releases = Settler[_Release]("give back", self._release, threads=1)
         self._pollers: list[threading.Thread] = []
         self._stopped = threading.Event()
-        self._heard = 0.0  # when the queue last answered a receive
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the queue answers."""
-        return self._heard > 0 and time.monotonic() - self._heard < self._settings.wait_s + 60 and not self.failed
+        self.is_ready = False  # the queue answers
 
     # From start to stop
 
     def start(self) -> None:
         """Begin to pull, from a queue that is open."""
-        self._heard = time.monotonic()
+        self.is_ready = True
         self._deletes.start(self._spawn)
         self._releases.start(self._spawn)
         self._spawn("keep", self._keep)
@@ -124,9 +120,10 @@ class Source:
             found: list[Message] = []
             try:
                 found = self._queue.receive(room, self._settings.wait_s)
-                self._heard = time.monotonic()
+                self.is_ready = True
                 failures = 0
             except QueueUnavailable as error:
+                self.is_ready = False
                 failures += 1
                 self.metrics.queue_errors.inc()
                 pause_s = verdict.backoff_s(failures, 0.1, LONGEST_POLL_PAUSE_S)
@@ -162,6 +159,10 @@ class Source:
             return
         except ClaimUnavailable as error:
             self._failed(held, str(error))
+            return
+        except Exception as error:  # a message that trips over a mistake of ours must not stop the others
+            log.exception("%s: cannot be made an event", held.message.id)
+            self._poison(held, repr(error))
             return
         if made is None:
             self._done(held)
@@ -331,8 +332,8 @@ class Source:
             now = time.monotonic()
             due: list[Held] = []
             for held in self._holding.all():
-                if held.call and now >= held.cut_at:
-                    held.call.cut()
+                if (call := held.call) and now >= held.cut_at:
+                    call.cut()
                 if held.renew_at <= now and held.lease in (Lease.KEPT, Lease.DELETING):
                     due.append(held)
             for at in range(0, len(due), MOST):

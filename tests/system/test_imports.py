@@ -54,6 +54,17 @@ def test_the_function_knows_the_reader_side_of_the_cache_alone() -> None:
     assert reached <= READER_SIDE
 
 
+def test_how_settings_are_read_is_one_file_that_knows_nothing_else() -> None:
+    ours, theirs = ROOT / "knative/environment.py", ROOT / "weights_cache/environment.py"
+    assert ours.resolve() == theirs
+    assert not {name for name in imports(theirs) if name.split(".")[0] in PACKAGES}
+
+
+def test_the_queue_source_knows_nothing_of_the_platform() -> None:
+    ours = {name for path in files("knative/queue_source") for name in imports(path) if name.split(".")[0] == "knative"}
+    assert {name for name in ours if not name.startswith("knative.queue_source")} <= {"knative", "knative.environment"}
+
+
 def test_the_command_line_imports_no_command_until_it_is_called() -> None:
     assert not foreign(ROOT / DOOR)
 
@@ -86,6 +97,11 @@ def test_only_restore_and_agents_import_torch() -> None:
             "import knative.cli", {"torch", "boto3", "aiohttp", "pydantic", "yaml", "rich", "numpy"}, id="the command line starts fast"
         ),
         pytest.param("import knative.simulator", {"torch", "aiohttp", "pydantic", "matplotlib"}, id="a simulation needs numpy alone"),
+        pytest.param(
+            "import knative.queue_source.cli, knative.queue_source.source, knative.queue_source.sqs",
+            {"torch", "flask", "aiohttp", "pydantic", "yaml", "rich", "pika", "function", "weights_cache"},
+            id="the queue source needs boto3 and little else",
+        ),
     ],
 )
 def test_importing_a_program_leaves_out_what_it_does_not_need(program: str, absent: set[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from function.settings import FunctionSettings
+from knative.queue_source.settings import QueueSourceSettings
 from tests.support import BIN, ROOT, clean_environment, free_port, request, running, wait_until
 from weights_cache.settings import WeightsSettings
 
@@ -24,14 +25,14 @@ def rows(settings: type[Any]) -> list[str]:
     """The table's rows for a settings class."""
     made = []
     for field in dataclasses.fields(settings):
-        default = "required" if field.default is dataclasses.MISSING else "" if field.default is None else f"`{said(field.default)}`"
+        default = "required" if field.default is dataclasses.MISSING else "" if field.default in (None, "") else f"`{said(field.default)}`"
         made.append(f"| `{field.metadata['env']}` | {default} | {field.metadata['text']} |".replace("|  |", "| |"))
     return made
 
 
 def test_the_settings_table_is_the_codes() -> None:
-    table = [line for line in README.splitlines() if re.match(r"\| `(PORT|FUNCTION_\w+|WEIGHTS_\w+)` \|", line)]
-    assert table == rows(FunctionSettings) + rows(WeightsSettings)
+    table = [line for line in README.splitlines() if re.match(r"\| `(PORT|K_\w+|FUNCTION_\w+|WEIGHTS_\w+|QUEUE_SOURCE_\w+)` \|", line)]
+    assert table == rows(FunctionSettings) + rows(WeightsSettings) + rows(QueueSourceSettings)
 
 
 def test_every_target_that_the_readme_names_is_in_the_makefile() -> None:

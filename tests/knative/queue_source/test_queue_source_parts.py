@@ -1,6 +1,8 @@
 """The queue source's parts that decide: settings, verdicts, events, wrappings, claims, replies, and what is held."""
 
 import json
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,8 +14,11 @@ from knative.queue_source.errors import ResultRefused, Unacceptable
 from knative.queue_source.holding import Holding, Lease
 from knative.queue_source.queue import Message
 from knative.queue_source.settings import from_environment
+from knative.queue_source.settler import Settler
 from knative.queue_source.sqs import arn_of, client, traceparent
 from knative.queue_source.verdict import Verdict
+from knative.queue_source.workers import Workers
+from knative.environment import SettingsError
 
 NEEDED = {"QUEUE_SOURCE_URL": "https://sqs.eu-west-1.amazonaws.com/1/work", "K_SINK": "http://minilm.default.svc.cluster.local"}
 
@@ -316,3 +321,73 @@ def test_a_delivery_of_what_was_just_done_is_told_apart_and_of_what_is_being_giv
     assert again[1]
     holding.remove([returned])
     assert holding.all() == [again[0]]
+
+
+def test_pollers_go_on_when_what_was_turned_away_is_given_back() -> None:
+    holding = Holding(30, 30)
+    holding.take_room(10)
+    held = [added[0] for key in range(10) if (added := holding.add(Message(str(key), "m", b"", 1, "h")))]
+    holding.turned_away(held[0], 0.0)
+    found: list[int] = []
+    poller = threading.Thread(target=lambda: found.append(holding.take_room(10)), daemon=True)
+    poller.start()
+    holding.remove([held[1]])
+    poller.join(0.1)
+    assert not found
+    holding.remove([held[0]])
+    poller.join(30)
+    assert found == [10]
+
+
+# Threads and batches
+
+
+def test_a_crowd_of_items_is_worked_on_at_once_and_no_more_than_the_limit() -> None:
+    entered, over = threading.Semaphore(0), threading.Event()
+
+    def work(_: int) -> None:
+        entered.release()
+        over.wait(30)
+
+    threads: list[str] = []
+
+    def spawn(name: str, run: Callable[[], None]) -> None:
+        threads.append(name)
+        threading.Thread(target=run, daemon=True).start()
+
+    workers = Workers(work, limit=3, spawn=spawn)
+    workers.put([1, 2, 3, 4, 5])
+    for _ in range(3):
+        assert entered.acquire(timeout=30)
+    assert not entered.acquire(timeout=0.05)
+    over.set()
+    for _ in range(2):
+        assert entered.acquire(timeout=30)
+    assert threads == ["work"] * 3
+
+
+def test_one_item_is_settled_at_once_and_those_that_come_meanwhile_together() -> None:
+    batches: list[list[int]] = []
+    entered, go = threading.Semaphore(0), threading.Semaphore(0)
+
+    def settle(batch: Sequence[int]) -> Sequence[int]:
+        batches.append(list(batch))
+        entered.release()
+        go.acquire(timeout=30)
+        return [item for item in batch if item == 5 and len(batches) < 4]  # that one is to be tried again
+
+    settler = Settler[int]("test", settle, threads=2)
+    settler.start(lambda _, run: threading.Thread(target=run, daemon=True).start())
+    settler.put([0])
+    assert entered.acquire(timeout=30)
+    for item in range(1, 10):
+        settler.put([item])
+    go.release()
+    assert entered.acquire(timeout=30)
+    settler.put(list(range(10, 25)))  # enough for a call beside the one that is under way
+    assert entered.acquire(timeout=30)
+    go.release(10)
+    assert entered.acquire(timeout=30)
+    assert entered.acquire(timeout=30)
+    assert batches[:3] == [[0], list(range(1, 10)), list(range(10, 20))]
+    assert sorted(item for batch in batches[3:] for item in batch) == [5, *range(20, 25)]
