@@ -69,9 +69,9 @@ def main() -> None:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
     os.environ["MOTO_ACCOUNT_ID"] = ACCOUNT  # read by moto at each request
     Queue.wait_for_messages = _wait  # type: ignore[method-assign,assignment]
-    # For each message that is received, moto counts all that there are, to learn how long the queue keeps it, and asks a slow clock of each.
+    # Of each message that is received moto asks how long the queue keeps it, for which it counts all that there are, by a slow clock.
     models.SQSBackend.is_message_valid_based_on_retention_period = lambda *_: True  # type: ignore[method-assign]
-    models.unix_time_millis = _now_ms  # type: ignore[attr-defined]
+    models.unix_time_millis = _now_ms  # type: ignore[attr-defined,assignment]
     server = make_server("127.0.0.1", int(sys.argv[1]), Server(), threaded=True, request_handler=MotoRequestHandler)
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the platform, which then ends us

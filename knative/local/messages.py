@@ -75,7 +75,7 @@ def _find(queue: str, status: Any, wait_s: int = 0) -> Queue:
 
 def _example(queue: str, status: Any) -> str:
     """The request body that the author of the Service behind the queue gave as an example."""
-    sinks = [source["sink"] for source in status["queue_sources"] if source["queue"] == queue] if status else []
+    sinks = [source["sink"].partition("/")[0] for source in status["queue_sources"] if source["queue"] == queue] if status else []
     examples = [service["example"] for service in status["services"] if service["name"] in sinks] if sinks else []
     if not examples:
         raise PlatformError("--data: must be given, as no Service here gets the messages of this queue")

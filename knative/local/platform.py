@@ -254,8 +254,7 @@ class Platform:
 
     async def _end_sources(self) -> None:
         """Let them finish or give back what they hold, which needs the Services' pods and the queues; who waits for a pod is answered."""
-        ending = [asyncio.ensure_future(live.stop()) for live in self._queue_sources.values()]
-        await asyncio.sleep(0)  # they are told first, so that a refusal is no reason to try again
+        ending = [asyncio.create_task(live.stop()) for live in self._queue_sources.values()]
         self._close_services()
         await asyncio.gather(*ending, *self._leaving_sources)
 

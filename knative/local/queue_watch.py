@@ -24,8 +24,7 @@ class QueueWatch:
         self.embedded: EmbeddedServer | None = None  # once there is one
         self._sources = sources
         self._session = session
-        self._queues: dict[str, Queue] = {}  # by address
-        self._found: dict[str, Depth | str] = {}  # likewise: what is in it, or why that is not known
+        self._found: dict[str, Depth | str] = {}  # by address: what is in it, or why that is not known
         self._oldest: dict[str, float] = {}  # when it was sent, by the name of an embedded queue
         self._threads = ThreadPoolExecutor(ASKED_AT_ONCE, "queues")
         self._looking: asyncio.Task[None] | None = None
@@ -79,13 +78,9 @@ class QueueWatch:
             await asyncio.sleep(LOOK_S)
 
     async def _ask(self, url: str, env: Mapping[str, str]) -> None:
-        def ask() -> Depth:
-            if url not in self._queues:
-                self._queues[url] = Queue(url, env)
-            return self._queues[url].depth()
-
+        loop = asyncio.get_running_loop()
         try:
-            self._found[url] = await asyncio.get_running_loop().run_in_executor(self._threads, ask)
+            self._found[url] = await loop.run_in_executor(self._threads, lambda: Queue(url, env).depth())
         except QueueError as error:
             self._found[url] = str(error)
 

@@ -94,8 +94,8 @@ class Queue:
         """Messages that wait, those in flight, and the redrive policy."""
         names: Any = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesDelayed", "ApproximateNumberOfMessagesNotVisible"]
         names.append("RedrivePolicy")
-        found = self._do(self._client.get_queue_attributes, QueueUrl=url, AttributeNames=names)["Attributes"]
-        waiting, delayed, in_flight = (int(found[name]) for name in names[:3])
+        found = self._do(self._client.get_queue_attributes, QueueUrl=url, AttributeNames=names).get("Attributes", {})
+        waiting, delayed, in_flight = (int(found.get(name, 0)) for name in names[:3])  # not every server that speaks SQS has all
         return waiting + delayed, in_flight, found.get("RedrivePolicy", "{}")
 
     def _dead_depth(self, arn: str) -> int | None:

@@ -710,6 +710,11 @@ def test_a_source_may_have_what_a_pod_may_have_and_a_service_may_not() -> None:
     assert source.spec.termination_grace_period_seconds == 90
 
 
+def test_a_source_that_only_stands_elsewhere_is_the_same() -> None:
+    (first,), (second,), (other,) = (read(*found).sources for found in ([HELLO, SOURCE], [SOURCE, HELLO], [HELLO, variable("A", "b")]))
+    assert first == second != other
+
+
 def test_queues_that_stand_anywhere_are_known_by_name() -> None:
     source = variable("QUEUE_SOURCE_URL", f"{QUEUE}/work")
     manifests = read(HELLO, source, config_map("queues", A=f"{QUEUE}/a.fifo"), secret(stringData={"B": f"{QUEUE}/b"}))

@@ -139,9 +139,10 @@ def test_a_message_that_cannot_be_sent_is_one_line(platform: Platform, words: li
 
 def test_a_changed_source_starts_anew_and_one_that_is_gone_ends(platform: Platform) -> None:
     before = platform.source("work-events")["pod"]
-    platform.rewrite(*objects(platform.state, QUEUE_SOURCE_CONCURRENCY="2"))
+    platform.rewrite(*objects(platform.state, QUEUE_SOURCE_CONCURRENCY="2"), queue_source("later", "echo", CRASHES))
     wait_until("a new one", lambda: platform.source("never-events") is None and platform.source("work-events")["pod"] != before)
     assert "never-events stands in no manifest any more" in platform.server.said()
+    wait_until("the new queue", lambda: platform.queue("later")["dead"] == 0)
     relight(platform, "send", "work", "--data", '{"instances": [1]}')
     assert len(results(platform, 1)) == 1
     wait_until("the old one's end", lambda: len(living(platform.state)) == 1)
