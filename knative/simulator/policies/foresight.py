@@ -144,8 +144,8 @@ class _Pod(NamedTuple):
 class Oracle(Policy):
     """Knows all requests, service times and cold starts: nobody waits, with the fewest pod-seconds for that.
 
-    The bound for containerConcurrency 1, without roll-outs, failures and full nodes; above 1 requests are packed into the first pod with
-    room, which is near the bound. A pod that will be needed again is kept while that is not dearer than to start another one.
+    The bound for containerConcurrency 1, without a drain, roll-outs, failures and full nodes; above 1 requests go to the first pod
+    with room, which is near the bound. A pod that will be needed again is kept while that is not dearer than to start another one.
     """
 
     name = "oracle"

@@ -352,7 +352,8 @@ def test_nobody_waits_for_the_oracle_and_whoever_waits_for_none_is_no_cheaper(
     assert max(one.waited_s for one in oracle_ends) == 0
     assert oracle.cold_starts == 0
     ends, result = finished(trace, model, made(name), horizon_s=500.0, seed=3)
-    if max(one.waited_s for one in ends) == 0:
+    # A pod that is told to go before its last request ends drains meanwhile, which the oracle does not plan for.
+    if max(one.waited_s for one in ends) == 0 and not drain_s:
         assert oracle.pod_seconds <= result.pod_seconds + 1e-3
 
 
