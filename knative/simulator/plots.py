@@ -102,10 +102,11 @@ def pareto(points: Sequence[Point], oracle: Point | None, percentile: str, title
     front = sorted((point for point in shown if point.on_front), key=lambda point: (point.result.cost, point.latency_s))
     xs, ys = [point.result.cost for point in front], [point.latency_s for point in front]
     axes.step(xs, ys, where="post", color=INK, linewidth=0.9, zorder=1, label="nobody is cheaper and faster")
-    for point in shown if len(shown) <= MOST_NAMES else front[:MOST_NAMES]:
+    named = sorted(shown if len(shown) <= MOST_NAMES else front[:MOST_NAMES], key=lambda point: point.result.cost)
+    for at, point in enumerate(named):
         text = ", ".join(value if name == "policy" else f"{name} {value}" for name, value in point.settings.items())
         place = (point.result.cost, point.latency_s)
-        axes.annotate(text, place, xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK)
+        axes.annotate(text, place, xytext=(5, -11 if at % 2 else 4), textcoords="offset points", fontsize=8, color=INK)
     if oracle and math.isfinite(oracle.latency_s):
         axes.scatter([oracle.result.cost], [oracle.latency_s], marker="D", s=44, color=INK, zorder=3, label="perfect foresight")
     axes.set_yscale("log")
