@@ -15,7 +15,7 @@ EXACT_LIMIT = 100_000  # latencies up to so many are kept as they are
 GAMMA = 1.01  # ratio of a bucket's bounds beyond that: a quantile is off by half a percent at most
 _LEAST_S = 1e-6  # shorter latencies share a bucket
 _BUCKETS = 3_000  # up to 1e-6 * 1.01 ** 3000 s, years
-_BUFFER = 65_536
+_BUFFER = 8_192
 _QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
