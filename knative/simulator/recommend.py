@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from knative.simulator.errors import SimulatorError
 from knative.simulator.policies import make_policy
 from knative.simulator.result import Result
 from knative.simulator.runs import Run, results
@@ -24,6 +25,10 @@ DAY_S = 86_400.0
 
 Knobs = Mapping[str, str]
 Key = tuple[tuple[str, str], ...]
+
+
+class RecommendError(SimulatorError):
+    """A trace that tells too little."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,9 @@ def recommend(run: Run, slo: Slo, told: Callable[[int], object], done: Callable[
     middle_s = begin_s + TRAIN_SHARE * (end_s - begin_s)
     train, test = replace(run, policy="kpa", part=(begin_s, middle_s)), replace(run, policy="kpa", part=(middle_s, end_s))
     model, _ = run.read_model()
+    for part, share in ((train, "first 60"), (test, "last 40")):
+        if not any(len(chunk.t_s) for chunk in part.open()):
+            raise RecommendError(f"{run.trace}: there is no request in the {share} % of its time, so nothing can be learnt or judged there")
     tried: dict[Key, Result] = {}
 
     def best(candidates: Iterable[Knobs]) -> Knobs:

@@ -199,6 +199,7 @@ def test_a_patch_takes_effect_on_our_base() -> None:
         (["--validate", "--model", "concurrency=4", "--trace", TRACE], "concurrency must be 1"),
         (["--validate", "--trace", "synthetic:poisson?rps=1000"], "needs from 1 to 20000 requests"),
         (["recommend", "--slo", "p99=2s", "--trace", TRACE, "--set", "max-scale=many"], "max-scale = 'many'"),
+        (["recommend", "--slo", "p99=2s", "--trace", "synthetic:teaching"], "no request in the last 40 %"),
         (["recommend", "--slo", "p99=2s", "--trace", "absent.csv"], "absent.csv: No such file"),
     ],
 )
