@@ -18,7 +18,6 @@ from knative.queue_source.settler import Settler
 from knative.queue_source.sqs import arn_of, client, traceparent
 from knative.queue_source.verdict import Verdict
 from knative.queue_source.workers import Workers
-from knative.environment import SettingsError
 
 NEEDED = {"QUEUE_SOURCE_URL": "https://sqs.eu-west-1.amazonaws.com/1/work", "K_SINK": "http://minilm.default.svc.cluster.local"}
 
