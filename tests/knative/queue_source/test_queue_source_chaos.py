@@ -66,7 +66,7 @@ class Chaos:
                 self.kills[what] += 1
                 running[what] = self.start(what)
             assert self.sent.wait(120)
-            wait_until("everything is done", lambda: len(self.done()) == self.messages, 180)
+            wait_until("everything is done", lambda: len(self.done()) == self.messages, 600)
             wait_until("poison is parked", lambda: self.sqs.left(self.sqs.queue("chaos-dead")) == self.poison, 120)
             self.sqs.wait_empty(self.url)
         finally:
@@ -102,7 +102,7 @@ def test_nothing_is_lost_and_poison_alone_is_parked(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_so_it_is_for_five_thousand_messages_of_which_almost_none_is_done_twice(tmp_path: Path) -> None:
     with sqs_running(tmp_path) as sqs:
         chaos = Chaos(sqs, tmp_path, messages=5000, poison=20, seconds=150.0, seed=20_260_101)
