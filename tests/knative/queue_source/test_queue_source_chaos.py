@@ -96,7 +96,7 @@ class Chaos:
 
 def test_nothing_is_lost_and_poison_alone_is_parked(tmp_path: Path) -> None:
     with sqs_running(tmp_path) as sqs:
-        chaos = Chaos(sqs, tmp_path, messages=250, poison=3, seconds=5.0, seed=1)
+        chaos = Chaos(sqs, tmp_path, messages=200, poison=3, seconds=4.0, seed=1)
         chaos.run(6)
         chaos.check(most_repeated=12)  # what was done and not yet deleted when the source was killed; the long run below is strict
 
