@@ -9,6 +9,7 @@ import json
 import os
 import random
 import sys
+import time
 from typing import Any
 
 
@@ -32,12 +33,12 @@ class Function(asyncio.Protocol):
         number, drawn = json.loads(body)["n"], self._chance.random()
         if isinstance(number, str):
             self._answer(400)
-        elif drawn < 0.03:
+        elif drawn < 0.015:
             self._answer(self._chance.choice((429, 503)), f"Retry-After: {self._chance.choice((0, 1))}\r\n")
-        elif drawn < 0.04:
+        elif drawn < 0.025:
             self._answer(500)
         else:
-            line = f"{number} {headers[b'ce-id'].decode()}\n".encode()
+            line = f"{number} {headers[b'ce-id'].decode()} {time.monotonic():.4f}\n".encode()
             asyncio.get_running_loop().call_later(self._chance.uniform(0.005, 0.03), self._done, line)
 
     def _done(self, line: bytes) -> None:

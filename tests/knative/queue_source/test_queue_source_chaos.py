@@ -105,9 +105,9 @@ def test_nothing_is_lost_and_poison_alone_is_parked(tmp_path: Path) -> None:
 @pytest.mark.timeout(1500)
 def test_so_it_is_for_five_thousand_messages_of_which_almost_none_is_done_twice(tmp_path: Path) -> None:
     with sqs_running(tmp_path) as sqs:
-        chaos = Chaos(sqs, tmp_path, messages=5000, poison=20, seconds=150.0, seed=20_260_101)
-        chaos.run(36)
-        chaos.check(most_repeated=25)
+        chaos = Chaos(sqs, tmp_path, messages=5000, poison=20, seconds=200.0, seed=20_260_101)
+        chaos.run(32)
+        chaos.check(most_repeated=25)  # 0.5 %
 
 
 @pytest.mark.soak
