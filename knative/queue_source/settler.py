@@ -13,7 +13,7 @@ log = logging.getLogger("relight.queue")
 
 T = TypeVar("T")
 MOST = 10  # items of one call
-LINGER_S = 0.01
+LINGER_S = 0.02
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 2.0
 
 
