@@ -13,14 +13,15 @@ log = logging.getLogger("relight.queue")
 
 T = TypeVar("T")
 MOST = 10  # items of one call
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
+LINGER_S = 0.02
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 2.0
 
 
 class Settler(Generic[T]):
     """Takes items one by one and hands them on in batches; what did not work is tried again, after a pause that grows.
 
-    What is there goes at once if no call is under way, and otherwise when ten are there or the call returns. So nothing waits while little
-    happens, for what is done and not yet deleted would be repeated if the process died now, and calls are full while much happens.
+    What is there goes at once if no call is under way, and otherwise when ten are there, the call returns, or LINGER_S is over. So nothing
+    waits for long, for what is done and not yet deleted would be repeated if the process died now, and calls are full while much happens.
     """
 
     def __init__(self, name: str, settle: Callable[[Sequence[T]], Sequence[T]], *, threads: int) -> None:
@@ -31,7 +32,8 @@ class Settler(Generic[T]):
         self._changed = threading.Condition()  # guards what follows
         self._items: deque[T] = deque()
         self._calls = 0  # under way
-        self._is_woken = False  # somebody is on the way to the items
+        self._since = 0.0  # when the first of the items came, or the last batch was taken
+        self._is_watched = False  # a thread is on its way to the items, or waits until they are due
 
     def start(self, spawn: Callable[[str, Callable[[], None]], object]) -> None:
         """Work in threads of its own, which `spawn` starts."""
@@ -41,6 +43,8 @@ class Settler(Generic[T]):
     def put(self, items: Sequence[T]) -> None:
         """They are settled soon."""
         with self._changed:
+            if not self._items:
+                self._since = time.monotonic()
             self._items.extend(items)
             self._wake()
 
@@ -55,7 +59,8 @@ class Settler(Generic[T]):
                 log.warning("%s: %s; again in %.2f s", self._name, error, pause_s)
             with self._changed:
                 self._calls -= 1
-                self._wake()
+                if self._items:
+                    self._changed.notify()
             if again:
                 time.sleep(pause_s)
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
@@ -63,21 +68,27 @@ class Settler(Generic[T]):
             else:
                 pause_s = FIRST_PAUSE_S
 
-    def _is_due(self) -> bool:
-        return len(self._items) >= (MOST if self._calls else 1)
-
     def _wake(self) -> None:
-        if not self._is_woken and self._is_due():
-            self._is_woken = True
+        if self._items and (not self._is_watched or len(self._items) >= MOST):
+            self._is_watched = True
             self._changed.notify()
+
+    def _wait_s(self) -> float | None:
+        """Seconds until what is there is due; None if nothing is there."""
+        if not self._items:
+            return None
+        if not self._calls or len(self._items) >= MOST:
+            return 0.0
+        return max(self._since + LINGER_S - time.monotonic(), 0.0)
 
     def _take(self) -> list[T]:
         with self._changed:
-            while not self._is_due():
-                self._is_woken = False
-                self._changed.wait()
+            while (wait_s := self._wait_s()) != 0.0:
+                self._is_watched = wait_s is not None
+                self._changed.wait(wait_s)
             self._calls += 1
             batch = [self._items.popleft() for _ in range(min(MOST, len(self._items)))]
-            self._is_woken = False
+            self._since = time.monotonic()
+            self._is_watched = False
             self._wake()
             return batch

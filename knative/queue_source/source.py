@@ -35,7 +35,7 @@ log = logging.getLogger("relight.queue")
 
 MOST = 10  # messages of one receive
 MOST_POLLERS = 4
-DELETERS = 4
+DELETERS = 2
 LONGEST_POLL_PAUSE_S = 5.0
 RELEASE_TRIES = 8  # then its visibility runs out by itself
 LAST_S = 5.0  # at a stop, for giving back what was cut

@@ -37,7 +37,7 @@ _REGION = re.compile(r"(?:^|\.)(?:sqs|queue)\.([a-z]{2}(?:-[a-z]+)+-\d)\.|^([a-z
 _TRACE = re.compile(r"(?:^|;)\s*(Root|Parent|Sampled)=([^;]+)")
 
 
-def client(url: str, *, connections: int, read_timeout_s: float) -> "SQSClient":
+def client(url: str, *, connections: int, read_timeout_s: float, attempts: int = 2) -> "SQSClient":
     """A client for a queue: at its URL's own host and region, unless the AWS variables name others."""
     host = urlsplit(url).hostname or ""
     region = _REGION.search(host)
@@ -46,7 +46,7 @@ def client(url: str, *, connections: int, read_timeout_s: float) -> "SQSClient":
         read_timeout=read_timeout_s,
         max_pool_connections=connections,
         tcp_keepalive=True,
-        retries={"mode": "standard", "total_max_attempts": 2},  # the source tries again by itself
+        retries={"mode": "standard", "total_max_attempts": attempts},
     )
     session = boto3.session.Session()
     told = session.region_name
@@ -89,7 +89,8 @@ class SqsQueue:
         # a receive each time, and them their place in the queue at last. One at a time, they stay where they are.
         self._most = 1 if url.endswith(".fifo") else MOST
         self._receiving = client(url, connections=pollers, read_timeout_s=wait_s + _CALL_S)
-        self._calls = client(url, connections=8, read_timeout_s=max(2.0, min(_CALL_S, visibility_s / 3)))
+        # Tried again by the source, and sooner: boto3 would sleep for half a second with messages that are done and not deleted.
+        self._calls = client(url, connections=8, read_timeout_s=max(2.0, min(_CALL_S, visibility_s / 3)), attempts=1)
 
     def open(self) -> None:
         """Find out its ARN and what it does with messages that fail. Raises QueueSourceError if it is not there."""

@@ -30,7 +30,7 @@ from moto.sqs.models import Message, sqs_backends
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 ACCOUNT, REGION = "123456789012", "us-east-1"
-LOOK_S = 0.01  # between two looks of a long poll
+LOOK_S = 0.05  # between two looks of a long poll
 
 # For each message that is received moto counts all that there are, several times, to learn how long a queue keeps them; and it looks at
 # its clock, which is slow, for each of these.

@@ -66,7 +66,7 @@ class Chaos:
                 self.kills[what] += 1
                 running[what] = self.start(what)
             assert self.sent.wait(120)
-            wait_until("everything is done", lambda: len(self.done()) == self.messages, 180)
+            wait_until("everything is done", lambda: len(self.done()) == self.messages, 600)
             wait_until("poison is parked", lambda: self.sqs.left(self.sqs.queue("chaos-dead")) == self.poison, 120)
             self.sqs.wait_empty(self.url)
         finally:
@@ -96,18 +96,18 @@ class Chaos:
 
 def test_nothing_is_lost_and_poison_alone_is_parked(tmp_path: Path) -> None:
     with sqs_running(tmp_path) as sqs:
-        chaos = Chaos(sqs, tmp_path, messages=250, poison=3, seconds=5.0, seed=1)
+        chaos = Chaos(sqs, tmp_path, messages=200, poison=3, seconds=4.0, seed=1)
         chaos.run(6)
         chaos.check(most_repeated=12)  # what was done and not yet deleted when the source was killed; the long run below is strict
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_so_it_is_for_five_thousand_messages_of_which_almost_none_is_done_twice(tmp_path: Path) -> None:
     with sqs_running(tmp_path) as sqs:
-        chaos = Chaos(sqs, tmp_path, messages=5000, poison=20, seconds=150.0, seed=20_260_101)
-        chaos.run(36)
-        chaos.check(most_repeated=25)
+        chaos = Chaos(sqs, tmp_path, messages=5000, poison=20, seconds=200.0, seed=20_260_101)
+        chaos.run(32)
+        chaos.check(most_repeated=25)  # 0.5 %
 
 
 @pytest.mark.soak

@@ -365,28 +365,27 @@ def test_a_crowd_of_items_is_worked_on_at_once_and_no_more_than_the_limit() -> N
     assert threads == ["work"] * 3
 
 
-def test_one_item_is_settled_at_once_and_those_that_come_meanwhile_together() -> None:
+def test_one_item_is_settled_at_once_and_what_comes_meanwhile_does_not_wait_for_a_call_that_takes_long() -> None:
     batches: list[list[int]] = []
-    entered, go = threading.Semaphore(0), threading.Semaphore(0)
+    entered, go = threading.Semaphore(0), threading.Event()
 
     def settle(batch: Sequence[int]) -> Sequence[int]:
         batches.append(list(batch))
+        again = [item for item in batch if item == 5 and len(batches) == 2]  # that one is to be tried again
         entered.release()
-        go.acquire(timeout=30)
-        return [item for item in batch if item == 5 and len(batches) < 4]  # that one is to be tried again
+        if batch[0] == 0:
+            go.wait(30)
+        return again
 
     settler = Settler[int]("test", settle, threads=2)
     settler.start(lambda _, run: threading.Thread(target=run, daemon=True).start())
     settler.put([0])
     assert entered.acquire(timeout=30)
-    for item in range(1, 10):
-        settler.put([item])
-    go.release()
-    assert entered.acquire(timeout=30)
-    settler.put(list(range(10, 25)))  # enough for a call beside the one that is under way
-    assert entered.acquire(timeout=30)
-    go.release(10)
-    assert entered.acquire(timeout=30)
-    assert entered.acquire(timeout=30)
-    assert batches[:3] == [[0], list(range(1, 10)), list(range(10, 20))]
-    assert sorted(item for batch in batches[3:] for item in batch) == [5, *range(20, 25)]
+    settler.put(range(1, 10))  # fewer than are worth a call of their own
+    for _ in range(2):  # and 5 once more
+        assert entered.acquire(timeout=30)
+    settler.put(range(10, 25))
+    for _ in range(2):
+        assert entered.acquire(timeout=30)
+    assert batches == [[0], list(range(1, 10)), [5], list(range(10, 20)), list(range(20, 25))]
+    go.set()
