@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-_OVERHEAD_BYTES = 600  # about what an entry takes beside its reply's bytes
+_OVERHEAD_BYTES = 1000  # what an entry takes, at most, beside its reply's text
 
 Key = tuple[str, str]  # an event's `source` and `id`
 
@@ -32,27 +32,32 @@ R = TypeVar("R", bound=Sized)
 class Work(Generic[R]):
     """One event's: whoever began it ends it, others wait for that."""
 
-    __slots__ = ("_over", "error", "forget_at", "key", "reply")
+    __slots__ = ("_is_over", "_over", "error", "forget_at", "key", "reply")
 
     def __init__(self, key: Key) -> None:
         self.key = key
         self.reply: R | None = None
         self.error: Exception | None = None  # why there is no reply, if that holds for those who wait, too
         self.forget_at = 0.0
-        self._over = threading.Event()
+        self._is_over = False
+        self._over = threading.Lock()  # held until it has ended; a tenth of the size of an Event, of which thousands would be kept
+        self._over.acquire()
 
     def end(self, reply: R | None, error: Exception | None) -> None:
         """Tell those who wait."""
         self.reply, self.error = reply, error
-        self._over.set()
+        self._is_over = True
+        self._over.release()
 
     def is_over(self) -> bool:
         """Whether it has ended."""
-        return self._over.is_set()
+        return self._is_over
 
     def wait(self, timeout_s: float) -> bool:
         """Until it has ended; False if it has not after so long."""
-        return self._over.wait(timeout_s)
+        if not self._is_over and self._over.acquire(timeout=max(0.0, timeout_s)):
+            self._over.release()  # for the next one who waits
+        return self._is_over
 
 
 class Memory(Generic[R]):

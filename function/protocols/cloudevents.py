@@ -71,7 +71,7 @@ class Event:
         return int(said) if said else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reply:
     """The event that answers one: its attributes, and its data as they are written, JSON or not."""
 
@@ -254,7 +254,8 @@ def reply_to(source: str, event: Event, outputs: list[Any]) -> Reply:
     """The reply to an event. Raises AgentFailed if JSON cannot say what the agent answered."""
     answer, asked = event.question.answer(outputs), event.attributes
     try:
-        data = answer if isinstance(answer, bytes) else dumps(answer)
+        # A copy, since what orjson gives holds on to a buffer of some KiB, and the reply may be kept.
+        data = answer if isinstance(answer, bytes) else bytes(memoryview(dumps(answer)))
     except TypeError as error:
         raise told(error) from error
     attributes = {
