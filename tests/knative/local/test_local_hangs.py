@@ -6,7 +6,7 @@ import pytest
 
 from knative.local.breaker import TIME_OUTS
 from tests.knative.local.running import Platform, platform_running, service
-from tests.support import request
+from tests.support import request, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,13 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
         yield running
 
 
+def bring_up(platform: Platform, name: str) -> None:
+    """Have a pod: its cold start counts against time-outs that are as short as these, and a busy machine takes longer."""
+    wait_until(f"{name} answers", lambda: platform.call(name, "/echo").status == 200)
+
+
 def test_a_pod_that_hangs_is_replaced(platform: Platform) -> None:
-    platform.call("frozen", "/echo")
+    bring_up(platform, "frozen")
     (frozen,) = platform.pods("frozen")
     with platform.calls("frozen", TIME_OUTS, "/freeze") as calls:
         assert [call.result().status for call in calls] == [504] * TIME_OUTS
@@ -38,6 +43,7 @@ def test_a_pod_that_hangs_is_replaced(platform: Platform) -> None:
 
 
 def test_what_a_pod_has_begun_to_answer_may_end_when_it_is_replaced(platform: Platform) -> None:
+    bring_up(platform, "stuck")
     with platform.connection("stuck", "/pieces/the-end") as connection:
         reply = connection.getresponse()
         assert reply.read(6) == b"first\n"
@@ -53,6 +59,7 @@ def test_what_a_pod_has_begun_to_answer_may_end_when_it_is_replaced(platform: Pl
 
 
 def test_a_pod_that_is_slow_for_some_and_answers_others_is_left_alone(platform: Platform) -> None:
+    bring_up(platform, "slow")
     pid = platform.call("slow", "/echo").json()["pid"]
     for _ in range(TIME_OUTS):
         assert platform.call("slow", "/wait/never").status == 504
