@@ -68,7 +68,7 @@ undeploy: ## Delete what deploy made
 status: ## Show the Service, its revisions and pods
 logs: ## Print the logs of its pods (CONTAINER=, FOLLOW=true)
 invoke: ## Send it a request (DATA=, ROUTE=, ADDRESS=)
-build: ## Build both images (IMAGE=, WEIGHTS_IMAGE=, VARIANT=cpu or cuda, OPTIONS=)
+build: ## Build both images (IMAGE=, WEIGHTS_IMAGE=, VARIANT=cpu or cuda, SBOM=folder, OPTIONS=)
 push: ## Push both images
 
 test: setup ## Run all tests (most of them wait most of the time, so there are more processes than cores)

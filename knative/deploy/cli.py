@@ -125,7 +125,7 @@ def invoke(variables: Variables) -> None:
 @cluster.command()
 @_variables
 def build(variables: Variables) -> None:
-    """Build both images (IMAGE=, WEIGHTS_IMAGE=, VARIANT=cpu|cuda)."""
+    """Build both images (IMAGE=, WEIGHTS_IMAGE=, VARIANT=cpu|cuda, SBOM=folder, OPTIONS=)."""
     images.build(variables, click.echo)
 
 
