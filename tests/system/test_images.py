@@ -73,19 +73,22 @@ def engine(folder: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def variables(engine: str, folder: Path) -> Iterator[Variables]:
+def shelf(folder: Path) -> Iterator[tuple[Path, str]]:
+    """A folder, and the URL at which builds find what is in it."""
+    path = folder / "shelf"
+    path.mkdir()
+    with served(path, folder / "shelf.log") as port:
+        yield path, f"http://127.0.0.1:{port}/"
+
+
+@pytest.fixture(scope="module")
+def variables(engine: str, folder: Path, shelf: tuple[Path, str]) -> Variables:
     """What `make build` is told, so that it can build here, under names that are nobody's."""
-    wheels = folder / "wheels"
-    wheels.mkdir()
-    with served(wheels, folder / "wheels.log") as port:
-        try:
-            options = build_options(engine, wheels, port)
-        except NotHere as error:
-            pytest.skip(str(error))
-        options += f" --build-arg SOURCE_DATE_EPOCH={EPOCH}"
-        yield Variables(
-            options=options, image="relight-test/function:1", weights_image="relight-test/weights-cache:1", sbom=folder / "sbom"
-        )
+    try:
+        options = f"{build_options(engine, *shelf)} --build-arg SOURCE_DATE_EPOCH={EPOCH}"
+    except NotHere as error:
+        pytest.skip(str(error))
+    return Variables(options=options, image="relight-test/function:1", weights_image="relight-test/weights-cache:1", sbom=folder / "sbom")
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +210,7 @@ def test_an_image_lists_all_that_is_installed_in_it(engine: str, built: dict[str
 def test_the_same_sources_and_packages_make_the_same_image(
     engine: str, built: dict[str, str], variables: Variables, shelf: tuple[Path, str]
 ) -> None:
-    """File for file, compiled ones too, and as old as SOURCE_DATE_EPOCH says. /opt/relight itself is as old as the copying of it."""
+    """File for file, compiled ones too, and none newer than SOURCE_DATE_EPOCH. /opt/relight itself is as old as the copying of it."""
     folder, url = shelf
     listed = json.loads(images.sbom(engine, built["weights-cache"]))["components"]
     (folder / "constraints.txt").write_text("".join(f"{one['name']}=={one['version']}\n" for one in listed))
@@ -220,4 +223,4 @@ def test_the_same_sources_and_packages_make_the_same_image(
         subprocess.run([engine, "rmi", "--force", again], capture_output=True, check=False)
     assert len(first) > 1000
     assert [path for path in {*first, *second} if first.get(path) != second.get(path)] == []
-    assert {made for _, _, made, _ in first.values()} == {EPOCH}
+    assert max(made for _, _, made, _ in first.values()) == EPOCH
