@@ -13,7 +13,6 @@ from knative.deploy.variables import Variables
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ("docker", "podman")
-TARGETS = ("function", "weights-cache")
 SBOM = "/opt/relight/sbom.cdx.json"  # in each image: what is installed in it, as CycloneDX
 
 

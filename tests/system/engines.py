@@ -69,11 +69,10 @@ def build_options(engine: str, folder: Path, url: str) -> str:
     """What a build must be told here. Unless the usual base image and the usual indexes are reached, it is told of a base image with our
     own Python, and of wheels, which are put into `folder` and found at `url`. Raises NotHere.
     """
-    usual = re.search(r"ARG PYTHON=(.+)", (ROOT / "Containerfile").read_text())
-    assert usual
+    usual = _base(_default("PYTHON"))
     try:
-        _pull(engine, _base(usual[1]))
-        if all(_reaches(engine, _base(usual[1]), index) for index in INDEXES):
+        _pull(engine, usual)
+        if all(_reaches(engine, usual, index) for index in INDEXES):
             return "--network=host"
     except NotHere:
         pass
@@ -124,16 +123,23 @@ def _make(engine: str, image: str, archive: Path, why: str) -> None:
 
 
 def _fetch_wheels(folder: Path) -> None:
-    """What the images install, and what makes it."""
+    """What the images install, and what makes them."""
+    recipe = (ROOT / "Containerfile").read_text()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = project["project"]["optional-dependencies"]
-    tool = re.search(r"ARG CYCLONEDX_BOM=(.+)", (ROOT / "Containerfile").read_text())
-    assert tool
-    needs = [*project["project"]["dependencies"], *extras["function"], *extras["oidc"], *project["build-system"]["requires"], "wheel"]
+    extras = {extra for named in re.findall(r"'\.\[(.+?)\]'", recipe) for extra in named.split(",")}
+    needs = [*project["build-system"]["requires"], "wheel", *project["project"]["dependencies"]]
+    needs += [need for extra in sorted(extras) for need in project["project"]["optional-dependencies"][extra]]
     # torch as it is installed here: another build of the same version may be CUDA's, of several GB.
-    needs += [f"cyclonedx-bom=={tool[1]}", f"torch=={version('torch')}"]
+    needs += [f"cyclonedx-bom=={_default('CYCLONEDX_BOM')}", f"torch=={version('torch')}"]
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", "--dest", str(folder)]
     _run([*download, *needs], "the builds reach no index, and wheels cannot be fetched for them")
+
+
+def _default(argument: str) -> str:
+    """What the Containerfile has for a build argument."""
+    found = re.search(rf"(?m)^ARG {argument}=(.+)$", (ROOT / "Containerfile").read_text())
+    assert found
+    return found[1]
 
 
 def _run(command: list[str], otherwise: str) -> None:

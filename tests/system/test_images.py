@@ -175,7 +175,7 @@ def test_the_pair_serves_a_model_from_the_store_as_restricted_as_in_a_cluster(
 def test_a_server_is_compiled_and_may_do_nothing_else_and_the_sidecar_has_no_torch(engine: str, built: dict[str, str]) -> None:
     """Compiled to the last module of the standard library: on a read-only root, what is not is compiled at each start."""
     servers = {"function": "function.agents.minilm", "weights-cache": "weights_cache.sidecar"}
-    looks = {target: python(engine, image, LOOKS, servers[target]) for target, image in built.items()}
+    looks = {target: python(engine, built[target], LOOKS, server) for target, server in servers.items()}
     for look in looks.values():
         assert look["modules"] > 100
         assert look["uncompiled"] == []
