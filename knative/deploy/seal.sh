@@ -4,7 +4,8 @@
 set -eu
 export PYTHONHASHSEED=0
 since="@$SOURCE_DATE_EPOCH"
-find /opt/relight -name '*.py' -not -path '*/torch/testing/*' -newermt "$since" \
+# Some of torch's tests are written for newer Pythons, and say so in their names.
+find /opt/relight -name '*.py' -not -name 'py3??_*.py' -newermt "$since" \
     | python -m compileall -q -j 0 --invalidation-mode unchecked-hash -i -
 # With SOURCE_DATE_EPOCH as its time, and no number of its own.
 /opt/sbom/bin/cyclonedx-py environment --spec-version 1.6 --output-reproducible --output-file /opt/relight/sbom.cdx.json /opt/relight/bin/python
