@@ -1,5 +1,6 @@
 """Where tensors come to lie on a device, and which device each goes to: decisions without a device."""
 
+import itertools
 import re
 
 import pytest
@@ -30,11 +31,11 @@ def files(draw: st.DrawFn) -> list[TensorInfo]:
 @given(files(), st.sampled_from([None, torch.bfloat16, torch.float32, torch.float64]), st.sampled_from([256, 512, 4096]))
 def test_every_byte_of_every_tensor_goes_to_its_place_once(tensors: list[TensorInfo], dtype: torch.dtype | None, block: int) -> None:
     placed, size = lay_out(tensors, dtype)
-    for tensor, following in zip(placed, placed[1:], strict=False):
+    for tensor, following in itertools.pairwise(placed):
         assert following.at >= tensor.at + tensor.size
     assert all(tensor.at % ALIGNMENT == 0 for tensor in placed)
     assert size <= sum(tensor.size + ALIGNMENT for tensor in placed)
-    came_from = {}  # by byte of the allocation, the byte of the file, of tensors that are only copied
+    came_from: dict[int, int] = {}  # by byte of the allocation, the byte of the file, of tensors that are only copied
     filled: set[int] = set()
     for number, parts in enumerate(cut(placed, size, block)):
         for part in parts:

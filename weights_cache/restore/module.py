@@ -48,4 +48,4 @@ def assemble(build: Callable[[], ModuleT], tensors: Iterable[tuple[str, Tensor]]
 
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(repr(name) for name in names[:_NAMED]) + more
+    return ", ".join(repr(name) for name in sorted(names)[:_NAMED]) + more
