@@ -396,6 +396,18 @@ def test_a_copy_that_fails_fails_the_restore_with_what_the_device_said(fails_at:
         dict(tensors)
 
 
+def test_who_waits_for_a_view_is_told_what_went_wrong_on_a_device() -> None:
+    class WithoutFirst(InMemory):
+        def has(self, start: int, stop: int) -> bool:
+            return start > MIB
+
+    ring = Ring(Watched(fails_at=1), **SMALL)
+    with contextlib.closing(ring):
+        tensors = Restore([WithoutFirst(FILE)], Placement({"": "host", "t0": "cpu"}), {"host": ring}).tensors()
+        with pytest.raises(RuntimeError, match="the device has fallen off the bus"):
+            next(tensors)
+
+
 @pytest.mark.parametrize("how", ["closed", "forgotten", "failed"])
 def test_a_restore_that_does_not_end_gives_its_memory_back(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = save({f"t{n}": torch.ones(1 << 20) for n in range(16)})

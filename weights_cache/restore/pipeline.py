@@ -324,7 +324,7 @@ class Restore:
 
     def _pause(self, source: Source) -> None:
         if self._is_over:
-            raise _Over
+            raise self._error or _Over
         source.pause()
 
 
