@@ -4,6 +4,7 @@ importing → restoring → loading → warming → ready (or tripped) → drain
 """
 
 import gc
+import importlib
 import logging
 import os
 import sys
@@ -324,7 +325,8 @@ class Model:
 
     def _limit_threads(self) -> None:
         """More torch threads than cores make a busy machine several times slower."""
-        if torch := sys.modules.get("torch"):
+        if "torch" in sys.modules:
+            torch = importlib.import_module("torch")  # which waits if another thread is in the middle of it
             torch.set_num_threads(self._settings.threads or _cpu_limit())
 
 
