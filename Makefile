@@ -68,7 +68,7 @@ undeploy: ## Delete what deploy made
 status: ## Show the Service, its revisions and pods
 logs: ## Print the logs of its pods (CONTAINER=, FOLLOW=true)
 invoke: ## Send it a request (DATA=, ROUTE=, ADDRESS=)
-build: ## Build the images (IMAGE=, WEIGHTS_IMAGE=, QUEUE_IMAGE=, VARIANT=cpu or cuda, OPTIONS=)
+build: ## Build the images (IMAGE=, WEIGHTS_IMAGE=, QUEUE_IMAGE=, VARIANT=cpu or cuda, SBOM=folder, OPTIONS=)
 push: ## Push the images
 
 test: setup ## Run all tests (most of them wait most of the time, so there are more processes than cores)

@@ -4,6 +4,7 @@ importing → restoring → loading → warming → ready (or tripped) → drain
 """
 
 import gc
+import importlib
 import logging
 import os
 import sys
@@ -206,7 +207,7 @@ class Model:
             log.exception("the agent %s could not be brought up", self._settings.agent)
             self._on_failure()
             return
-        log.info("ready after %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages.items()))
+        log.info("ready after %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in dict(self.stages).items()))
         try:
             self._serve(agent)
         except BaseException:
@@ -232,6 +233,8 @@ class Model:
     def _bring_up(self) -> InferenceAgent:
         if self._settings.lean_torch:
             lean_torch.install()
+        if self._settings.device != "cpu" and not self._weights.is_empty():
+            threading.Thread(target=self._prepare_device, name="device", daemon=True).start()
         with _uncollected():
             agent = load_agent(self._settings.agent)
         self.can_stream = hasattr(agent, "step") or hasattr(agent, "stream")
@@ -253,6 +256,15 @@ class Model:
         self._phase = "ready"
         self.mark("ready")
         return agent
+
+    def _prepare_device(self) -> None:
+        """Make the device's context while the agent is imported and the weights are fetched."""
+        try:
+            self._weights.prepare(self._settings.device)
+        except Exception as error:  # noqa: BLE001  the agent meets it again if it needs the device
+            log.warning("%s", error)
+        else:
+            self.mark("context")
 
     def _predict(self, agent: InferenceAgent, slices: Sequence[Slice]) -> None:
         """Run one batch. If that fails, run its inputs one at a time, so that only the culprit's caller hears of it."""
@@ -314,7 +326,8 @@ class Model:
 
     def _limit_threads(self) -> None:
         """More torch threads than cores make a busy machine several times slower."""
-        if torch := sys.modules.get("torch"):
+        if "torch" in sys.modules:
+            torch = importlib.import_module("torch")  # which waits if another thread is in the middle of it
             torch.set_num_threads(self._settings.threads or _cpu_limit())
 
 

@@ -9,10 +9,10 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from weights_cache.blob import Blob, are_complete
 from weights_cache.cache import Lease, NodeCache
@@ -24,7 +24,13 @@ from weights_cache.settings import WeightsSettings
 from weights_cache.uri import WeightsUri
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
+
+    from weights_cache.restore.pipeline import Ring
+    from weights_cache.restore.placement import Placement
+
+    ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 POLL_S = 0.005
 INDEX = "model.safetensors.index.json"  # of a sharded checkpoint: which file has which tensor
@@ -106,7 +112,8 @@ class Weights(Mapping[str, "Tensor"]):
 
     Looking a tensor up waits for it; asking for the names waits for the headers of the files they are in, one after the other. Where
     there is a `model.safetensors.index.json` the tensors are those it names, otherwise those of all safetensors files. CPU tensors are
-    views of a copy-on-write mapping (see `restore.view`). Without a WEIGHTS_URI it is empty. Safe to use from several threads.
+    views of a copy-on-write mapping (see `restore.view`), those of a GPU are copied there (`to`). Without a WEIGHTS_URI it is empty. Safe
+    to use from several threads.
     """
 
     def __init__(self, settings: WeightsSettings) -> None:
@@ -125,6 +132,8 @@ class Weights(Mapping[str, "Tensor"]):
         self._map: Mapping[str, str] | None = None  # file by tensor name, from the index
         self._shards: list[_File] | None = None
         self._headers: dict[str, dict[str, TensorInfo]] = {}  # by file, in file order
+        self._preparing = threading.Lock()  # guards the rings, and has whoever needs one wait while it is made
+        self._rings: dict[str, Ring] = {}  # by device: prepared, and not in use
 
     def restored(self) -> Restored:
         """How far the weights are; never waits."""
@@ -153,12 +162,73 @@ class Weights(Mapping[str, "Tensor"]):
             self._pause(f"file {name!r}")
         return link
 
-    def to(self, device: str) -> Iterator[tuple[str, "Tensor"]]:
-        """Every tensor on `device` (cpu, cuda:0), in file order, as its bytes land."""
+    def prepare(self, device: str) -> None:
+        """Do what takes long about a device before there are bytes to restore: torch's import, its context, its staging buffers.
+
+        Its next `to` then has them. Raises WeightsError if there is no such device; nothing is to be done for `cpu`.
+        """
+        if device != "cpu":
+            with self._preparing:
+                if device not in self._rings:
+                    self._rings[device] = _open_ring(device)
+
+    def to(self, device: "str | torch.device | Mapping[str, str]", *, dtype: "torch.dtype | None" = None) -> "Iterator[tuple[str, Tensor]]":
+        """Every tensor on `device` in file order, as its bytes land.
+
+        device: `cpu`; `cuda:0`; or a device map, from the beginnings of names to devices: {"": "cuda:0", "model.layers.12": "cuda:1"}; the
+        longest that fits counts, and all devices are filled at the same time. `host` is the way of a GPU in ordinary memory.
+        dtype: what floating-point tensors of 16 bits and more are cast to on the way.
+
+        On `cpu` a tensor is a view of its file. Elsewhere it is part of one allocation for all of its file's tensors there. The calling
+        thread may use it at once on its current stream; once the iterator has ended, all of them are there for everybody. An iterator
+        that is given up, or raises, gives back what it has allocated. Raises WeightsError: also, before anything is copied, if a
+        device has too little memory.
+        """
+        if dtype is None and str(device) == "cpu":
+            return self._views()
+        from weights_cache.restore.placement import Placement
+
+        return self._restore(Placement(device), dtype)
+
+    def module(
+        self, build: "Callable[[], ModuleT]", device: "str | torch.device | Mapping[str, str]", *, dtype: "torch.dtype | None" = None
+    ) -> "ModuleT":
+        """The torch module that `build` makes, around these weights: its parameters are the tensors that `to` gives, and need no gradient.
+
+        It is built on torch's `meta` device, so that nothing is allocated or initialised that would only be overwritten. Parameters that it
+        ties together need to be in the files once. Buffers that are not in the files must be made with a device of their own, and are
+        moved. Raises WeightsError that names what is missing, unexpected or of another shape.
+        """
+        from weights_cache.restore.device import torch_device
+        from weights_cache.restore.module import assemble
+        from weights_cache.restore.placement import Placement
+
+        place = Placement(device)
+        return assemble(build, self.to(device, dtype=dtype), lambda name: torch_device(place(name)))
+
+    def _views(self) -> "Iterator[tuple[str, Tensor]]":
         for file in self._model_files():
             for name, info in self._header(file).items():
-                tensor = self._tensor(file, info)
-                yield name, tensor if device == "cpu" else tensor.to(device)
+                yield name, self._tensor(file, info)
+
+    def _restore(self, placement: "Placement", dtype: "torch.dtype | None") -> "Iterator[tuple[str, Tensor]]":
+        from weights_cache.restore.pipeline import Restore
+
+        rings: dict[str, Ring] = {}
+        try:
+            for name in placement.devices:
+                if name != "cpu":
+                    with self._preparing:
+                        rings[name] = self._rings.pop(name) if name in self._rings else _open_ring(name)
+            yield from Restore([self._source_of(file) for file in self._model_files()], placement, rings, dtype).tensors()
+        finally:
+            for ring in rings.values():
+                ring.close()
+
+    def _source_of(self, file: _File) -> "_Source":
+        view = memoryview(b"") if file.view is None else file.view
+        header = lambda pause: list(self._header(file, pause).values())  # noqa: E731
+        return _Source(file.path, file.size, view, file.has, header, lambda: self._pause(file.path))
 
     def __getitem__(self, name: str) -> "Tensor":
         return self._tensor(*self._find(name))
@@ -208,12 +278,15 @@ class Weights(Mapping[str, "Tensor"]):
             self._shards = [self._file(name, INDEX) for name in names]
         return self._shards or []
 
-    def _header(self, file: _File) -> Mapping[str, TensorInfo]:
-        """The tensors of one file; waits for its header alone. Raises WeightsError if they are not what the index or the others say."""
+    def _header(self, file: _File, pause: Callable[[], None] | None = None) -> Mapping[str, TensorInfo]:
+        """The tensors of one file; waits for its header alone, by `pause` if there is one.
+
+        Raises WeightsError if they are not what the index or the others say.
+        """
         if file.path not in self._headers:
 
             def read(start: int, stop: int) -> bytes:
-                self._wait(file, start, stop)
+                self._wait(file, start, stop, pause)
                 return file.read(start, stop)
 
             found = {tensor.name: tensor for tensor in read_header(read, file.size, file.path)}
@@ -235,9 +308,12 @@ class Weights(Mapping[str, "Tensor"]):
             raise WeightsError(f"{wanted_by} has no file {name!r}; it has {', '.join(self._files) or 'none'}")
         return self._files[name]
 
-    def _wait(self, file: _File, start: int, stop: int) -> None:
+    def _wait(self, file: _File, start: int, stop: int, pause: Callable[[], None] | None = None) -> None:
         while not file.has(start, stop):
-            self._pause(file.path)
+            if pause:
+                pause()
+            else:
+                self._pause(file.path)
 
     def _wait_attached(self, what: str) -> None:
         if not self._uri:
@@ -291,6 +367,24 @@ class Weights(Mapping[str, "Tensor"]):
             return False  # a part was thrown away; another one will come
         self._lease = lease
         return True
+
+
+@dataclass
+class _Source:
+    """A file as a restore sees it."""
+
+    path: str
+    size: int
+    view: memoryview
+    has: Callable[[int, int], bool]
+    header: Callable[[Callable[[], None]], Sequence[TensorInfo]]
+    pause: Callable[[], None]
+
+
+def _open_ring(device: str) -> "Ring":
+    from weights_cache.restore.pipeline import Ring
+
+    return Ring.open(device)
 
 
 def _read_index(data: bytes) -> dict[str, str]:

@@ -26,7 +26,6 @@ class MiniLM:
 
     def load(self, weights: Weights, device: str) -> None:
         """Bind the encoder's tensors and build its tokenizer."""
-        self._device = device
         config = json.loads(weights.path("config.json").read_text())
         self._layers: int = config["num_hidden_layers"]
         self._heads: int = config["num_attention_heads"]
@@ -35,6 +34,7 @@ class MiniLM:
         self._tokenizer.no_padding()  # the file pads everything to 128 tokens; we pad to the longest of a batch
         self._tokenizer.enable_truncation(MAX_TOKENS)
         self._weights: Mapping[str, Tensor] = dict(weights.to(device))
+        self._device = self._weights["embeddings.word_embeddings.weight"].device
 
     def warm_up(self) -> None:
         """The first pass sets up torch's kernels."""
@@ -82,7 +82,7 @@ class MiniLM:
 class Layout:
     """Where the tokens of a batch are: all in one row, and side by side in a grid that is padded to the longest sentence."""
 
-    def __init__(self, lengths: Sequence[int], device: str) -> None:
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         """lengths: each sentence's, in tokens."""
         columns = torch.arange(max(lengths))
         mask = columns < torch.tensor(lengths)[:, None]

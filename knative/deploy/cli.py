@@ -125,7 +125,7 @@ def invoke(variables: Variables) -> None:
 @cluster.command()
 @_variables
 def build(variables: Variables) -> None:
-    """Build the images (IMAGE=, WEIGHTS_IMAGE=, QUEUE_IMAGE=, VARIANT=cpu|cuda)."""
+    """Build the images (IMAGE=, WEIGHTS_IMAGE=, QUEUE_IMAGE=, VARIANT=cpu|cuda, SBOM=folder, OPTIONS=)."""
     images.build(variables, click.echo)
 
 

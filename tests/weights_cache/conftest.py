@@ -19,6 +19,7 @@ import botocore.session
 import pytest
 
 from tests.support import ROOT, Reply, Server, clean_environment, free_port, request, running, wait_until
+from tests.weights_cache.node import URI, Node
 from tests.weights_cache.stores import Bucket, Proxy, Seaweed, seaweedfs
 from weights_cache import transfer
 from weights_cache.cache import NodeCache
@@ -26,6 +27,7 @@ from weights_cache.chunks import CHUNK_BYTES
 from weights_cache.digest import chunk_digest
 from weights_cache.fetch import Puller
 from weights_cache.manifest import MANIFEST, Entry, dump
+from weights_cache.reader import Weights
 from weights_cache.settings import WeightsSettings
 from weights_cache.store import Store
 from weights_cache.uri import WeightsUri
@@ -141,6 +143,18 @@ def cache(cache_root: Path) -> NodeCache:
     cache = NodeCache(cache_root)
     cache.create()
     return cache
+
+
+@pytest.fixture
+def node(cache: NodeCache) -> Iterator[Node]:
+    node = Node(cache)
+    yield node
+    node.leave()
+
+
+@pytest.fixture
+def weights(cache: NodeCache) -> Weights:
+    return Weights(WeightsSettings(uri=URI, cache_dir=cache.root))
 
 
 @pytest.fixture

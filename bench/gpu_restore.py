@@ -1,0 +1,450 @@
+"""From a file in the node's cache to tensors in a GPU's memory: `Weights.to` beside the bus itself and the usual loaders, in turn.
+
+Every run is a fresh process that has imported what it needs, made its context and (ours) its staging buffers, as a function has while its
+weights are fetched. It is timed from there until every tensor is on the device, synchronised. Without a GPU the same code runs with
+ordinary memory as the device (`host`), on smaller sizes, beside a plain memcpy; its figures say nothing about a GPU. The peers' virtual
+environments are made on the first run.
+
+    .venv/bin/python bench/gpu_restore.py [--rounds 5] [--sizes 1G,8G,16G] [--directory /dev/shm] [--json FILE] [--markdown FILE]
+        [--copiers N] [--slot-mib N] [--staging pinned|registered]    (of ours, to try others than the defaults)
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import mmap
+import os
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder, whose platform.py would stand for Python's own
+
+from bench.common import Background, Failed, machine, make_venv, reason, spread  # noqa: E402  found through the line above
+
+URI = "s3://bench/model"
+FILE = "model.safetensors"
+MIB = 1 << 20
+TENSOR_BYTES = 16 * MIB
+FETCH_BYTES_PER_S = 2e9
+VENVS = Path(tempfile.gettempdir()) / "relight-bench"
+OURS = "relight"
+BARE = "bare"  # the bus, or a memcpy
+PEERS = {
+    "safetensors load_file": (),
+    "fastsafetensors": ("fastsafetensors==0.5.0",),
+    "runai-model-streamer": ("runai-model-streamer==0.17.0", "humanize==4.17.0"),
+}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--way"]:
+        _way(sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4]))
+        return
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sizes", default="1G,8G,16G" if has_gpu else "270M,1G")
+    parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where the cache lies [/dev/shm]")  # noqa: S108  memory
+    parser.add_argument("--copiers", type=int, default=0)
+    parser.add_argument("--slot-mib", type=int, default=0)
+    parser.add_argument("--staging", choices=["pinned", "registered"], default="pinned")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args()
+    ours = {"copiers": options.copiers, "slot_mib": options.slot_mib, "registered": options.staging == "registered"}
+    found: dict[str, Any] = {
+        "machine": machine(),
+        "gpu": torch.cuda.get_device_name(0) if has_gpu else None,
+        "torch": torch.__version__,
+        "rounds": options.rounds,
+        "copying": {} if has_gpu else _run(_python(OURS), "copying", options.directory, {}),
+        "sizes": {},
+    }
+    for size in options.sizes.split(","):
+        found["sizes"][size] = _measure(size, options.directory, options.rounds, {"device": "cuda:0" if has_gpu else "host", **ours})
+    text = "\n".join(_tables(found))
+    print(text)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.markdown:
+        options.markdown.write_text(text + "\n")
+
+
+# In the process that runs the others
+
+
+def _python(way: str) -> str:
+    return str(make_venv(VENVS / way, PEERS[way], sees_project=True, with_dependencies=False)) if PEERS.get(way) else sys.executable
+
+
+def _command(python: str, way: str, folder: Path, options: dict[str, Any]) -> "subprocess.Popen[str]":
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [python, __file__, "--way", way, str(folder), json.dumps(options)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
+
+
+def _run(python: str, way: str, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    process = _command(python, way, folder, options)
+    out, err = process.communicate()
+    if process.returncode:
+        raise Failed(reason(err))
+    result: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return result
+
+
+def _measure(size: str, directory: Path, rounds: int, options: dict[str, Any]) -> dict[str, Any]:
+    total = int(size[:-1]) * {"M": 10**6, "G": 10**9}[size[-1]]
+    found: dict[str, Any] = {"seconds": {way: [] for way in (BARE, OURS, *PEERS)}, "failed": {}}
+    with _cached(directory, total) as (folder, bytes_there, _):
+        found["bytes"] = bytes_there
+        for turn in range(rounds + 1):
+            for way in found["seconds"]:
+                if way in found["failed"]:
+                    continue
+                try:
+                    result = _run(_python(way), way, folder, options)
+                except Failed as error:
+                    found["failed"][way] = str(error)
+                    continue
+                if turn:  # the first round warms the page cache
+                    found["seconds"][way].append(result["seconds"])
+        found["prepare_s"] = _run(sys.executable, OURS, folder, options)["prepare_s"]
+        found["memory"] = _run(sys.executable, OURS, folder, {**options, "watch_memory": True})["memory"]
+    found["behind_a_fetch"] = [_behind_a_fetch(directory, total, options) for _ in range(min(3, rounds))]
+    return found
+
+
+def _behind_a_fetch(directory: Path, total: int, options: dict[str, Any]) -> dict[str, float]:
+    """How long a fetch takes, and how much later than it a restore ends that runs beside it."""
+    with _cached(directory, total, fill=False) as (folder, _, fetch):
+        process = _command(sys.executable, OURS, folder, {**options, "says_ready": True})
+        assert process.stdout is not None
+        assert process.stdin is not None
+        process.stdout.readline()
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        began = time.monotonic()
+        fetch()
+        ended = time.monotonic()
+        out, err = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"behind a fetch: {reason(err)}")
+        return {"fetch_s": ended - began, "later_s": json.loads(out.splitlines()[-1])["ended_at"] - ended}
+
+
+@contextmanager
+def _cached(directory: Path, size: int, *, fill: bool = True) -> "Iterator[tuple[Path, int, Callable[[], None]]]":
+    """A node cache with one snapshot: a safetensors file of tensors of 16 MiB. Unless it is filled already, what fills it at 2 GB/s."""
+    from weights_cache import room
+    from weights_cache.blob import BlobWriter
+    from weights_cache.cache import FileRef, NodeCache, Ref
+    from weights_cache.digest import chunk_digest
+
+    count = max(1, size // TENSOR_BYTES)
+    header = {
+        f"t{n:05}": {"dtype": "BF16", "shape": [TENSOR_BYTES // 2], "data_offsets": [n * TENSOR_BYTES, (n + 1) * TENSOR_BYTES]}
+        for n in range(count)
+    }
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    head = struct.pack("<Q", len(text)) + text
+    total = len(head) + count * TENSOR_BYTES
+    data = os.urandom(MIB)
+    digest = chunk_digest(data)
+    with tempfile.TemporaryDirectory(dir=directory, prefix="bench-gpu-restore-") as folder:
+        cache = NodeCache(Path(folder) / "cache")
+        cache.create()
+        refs = [FileRef(FILE, total, '"1"')]
+        lease, _ = room.reserve(cache, "bench/model", refs, limit=None, uri=URI)
+        writer = BlobWriter.try_acquire(cache.file_blob("bench/model", refs[0]), total)
+        assert writer is not None
+        cache.set_ref(Ref(URI, lease.snapshot, time.time()))
+
+        def land(bytes_per_s: float) -> None:
+            began = time.monotonic()
+            for at in range(0, total, MIB):
+                if (early := at / bytes_per_s - (time.monotonic() - began)) > 0:
+                    time.sleep(early)
+                piece = (head[at : at + MIB] + data)[: min(MIB, total - at)]
+                memory = writer.memory(at, at + len(piece))  # as a pull fills it: on a tmpfs with large pages
+                if memory is None:
+                    writer.write(piece, at)
+                else:
+                    memory[:] = piece
+                writer.chunks.set(at // MIB, digest)
+            writer.publish()
+
+        if fill:
+            land(1e12)
+        yield Path(folder), total, lambda: land(FETCH_BYTES_PER_S)
+        lease.close()
+
+
+def _tables(found: dict[str, Any]) -> list[str]:
+    is_gpu = found["gpu"] is not None
+    lines = [
+        f"{found['gpu'] or 'No GPU: the host path, with ordinary memory as the device'}. {found['machine']}, torch {found['torch']}, "
+        f"{found['rounds']} rounds, medians (least to most).",
+        "",
+    ]
+    bare = "pinned host-to-device copy" if is_gpu else "memcpy into fresh memory, one thread"
+    for size, one in found["sizes"].items():
+        lines += [f"### {size}", "", f"| way | ms | GB/s | beside the {'bus' if is_gpu else 'memcpy'} |", "| --- | ---: | ---: | ---: |"]
+        base = statistics.median(one["seconds"][BARE])
+        for way, seconds in one["seconds"].items():
+            name = {BARE: bare, OURS: "relight `Weights.to`"}.get(way, way)
+            if way in one["failed"]:
+                lines.append(f"| {name} | – | – | {one['failed'][way]} |")
+                continue
+            median = statistics.median(seconds)
+            times = spread([1e3 * value for value in seconds], ".0f")
+            lines.append(f"| {name} | {times} | {one['bytes'] / median / 1e9:.1f} | {base / median:.2f} × |")
+        memory, behind = one["memory"], one["behind_a_fetch"]
+        later = [run["later_s"] / run["fetch_s"] for run in behind]
+        device = f"device memory {memory['device'] / one['bytes']:.3f} × the weights, " if memory["device"] is not None else ""
+        what = "host memory beyond the mapped file" + ("" if is_gpu else " and the tensors")
+        fetch_s = spread([run["fetch_s"] for run in behind], ".2f")
+        later_ms = spread([1e3 * run["later_s"] for run in behind], ".0f")
+        lines += [
+            "",
+            f"- Context and staging buffers, made before: {one['prepare_s'] * 1e3:.0f} ms.",
+            f"- Most memory: {device}{what} {memory['host'] / 1e6:.0f} MB.",
+            f"- Behind a fetch of {fetch_s} s it ends {later_ms} ms later ({statistics.median(later):.1%}).",
+            "",
+        ]
+    if found["copying"]:
+        lines += ["### Ways to copy 16 MiB at a time", "", "| way | 1 thread, GB/s | 2 threads, GB/s | another thread waits at most |"]
+        lines += ["| --- | ---: | ---: | ---: |"]
+        lines += [f"| {way} | {one:.1f} | {two:.1f} | {gap * 1e3:.1f} ms |" for way, (one, two, gap) in found["copying"].items()]
+        lines.append("")
+    return lines
+
+
+# In the processes that are measured
+
+
+def _way(way: str, folder: Path, options: dict[str, Any]) -> None:
+    """One run; prints JSON."""
+    import torch
+
+    if way == "copying":
+        print(json.dumps(_copying()))
+        return
+    device = options["device"]
+    is_gpu = device != "host"
+    result: dict[str, Any] = {}
+    if is_gpu:
+        torch.zeros(1, device=device)
+        torch.cuda.synchronize()
+    memory = _Memory() if options.get("watch_memory") else None
+    load = _loader(way, folder, options, result)
+    if options.get("says_ready"):
+        print("ready", flush=True)
+        sys.stdin.readline()
+    gc.disable()
+    free = torch.cuda.mem_get_info()[0] if is_gpu else 0
+    began = time.perf_counter()
+    if memory:
+        with memory:
+            kept = load()
+    else:
+        kept = load()
+    if is_gpu:
+        torch.cuda.synchronize()
+    result |= {"seconds": time.perf_counter() - began, "ended_at": time.monotonic()}
+    if memory:
+        ours = 0 if is_gpu else sum(tensor.nbytes for tensor in kept.values())
+        result["memory"] = {"host": memory.most - memory.least - ours, "device": free - torch.cuda.mem_get_info()[0] if is_gpu else None}
+    print(json.dumps(result))
+    del kept
+
+
+class _Memory(Background):
+    """Watches what this process has for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.least = self.most = self._now()  # before there are staging buffers
+
+    @staticmethod
+    def _now() -> int:
+        text = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("RssAnon:"))
+
+    def work(self) -> None:
+        while not self.over.wait(0.002):
+            self.most = max(self.most, self._now())
+        self.most = max(self.most, self._now())
+
+
+def _loader(way: str, folder: Path, options: dict[str, Any], result: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    device = options["device"]
+    torch_device = "cpu" if device == "host" else device
+    if way == OURS:
+        return _ours(folder, options, result)
+    (blob,) = (folder / "cache" / "blobs").iterdir()
+    return {
+        BARE: _memcpy if device == "host" else _bus,
+        "safetensors load_file": _safetensors,
+        "fastsafetensors": _fastsafetensors,
+        "runai-model-streamer": _runai,
+    }[way](blob, torch_device)
+
+
+def _ours(folder: Path, options: dict[str, Any], result: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    from weights_cache.reader import Weights
+    from weights_cache.restore.device import open_device
+    from weights_cache.restore.pipeline import SLOT_BYTES, Ring
+    from weights_cache.settings import WeightsSettings
+
+    def opened(name: str) -> Ring:
+        if options["registered"] and name != "host":
+            from weights_cache.restore.cuda import CudaDevice
+
+            device: Any = CudaDevice(name, 0, registered=True)
+        else:
+            device = open_device(name)
+        return Ring(device, copiers=options["copiers"], slot_bytes=options["slot_mib"] * MIB or SLOT_BYTES)
+
+    Ring.open = opened  # type: ignore[method-assign, assignment]
+    weights = Weights(WeightsSettings(uri=URI, cache_dir=folder / "cache"))
+    began = time.perf_counter()
+    weights.prepare(options["device"])
+    result["prepare_s"] = time.perf_counter() - began
+    return lambda: dict(weights.to(options["device"]))
+
+
+def _bus(blob: Path, device: str) -> Callable[[], dict[str, Any]]:
+    """As many bytes as the file has, from one pinned buffer."""
+    import torch
+
+    source = torch.zeros(256 * MIB, dtype=torch.uint8, pin_memory=True)
+    size = blob.stat().st_size
+    target = torch.empty(size, dtype=torch.uint8, device=device)
+    torch.cuda.synchronize()
+
+    def load() -> dict[str, Any]:
+        for start in range(0, size, len(source)):
+            piece = target[start : start + len(source)]
+            piece.copy_(source[: len(piece)], non_blocking=True)
+        return {"all": target}
+
+    return load
+
+
+def _memcpy(blob: Path, device: str) -> Callable[[], dict[str, Any]]:
+    import torch
+
+    from weights_cache.mapping import MappedFile
+
+    with blob.open("rb") as file:
+        view = MappedFile(file.fileno(), blob.stat().st_size).view
+
+    def load() -> dict[str, Any]:
+        target = torch.empty(len(view), dtype=torch.uint8)
+        ctypes.memmove(target.data_ptr(), torch.frombuffer(view, dtype=torch.uint8).data_ptr(), len(view))
+        return {"all": target}
+
+    return load
+
+
+def _safetensors(blob: Path, device: str) -> Callable[[], dict[str, Any]]:
+    from safetensors.torch import load_file
+
+    if device == "cpu":  # where it maps the file
+        return lambda: {name: tensor.clone() for name, tensor in load_file(blob).items()}
+    return lambda: load_file(blob, device=device)
+
+
+def _fastsafetensors(blob: Path, device: str) -> Callable[[], dict[str, Any]]:
+    from fastsafetensors import SafeTensorsFileLoader, SingleGroup  # type: ignore[import-not-found]
+
+    link = blob.parent.parent.parent / FILE  # it goes by the name
+    link.unlink(missing_ok=True)
+    link.symlink_to(blob)
+
+    def load() -> dict[str, Any]:
+        loader = SafeTensorsFileLoader(SingleGroup(), device=device, nogds=True)
+        loader.add_filenames({0: [str(link)]})
+        buffer = loader.copy_files_to_device()
+        return {name: buffer.get_tensor(name) for name in loader.get_keys()} | {"owner": (loader, buffer)}
+
+    return load
+
+
+def _runai(blob: Path, device: str) -> Callable[[], dict[str, Any]]:
+    from runai_model_streamer import SafetensorsStreamer  # type: ignore[import-not-found]
+
+    link = blob.parent.parent.parent / FILE
+    link.unlink(missing_ok=True)
+    link.symlink_to(blob)
+
+    def load() -> dict[str, Any]:
+        with SafetensorsStreamer() as streamer:
+            streamer.stream_file(str(link))
+            return {name: tensor.to(device, copy=True) for name, tensor in streamer.get_tensors()}
+
+    return load
+
+
+def _copying() -> dict[str, tuple[float, float, float]]:
+    """Of ways to copy from a mapping to a buffer: GB/s with one thread and with two, and for how long they kept a third from running."""
+    import numpy as np
+    import torch
+
+    size, rounds, pieces = 16 * MIB, 16, 8
+    memory = mmap.mmap(-1, pieces * size)
+    memory[:] = b"\1" * len(memory)
+    source = torch.frombuffer(memory, dtype=torch.uint8)
+    view, array = memoryview(memory), source.numpy()
+    ways: dict[str, Callable[[Any, int], object]] = {
+        "memoryview assignment": lambda target, at: target["view"].__setitem__(slice(None), view[at : at + size]),
+        "torch `copy_`": lambda target, at: target["tensor"].copy_(source[at : at + size]),
+        "numpy `copyto`": lambda target, at: np.copyto(target["array"], array[at : at + size]),
+        "ctypes `memmove`": lambda target, at: ctypes.memmove(target["tensor"].data_ptr(), source.data_ptr() + at, size),
+    }
+
+    def measure(copy: Callable[[Any, int], object], threads: int) -> tuple[float, float]:
+        def work(number: int) -> None:
+            tensor = torch.ones(size, dtype=torch.uint8)
+            target: dict[str, Any] = {"tensor": tensor, "array": tensor.numpy(), "view": memoryview(tensor.numpy().data)}
+            begin.wait()
+            for turn in range(rounds):
+                copy(target, (turn + number) % pieces * size)
+
+        begin = threading.Barrier(threads + 1)
+        running = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+        for thread in running:
+            thread.start()
+        begin.wait()
+        began = last = time.perf_counter()
+        longest = 0.0
+        while any(thread.is_alive() for thread in running):
+            time.sleep(0.0001)
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+        return threads * rounds * size / (last - began) / 1e9, longest
+
+    found = {}
+    for way, copy in ways.items():
+        runs = [(measure(copy, 1), measure(copy, 2)) for _ in range(5)]
+        one, two = (statistics.median(run[at][0] for run in runs) for at in (0, 1))
+        found[way] = (one, two, statistics.median(run[0][1] for run in runs))
+    return found
+
+
+if __name__ == "__main__":
+    main()
