@@ -1,10 +1,10 @@
 """`python -m function.fork_server FD`: a process that has imported everything, and becomes `python -m function` as often as it is asked.
 
 Whoever starts it (the local platform) holds the other end of the socket FD, and is told `warm` there. Each message on it asks for one
-function and carries two files: the socket of a conversation with the new process alone, and its log. It is answered, in turn, with the
-process id, 0 if there is none. In the conversation
+process and carries the socket of a conversation with that process alone. It is answered, in turn, with the process id, 0 if there is
+none. In the conversation, which may begin at once or long after,
 
-1. the platform sends an order, one line of JSON: `env`, `cwd` (or null), and `parent`, its own process id;
+1. the platform sends the log's file, and an order, one line of JSON: `env`, `cwd` (or null), and `parent`, its own process id;
 2. the new process says `ready`; or `refused: …`, and ends;
 3. the platform answers with a line, and `python -m function` runs. Without it the process ends: nobody would look after it.
 
@@ -28,12 +28,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from function import server
+
 WARM = b"warm"
 PROGRAM = "function"
-# What functions import: our server, and what agents need, as far as it is installed here.
-_SERVER = ("function.server", "function.app")
+# What functions import besides our server: what agents need, as far as it is installed here.
 _LIBRARIES = ("torch", "tokenizers", "weights_cache.restore", "function.agents.minilm", "function.agents.smollm2")
 _OURS = ("function", "weights_cache")
+CHANGED = "our code has changed"
 ADOPTION_S = 5.0
 
 _prctl = ctypes.CDLL(None).prctl
@@ -45,17 +47,15 @@ def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     _warm_up()
     control.send(WARM)
-    conversation, log = _serve(control)
+    conversation, code = _serve(control)
     # From here on we are a function's process.
     control.close()
-    _become(conversation, log)
+    _become(conversation, code)
     runpy.run_module(PROGRAM, run_name="__main__", alter_sys=True)
 
 
 def _warm_up() -> None:
     """Import everything. Ends the process if that started a thread, which no fork would have."""
-    for name in _SERVER:
-        importlib.import_module(name)
     for name in _LIBRARIES:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
@@ -66,16 +66,16 @@ def _warm_up() -> None:
     gc.freeze()
 
 
-def _serve(control: socket.socket) -> tuple[socket.socket, int]:
-    """Fork once for each message; returns in the new processes alone, with their conversation and their log."""
+def _serve(control: socket.socket) -> tuple[socket.socket, dict[str, int]]:
+    """Fork once for each message; returns in the new processes alone, with their conversation and the stamps of what was imported."""
     code = _stamps()
     told, tell = os.pipe()  # by the process in between, which knows the process id
     while True:
-        message, files, _, _ = socket.recv_fds(control, 16, 2)
+        message, files, _, _ = socket.recv_fds(control, 16, 1)
         if not message:
             os._exit(0)  # the platform is gone
         if _stamps() != code:
-            sys.stderr.write("fork server: our code has changed; it takes a new process to run it\n")
+            sys.stderr.write(f"fork server: {CHANGED}; it takes a new process to run it\n")
             os._exit(1)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -85,7 +85,7 @@ def _serve(control: socket.socket) -> tuple[socket.socket, int]:
             if new == 0:
                 os.close(told)
                 os.close(tell)
-                return socket.socket(fileno=files[0]), files[1]
+                return socket.socket(fileno=files[0]), code
             os.write(tell, b"%d" % max(new, 0))
             os._exit(0)
         for file in files:
@@ -104,20 +104,22 @@ def _fork() -> int:
         return -1
 
 
-def _become(conversation: socket.socket, log: int) -> None:
+def _become(conversation: socket.socket, code: dict[str, int]) -> None:
     """Make this process what the platform would have started; ends it if that is not possible or not wanted any more."""
     os.setsid()
-    for output in (1, 2):
-        os.dup2(log, output)
-    os.close(log)
     with conversation, conversation.makefile("rb") as lines:
+        _, logs, _, _ = socket.recv_fds(conversation, 1, 1)
         line = lines.readline()
         if not line:
             os._exit(1)
+        server.asked_at = time.monotonic()
+        for output in (1, 2):
+            os.dup2(logs[0], output)
+        os.close(logs[0])
         order = json.loads(line)
         _wait_for_adoption(order["parent"])
         try:
-            if reason := _enter(order):
+            if reason := CHANGED if _stamps() != code else _enter(order):
                 conversation.sendall(f"refused: {reason}\n".encode())
                 os._exit(1)
             conversation.sendall(b"ready\n")

@@ -30,6 +30,9 @@ from weights_cache.settings import WeightsSettings
 
 log = logging.getLogger("relight.function")
 
+# When this process was asked for, on `time.monotonic`'s clock; None if that is when the kernel started it. See fork_server.
+asked_at: float | None = None
+
 _AFTERTHOUGHTS = ("Shutting down: Master", "Reason: Worker failed to boot.")
 
 
@@ -107,7 +110,7 @@ def main() -> None:
     except SettingsError as error:
         sys.exit(_complain(str(error)))
     logging.getLogger("gunicorn.error").addFilter(_is_news)
-    FunctionServer(settings, weights, started_at=_process_started_at()).run()
+    FunctionServer(settings, weights, started_at=asked_at or _process_started_at()).run()
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -1,7 +1,8 @@
 """The fork server: a warmed process that becomes a function's in milliseconds. Here: when to use it, starting it, asking it.
 
 It is a program of the function's own (`python -m function.fork_server`, whose text describes the conversation). It is started in the
-background once nothing else starts, and while it is not there, or not well, functions start as fresh processes.
+background once nothing else starts, and while it is not there, or not well, functions start as fresh processes. A spare process is kept
+forked: to copy the page tables of one that has imported torch is a tenth of a start.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,6 +65,14 @@ class Forked:
         return status
 
 
+@dataclass(frozen=True)
+class _New:
+    """A process that was forked and waits for its order."""
+
+    child: Forked
+    conversation: socket.socket
+
+
 class ForkServer:
     """Keeps one fork server running from `start` to `stop`, and asks it for processes."""
 
@@ -86,6 +96,8 @@ class ForkServer:
         self._control: socket.socket | None = None  # once it is warm
         self._keeper: asyncio.Task[None] | None = None
         self._asked: deque[asyncio.Future[Forked | None]] = deque()  # who is still to be told a process, in turn
+        self._spare: _New | None = None
+        self._spare_wanted = asyncio.Event()
         self._told = ""  # what is not well, so that it is said once
 
     @property
@@ -122,29 +134,55 @@ class ForkServer:
         """
         if not self._control or not self.can_be(process):
             return None
-        ours, theirs = socket.socketpair()
-        with ours:
-            try:
-                async with asyncio.timeout(ANSWER_S):
-                    child = await self._ask(theirs, log)
-                    return child and await _converse(ours, child, process, enter)
-            except TimeoutError:
-                self._give_up(f"did not answer within {ANSWER_S:g} s")
-            except _Refused as refused:
-                log.write(f"fork server: {refused}, so this is a fresh process\n".encode())
-            except (EOFError, OSError):
-                pass  # it has ended, which is seen elsewhere
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                if spare := self._take_spare():
+                    with suppress(EOFError, OSError):  # it has died meanwhile; another one need not have
+                        return await _converse(spare, process, log, enter)
+                return await _converse(await self._ask(), process, log, enter)
+        except TimeoutError:
+            self._give_up(f"did not answer within {ANSWER_S:g} s")
+        except _Refused as refused:
+            log.write(f"fork server: {refused}, so this is a fresh process\n".encode())
+        except (EOFError, OSError):
+            pass  # it has ended, which is seen elsewhere
         return None
 
-    async def _ask(self, conversation: socket.socket, log: IO[bytes]) -> Forked | None:
-        """A new process, that is to be conversed with. Raises OSError."""
+    async def _ask(self) -> _New:
+        """A new process. Raises EOFError or OSError if there is none."""
+        assert self._control
+        ours, theirs = socket.socketpair()
         turn: asyncio.Future[Forked | None] = asyncio.get_running_loop().create_future()
-        with conversation:
-            assert self._control
-            socket.send_fds(self._control, [b"fork"], [conversation.fileno(), log.fileno()])
-        self._asked.append(turn)
-        _adopt(True)
-        return await turn
+        try:
+            with theirs:
+                socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
+            self._asked.append(turn)
+            _adopt(True)
+            if not (child := await turn):
+                raise EOFError
+            return _New(child, ours)
+        except BaseException:
+            ours.close()  # which ends it, if it should still come
+            raise
+
+    def _take_spare(self) -> _New | None:
+        spare, self._spare = self._spare, None
+        self._spare_wanted.set()
+        return spare
+
+    async def _keep_spare(self) -> None:
+        """Have a process ready whenever nothing else starts."""
+        self._spare_wanted.set()
+        while True:
+            await self._spare_wanted.wait()
+            self._spare_wanted.clear()
+            while self._is_busy():
+                await asyncio.sleep(YIELD_S)
+            if not self._spare:
+                try:
+                    self._spare = await self._ask()
+                except (EOFError, OSError):
+                    return  # it has ended, which is seen elsewhere
 
     def _answered(self, pid: int) -> None:
         """It has forked, perhaps for somebody who does not wait any more; then too the process is ours to reap."""
@@ -186,11 +224,13 @@ class ForkServer:
             with theirs:
                 self._child = await self._spawn(theirs.fileno())
             yielding = asyncio.create_task(self._yield_to_others(self._child))
+            keeping: asyncio.Task[None] | None = None
             try:
                 was_warm = await _receive(ours) == b"warm"
                 yielding.cancel()
                 if was_warm:
                     self._control, self._told = ours, ""
+                    keeping = asyncio.create_task(self._keep_spare())
                 while answer := await _receive(ours):
                     self._answered(int(answer))
                 if self._control or not was_warm:
@@ -198,9 +238,14 @@ class ForkServer:
                     self._give_up(f"has ended ({status})" if was_warm else f"could not be warmed up, see {self._log}")
             finally:
                 yielding.cancel()
+                if keeping:
+                    keeping.cancel()
                 self._control = None
                 while self._asked:
                     self._hand_out(None)
+                if spare := self._take_spare():
+                    spare.conversation.close()
+                    await spare.child.wait()
                 if self._child.returncode is None:
                     self._child.kill()
                 await self._child.wait()
@@ -245,17 +290,22 @@ class _Refused(Exception):
     """A fork would not be the same as a fresh process; its text says why."""
 
 
-async def _converse(ours: socket.socket, child: Forked, process: Process, enter: Callable[[int], object]) -> Forked:
+async def _converse(new: _New, process: Process, log: IO[bytes], enter: Callable[[int], object]) -> Forked:
     """Let a new process be what is ordered. Raises _Refused, EOFError or OSError if it ends instead, which it does if this is given up."""
-    reader, writer = await asyncio.open_unix_connection(sock=ours)
+    try:
+        socket.send_fds(new.conversation, [b"\n"], [log.fileno()])
+    except OSError:
+        new.conversation.close()
+        raise
+    reader, writer = await asyncio.open_unix_connection(sock=new.conversation)
     try:
         order = {"env": dict(process.env), "cwd": process.cwd and str(process.cwd), "parent": os.getpid()}
         writer.write(json.dumps(order).encode() + b"\n")
         if (answer := (await reader.readuntil()).decode().strip()) != "ready":
             raise _Refused(answer)
-        enter(child.pid)
+        enter(new.child.pid)
         writer.write(b"\n")
-        return child
+        return new.child
     finally:
         writer.close()
 

@@ -92,6 +92,12 @@ class Stage:
         assert self.server.pid
         return self.server.pid
 
+    async def spare(self) -> int:
+        """The process id of the process that waits for the next function."""
+        await until("a spare process", lambda: self.server._spare)
+        assert self.server._spare
+        return self.server._spare.child.pid
+
     def process(self, agent: str = "telling:Agent", name: str = "function", **settings: str) -> Process:
         port = free_port()
         env = inherited() | {"FUNCTION_AGENT": agent, "FUNCTION_HOST": "127.0.0.1", "PORT": str(port), **settings}
@@ -218,10 +224,39 @@ def test_the_fork_server_keeps_nothing_of_what_it_forked_and_no_process_is_left_
         async with contextlib.AsyncExitStack() as stack:
             containers = await asyncio.gather(*(stack.enter_async_context(stage.running(process)) for process in processes))
             assert all(container.is_forked for container in containers)
+            await stage.spare()
             assert sorted(str(file.readlink()) for file in files.iterdir()) == before
             assert not Path(f"/proc/{stage.server.pid}/task/{stage.server.pid}/children").read_text()
-            assert len(children() - others) == 4
-        assert children() - others == {str(stage.server.pid)}
+            assert len(children() - others) == 5
+        assert children() - others == {str(stage.server.pid), str(await stage.spare())}
+
+    play(tmp_path, scene)
+    assert children() == others
+
+
+def test_a_process_is_kept_ready_for_the_next_function_and_does_without_the_fork_server(site: Path, tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        server, spare = await stage.warm(), await stage.spare()
+        os.kill(server, signal.SIGSTOP)
+        await asyncio.sleep(1)
+        process, asked_at = stage.process(), time.monotonic()
+        async with stage.running(process) as container:
+            assert container._child
+            assert container._child.pid == spare
+            await ask(process)
+            ready = await asyncio.to_thread(request, int(process.env["PORT"]), "GET", "/readyz")
+            assert ready.json()["stages"]["ready"] <= time.monotonic() - asked_at  # and not since it was forked
+            os.kill(server, signal.SIGCONT)
+            assert await stage.spare() != spare
+
+    play(tmp_path, scene)
+
+
+def test_a_spare_process_that_has_died_is_no_loss(site: Path, tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        os.kill(await stage.spare(), signal.SIGKILL)
+        async with stage.running(stage.process()) as container:
+            assert container.is_forked
 
     play(tmp_path, scene)
 
@@ -250,8 +285,9 @@ def test_a_fork_server_that_hangs_is_replaced_and_the_function_is_a_fresh_proces
     site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scene(stage: Stage) -> None:
-        first = await stage.warm()
+        first, spare = await stage.warm(), await stage.spare()
         os.kill(first, signal.SIGSTOP)
+        os.kill(spare, signal.SIGKILL)
         monkeypatch.setattr(fork_server_module, "ANSWER_S", 0.2)
         process = stage.process()
         async with stage.running(process) as container:
@@ -282,9 +318,11 @@ def test_a_fork_that_nobody_waits_for_any_more_ends(site: Path, tmp_path: Path) 
     others = children()
 
     async def scene(stage: Stage) -> None:
-        server = await stage.warm()
+        server, spare = await stage.warm(), await stage.spare()
         process = stage.process()
         os.kill(server, signal.SIGSTOP)
+        os.kill(spare, signal.SIGKILL)
+        await until("its end", lambda: str(spare) not in children())
         with process.log.open("ab") as log:
             forking = asyncio.create_task(stage.server.fork(process, log))
             await asyncio.sleep(0.05)
@@ -294,7 +332,7 @@ def test_a_fork_that_nobody_waits_for_any_more_ends(site: Path, tmp_path: Path) 
         # What it forks after that is in order behind what was given up.
         async with stage.running(stage.process(name="next")) as following:
             assert following.is_forked
-            expected = {str(server), str(following._child.pid)}  # type: ignore[union-attr]
+            expected = {str(server), str(following._child.pid), str(await stage.spare())}  # type: ignore[union-attr]
             await until("the end of the one that was given up", lambda: children() - others == expected)
         assert process.log.read_text() == ""
 
@@ -352,9 +390,11 @@ def test_code_that_has_changed_is_not_forked(site: Path, tmp_path: Path) -> None
 
     async def scene(stage: Stage) -> None:
         first = await stage.warm()
+        await stage.spare()
         (site / "weights_cache" / "errors.py").touch()
         async with stage.running(stage.process()) as container:
             assert (container.running, container.is_forked) == (True, False)
+            assert "fork server: refused: our code has changed, so this is a fresh process" in container.tail(100)
         await stage.warm(but=first)
 
     play(tmp_path, scene)
@@ -451,7 +491,7 @@ def test_a_platform_forks_its_functions_and_leaves_none_behind_when_it_is_killed
         assert pod["forked"]
         assert pod["stages"]["spawn"] <= pod["stages"]["ready"]
         assert pod["stages"]["listen"] <= pod["stages"]["import"] <= pod["stages"]["ready"]
-        assert len(processes(state)) == 3  # gunicorn's two and the fork server
+        wait_until("gunicorn's two, the fork server and its spare process", lambda: len(processes(state)) == 4)
         platform.server.signal(signal.SIGKILL)
         platform.server.wait()
         wait_until("all gone", lambda: not processes(state))
