@@ -31,7 +31,7 @@ from bench.common import free_ports, machine, main, spread  # noqa: E402
 TARGET_RATIO, TARGET_GROWTH = 0.9, 0.05
 MESSAGES, DEPTH = 3000, 100
 CONCURRENCY = 40
-POLLERS = 4  # of the source, with this concurrency
+POLLERS = 2  # of the source, with this concurrency
 LONG = 50_000
 SATURATED, TAKES, CONCURRENCIES = 1500, 4, (1, 8, 25)
 QUEUE = "work"

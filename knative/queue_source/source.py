@@ -42,8 +42,8 @@ LAST_S = 5.0  # at a stop, for giving back what was cut
 
 
 def pollers(concurrency: int) -> int:
-    """How many receives are under way at a time: one for each ten messages that may be held, a few at most."""
-    return min(-(-concurrency // MOST), MOST_POLLERS)
+    """How many receives are under way at a time: while one brings ten messages, ten others are worked on; a few at most."""
+    return min(-(-concurrency // (2 * MOST)), MOST_POLLERS)
 
 
 class Source:

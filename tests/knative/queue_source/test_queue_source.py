@@ -16,7 +16,7 @@ import pytest
 from knative.queue_source.claim import Claims
 from knative.queue_source.settings import QueueSourceSettings, from_environment
 from knative.queue_source.sink import Sink as SinkClient
-from knative.queue_source.source import Source, pollers
+from knative.queue_source.source import Source, open_until, pollers
 from knative.queue_source.sqs import SqsQueue, SqsResults
 from tests.knative.queue_source.stage import Post, Reply, Sink, Sqs, settings, source_running, sqs_running
 from tests.support import free_port, request, wait_until
@@ -43,7 +43,7 @@ def sink() -> Iterator[Sink]:
 
 def made(asked: QueueSourceSettings, **more: Any) -> Source:
     messages = SqsQueue(asked.url, visibility_s=asked.visibility_s, wait_s=asked.wait_s, pollers=pollers(asked.concurrency))
-    messages.open()
+    assert open_until(messages.open, asked.url, threading.Event().wait)
     return Source(asked, messages, SinkClient(asked.sink), **more)
 
 
