@@ -50,7 +50,7 @@ def test_what_a_pod_has_begun_to_answer_may_end_when_it_is_replaced(platform: Pl
         (stuck,) = platform.pods("stuck")
         with platform.calls("stuck", TIME_OUTS, "/wait/the-end") as calls:
             assert [call.result().status for call in calls] == [504] * TIME_OUTS
-        assert platform.call("stuck", "/echo").status == 200
+        bring_up(platform, "stuck")
         old = next(pod for pod in platform.pods("stuck") if pod["name"] == stuck["name"])
         assert (old["phase"], old["concurrency"]) == ("draining", 1)
         platform.note("stuck", "the-end")
