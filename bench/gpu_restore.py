@@ -13,17 +13,16 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import mmap
 import os
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose platform.py would stand for Python's own
 
 from bench.common import Background, Failed, machine, make_venv, reason, spread  # noqa: E402  found through the line above
+from bench.node_cache import FILE, MIB, URI, cached_model  # noqa: E402
 
-URI = "s3://bench/model"
-FILE = "model.safetensors"
-MIB = 1 << 20
 TENSOR_BYTES = 16 * MIB
 FETCH_BYTES_PER_S = 2e9
 VENVS = Path(tempfile.gettempdir()) / "relight-bench"
@@ -108,8 +105,9 @@ def _run(python: str, way: str, folder: Path, options: dict[str, Any]) -> dict[s
 def _measure(size: str, directory: Path, rounds: int, options: dict[str, Any]) -> dict[str, Any]:
     total = int(size[:-1]) * {"M": 10**6, "G": 10**9}[size[-1]]
     found: dict[str, Any] = {"seconds": {way: [] for way in (BARE, OURS, *PEERS)}, "failed": {}}
-    with _cached(directory, total) as (folder, bytes_there, _):
-        found["bytes"] = bytes_there
+    with cached_model(directory, total, dtype="BF16", tensor_bytes=TENSOR_BYTES) as model:
+        model.fill(math.inf)
+        folder, found["bytes"] = model.folder, model.bytes
         for turn in range(rounds + 1):
             for way in found["seconds"]:
                 if way in found["failed"]:
@@ -129,68 +127,20 @@ def _measure(size: str, directory: Path, rounds: int, options: dict[str, Any]) -
 
 def _behind_a_fetch(directory: Path, total: int, options: dict[str, Any]) -> dict[str, float]:
     """How long a fetch takes, and how much later than it a restore ends that runs beside it."""
-    with _cached(directory, total, fill=False) as (folder, _, fetch):
-        process = _command(sys.executable, OURS, folder, {**options, "says_ready": True})
+    with cached_model(directory, total, dtype="BF16", tensor_bytes=TENSOR_BYTES) as model:
+        process = _command(sys.executable, OURS, model.folder, {**options, "says_ready": True})
         assert process.stdout is not None
         assert process.stdin is not None
         process.stdout.readline()
         process.stdin.write("go\n")
         process.stdin.flush()
         began = time.monotonic()
-        fetch()
+        model.fill(FETCH_BYTES_PER_S)
         ended = time.monotonic()
         out, err = process.communicate()
         if process.returncode:
             raise SystemExit(f"behind a fetch: {reason(err)}")
         return {"fetch_s": ended - began, "later_s": json.loads(out.splitlines()[-1])["ended_at"] - ended}
-
-
-@contextmanager
-def _cached(directory: Path, size: int, *, fill: bool = True) -> "Iterator[tuple[Path, int, Callable[[], None]]]":
-    """A node cache with one snapshot: a safetensors file of tensors of 16 MiB. Unless it is filled already, what fills it at 2 GB/s."""
-    from weights_cache import room
-    from weights_cache.blob import BlobWriter
-    from weights_cache.cache import FileRef, NodeCache, Ref
-    from weights_cache.digest import chunk_digest
-
-    count = max(1, size // TENSOR_BYTES)
-    header = {
-        f"t{n:05}": {"dtype": "BF16", "shape": [TENSOR_BYTES // 2], "data_offsets": [n * TENSOR_BYTES, (n + 1) * TENSOR_BYTES]}
-        for n in range(count)
-    }
-    text = json.dumps(header).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
-    head = struct.pack("<Q", len(text)) + text
-    total = len(head) + count * TENSOR_BYTES
-    data = os.urandom(MIB)
-    digest = chunk_digest(data)
-    with tempfile.TemporaryDirectory(dir=directory, prefix="bench-gpu-restore-") as folder:
-        cache = NodeCache(Path(folder) / "cache")
-        cache.create()
-        refs = [FileRef(FILE, total, '"1"')]
-        lease, _ = room.reserve(cache, "bench/model", refs, limit=None, uri=URI)
-        writer = BlobWriter.try_acquire(cache.file_blob("bench/model", refs[0]), total)
-        assert writer is not None
-        cache.set_ref(Ref(URI, lease.snapshot, time.time()))
-
-        def land(bytes_per_s: float) -> None:
-            began = time.monotonic()
-            for at in range(0, total, MIB):
-                if (early := at / bytes_per_s - (time.monotonic() - began)) > 0:
-                    time.sleep(early)
-                piece = (head[at : at + MIB] + data)[: min(MIB, total - at)]
-                memory = writer.memory(at, at + len(piece))  # as a pull fills it: on a tmpfs with large pages
-                if memory is None:
-                    writer.write(piece, at)
-                else:
-                    memory[:] = piece
-                writer.chunks.set(at // MIB, digest)
-            writer.publish()
-
-        if fill:
-            land(1e12)
-        yield Path(folder), total, lambda: land(FETCH_BYTES_PER_S)
-        lease.close()
 
 
 def _tables(found: dict[str, Any]) -> list[str]:

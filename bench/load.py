@@ -9,25 +9,22 @@ makes the object at which it looks through torch's. The last table is what sever
 
 import argparse
 import gc
-import json
+import math
 import mmap
 import os
 import statistics
-import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose platform.py would stand for Python's own
-URI = "s3://bench/model"
-FILE = "model.safetensors"
-MIB = 1 << 20
+
+from bench.node_cache import MIB, URI, cached_model  # noqa: E402  found through the line above
+
 TENSOR_BYTES = 8 * MIB
 WAYS = ("bare mmap", "relight Weights", "safetensors load_file", "safetensors load_file, copied out", "torch.load(mmap=True)")
 
@@ -65,44 +62,13 @@ def _bytes(text: str) -> int:
 
 @contextmanager
 def _cached(directory: Path, size: int) -> Iterator[Path]:
-    """A node cache with one complete snapshot: a safetensors file of tensors of 8 MiB, and a pickle of the same for torch.load."""
+    """A node cache with one complete snapshot, of tensors of 8 MiB, and a pickle of the same for torch.load."""
     import torch
 
-    from weights_cache import room
-    from weights_cache.blob import BlobWriter
-    from weights_cache.cache import FileRef, NodeCache, Ref
-    from weights_cache.digest import chunk_digest
-
-    count = max(1, size // TENSOR_BYTES)
-    header: dict[str, Any] = {
-        f"t{n:04}": {"dtype": "F32", "shape": [TENSOR_BYTES // 4], "data_offsets": [n * TENSOR_BYTES, (n + 1) * TENSOR_BYTES]}
-        for n in range(count)
-    }
-    head = json.dumps(header).encode()
-    head = head.ljust(-(-len(head) // 8) * 8)
-    head = struct.pack("<Q", len(head)) + head
-    total = len(head) + count * TENSOR_BYTES
-    with tempfile.TemporaryDirectory(dir=directory, prefix="bench-load-") as folder:
-        cache = NodeCache(Path(folder) / "cache")
-        cache.create()
-        refs = [FileRef(FILE, total, '"1"')]
-        lease, _ = room.reserve(cache, "bench/model", refs, limit=None, uri=URI)
-        cache.set_ref(Ref(URI, lease.snapshot, time.time()))
-        writer = BlobWriter.try_acquire(cache.file_blob("bench/model", refs[0]), total)
-        assert writer is not None
-        data = os.urandom(MIB)
-        for at in range(0, total, MIB):
-            piece = (head[at : at + MIB] + data)[: min(MIB, total - at)]
-            memory = writer.memory(at, at + len(piece))  # as a pull fills it: on a tmpfs with large pages
-            if memory is None:
-                writer.write(piece, at)
-            else:
-                memory[:] = piece
-            writer.chunks.set(at // MIB, chunk_digest(piece))
-        writer.publish()
-        lease.close()
-        torch.save({name: torch.zeros(TENSOR_BYTES // 4) for name in header}, Path(folder) / "model.pt")
-        yield Path(folder)
+    with cached_model(directory, size, dtype="F32", tensor_bytes=TENSOR_BYTES) as model:
+        model.fill(math.inf)
+        torch.save({name: torch.zeros(TENSOR_BYTES // 4) for name in model.names}, model.folder / "model.pt")
+        yield model.folder
 
 
 def _run(*arguments: str) -> "subprocess.Popen[str]":

@@ -77,8 +77,24 @@ _IN_CLUSTER = re.compile(r"https?://([-a-z0-9]+)\.([-a-z0-9]+)\.svc(?:\.cluster\
 _OF_THE_CLASS = ("class", "metric", "target", "target-utilization-percentage")
 
 
+class _Named:
+    """What has metadata."""
+
+    metadata: Metadata
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.metadata.name
+
+    @property
+    def namespace(self) -> str:
+        """Its namespace."""
+        return self.metadata.namespace
+
+
 @dataclass(frozen=True)
-class Service:
+class Service(_Named):
     """A Knative Service as it stands in a file."""
 
     file: str
@@ -88,16 +104,6 @@ class Service:
     traffic: Sequence[TrafficTarget]  # never empty
     scale: ScaleSpec
     manifests: "Manifests" = field(repr=False, compare=False)  # what it was read with: its ConfigMaps and Secrets
-
-    @property
-    def name(self) -> str:
-        """The Service's name."""
-        return self.metadata.name
-
-    @property
-    def namespace(self) -> str:
-        """The Service's namespace."""
-        return self.metadata.namespace
 
     @property
     def spec(self) -> PodSpec:
@@ -121,7 +127,7 @@ class Service:
 
 
 @dataclass(frozen=True)
-class QueueSource:
+class QueueSource(_Named):
     """A ContainerSource as it stands in a file: a program that turns messages into requests of a Service."""
 
     # Of two that differ in nothing but these, one is no change of the other.
@@ -130,16 +136,6 @@ class QueueSource:
     metadata: Metadata = field(compare=False)
     declared: ContainerSourceSpec
     manifests: "Manifests" = field(repr=False, compare=False)  # what it was read with: its ConfigMaps and Secrets
-
-    @property
-    def name(self) -> str:
-        """The source's name."""
-        return self.metadata.name
-
-    @property
-    def namespace(self) -> str:
-        """The source's namespace."""
-        return self.metadata.namespace
 
     @property
     def spec(self) -> SourcePodSpec:

@@ -26,7 +26,7 @@ from knative.local.devices import Devices, check, found
 from knative.local.embedded import EmbeddedServer, Seed
 from knative.local.errors import PlatformError, Stopping
 from knative.local.fork_server import PROGRAM, ForkServer
-from knative.local.launch import Places, check_references, plan_pod, plan_source
+from knative.local.launch import Places, PodPlan, check_references, plan_pod, plan_source
 from knative.local.limits import Limiter, delegated
 from knative.local.manifest import OBJECT_STORE, QUEUES, Manifests, QueueSource, Service, Sources
 from knative.local.pod import Pod
@@ -362,32 +362,33 @@ class Platform:
             free_port=self._free_port,
             addresses=self._addresses,
         )
-        assert self._session is not None
-        return Pod(
-            name,
-            plan,
-            self._places.pod(name),
-            self._session,
-            revision.pod_changed,
-            revision.process_ended,
-            self._fork_server,
-            self._limiter,
-            self._devices,
-            revision.needs,
-        )
+        return self._pod(name, plan, revision.pod_changed, revision.process_ended, self._fork_server, is_urgent=revision.needs)
 
     def _make_source_pod(self, source: QueueSource, name: str, sink: str) -> Pod:
         plan = plan_source(source, pod=name, sink=sink, places=self._places, free_port=self._free_port, addresses=self._addresses)
+        return self._pod(name, plan, lambda _: None, lambda pod, ended: self._terminal.about(source.name, f"{pod.name}: {ended}"))
+
+    def _pod(
+        self,
+        name: str,
+        plan: PodPlan,
+        on_change: Callable[[Pod], object],
+        on_exit: Callable[[Pod, str], object],
+        fork_server: ForkServer | None = None,
+        is_urgent: Callable[[Pod], bool] = lambda _: True,
+    ) -> Pod:
         assert self._session is not None
         return Pod(
             name,
             plan,
             self._places.pod(name),
             self._session,
-            on_change=lambda _: None,
-            on_exit=lambda pod, ended: self._terminal.about(source.name, f"{pod.name}: {ended}"),
-            limiter=self._limiter,
-            devices=self._devices,
+            on_change,
+            on_exit,
+            fork_server,
+            self._limiter,
+            self._devices,
+            is_urgent,
         )
 
     def _make_room(self, missing: int, claimant: str) -> None:

@@ -26,6 +26,7 @@ from knative.local.process import ContainerProcess, tail
 START_PROBE_S = 0.025
 QUICK_PROBE_S, QUICK_S = 0.01, 0.3
 START_LOOK_S = 0.1  # whether a startup probe is due
+
 Phase = Literal["pending", "starting", "ready", "draining"]
 
 

@@ -21,8 +21,6 @@ from tests.support import ROOT, clean_environment, free_port, request, running, 
 # The Pythons that a Debian has.
 SUITES = {"3.11": "bookworm", "3.13": "trixie"}
 OURS = f"{sys.version_info.major}.{sys.version_info.minor}"
-# Where a build looks for packages unless it is told otherwise.
-INDEXES = ("https://pypi.org/simple/click/", "https://download.pytorch.org/whl/cpu/torch/")
 
 
 class NotHere(Exception):
@@ -54,6 +52,9 @@ def answering(folder: Path) -> Iterator[str]:
             )
             if server.process.poll() is not None:
                 raise NotHere(f"{none}; dockerd does not start: {server.said().strip().splitlines()[-1]}")
+            driver = subprocess.run([docker, "info", "--format", "{{.Driver}}"], capture_output=True, text=True, check=True).stdout.strip()
+            if driver == "vfs":
+                raise NotHere("docker has no file system with layers here, and would copy a whole image for each step of a build")
             yield docker
         finally:
             os.environ.pop("DOCKER_HOST")
@@ -66,13 +67,13 @@ def answering(folder: Path) -> Iterator[str]:
 
 
 def build_options(engine: str, folder: Path, url: str) -> str:
-    """What a build must be told here. Unless the usual base image and the usual indexes are reached, it is told of a base image with our
-    own Python, and of wheels, which are put into `folder` and found at `url`. Raises NotHere.
+    """What a build must be told here. Unless the usual base image and the indexes of packages are reached, it is told of a base image with
+    our own Python, and of wheels, which are put into `folder` and found at `url`. Raises NotHere.
     """
     usual = _base(_default("PYTHON"))
     try:
         _pull(engine, usual)
-        if all(_reaches(engine, usual, index) for index in INDEXES):
+        if _reaches(engine, usual, "click") and _reaches(engine, usual, "torch", "--index-url", _torch_index()):
             return "--network=host"
     except NotHere:
         pass
@@ -103,11 +104,10 @@ def _pull(engine: str, image: str) -> None:
         _run([engine, "pull", image], f"{image} cannot be pulled")
 
 
-def _reaches(engine: str, image: str, index: str) -> bool:
-    ask = f"import urllib.request; urllib.request.urlopen({index!r}, timeout=20)"
-    return not subprocess.run(
-        [engine, "run", "--rm", "--network=host", image, "python", "-c", ask], capture_output=True, check=False
-    ).returncode
+def _reaches(engine: str, image: str, package: str, *options: str) -> bool:
+    """Whether a build's pip finds a package, where it looks by itself or is told to."""
+    pip = ["python", "-m", "pip", "--timeout=20", "--retries=0", "index", "versions", package, *options]
+    return not subprocess.run([engine, "run", "--rm", "--network=host", image, *pip], capture_output=True, check=False).returncode
 
 
 def _make(engine: str, image: str, archive: Path, why: str) -> None:
@@ -137,7 +137,16 @@ def _fetch_wheels(folder: Path) -> None:
 
 def _default(argument: str) -> str:
     """What the Containerfile has for a build argument."""
-    found = re.search(rf"(?m)^ARG {argument}=(.+)$", (ROOT / "Containerfile").read_text())
+    return _stands(rf"(?m)^ARG {argument}=(.+)$")
+
+
+def _torch_index() -> str:
+    """Where the Containerfile has the CPU's torch from."""
+    return _stands(r"(?m)^ENV TORCH_INDEX=(.+)$")
+
+
+def _stands(pattern: str) -> str:
+    found = re.search(pattern, (ROOT / "Containerfile").read_text())
     assert found
     return found[1]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from knative.autoscaler.entries import parse_duration_ns
 from knative.simulator.errors import PolicyError
@@ -22,10 +22,7 @@ class Knobs:
         text = self._text(name)
         if text is None:
             return default
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
+        value = _parsed(float, text)
         if not (math.isfinite(value) and low <= value <= high and (above is None or value > above)):
             least = f"above {above:g}" if above is not None else f"at least {low:g}"
             raise self.error(name, f"must be a number {least}{f' and at most {high:g}' if high < math.inf else ''}")
@@ -36,26 +33,19 @@ class Knobs:
         text = self._text(name)
         if text is None:
             return default
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if value < low:
+        value = _parsed(int, text)
+        if not value >= low:
             raise self.error(name, f"must be a whole number of at least {low}")
-        return value
+        return int(value)
 
     def seconds(self, name: str, default: float, *, above: float | None = None) -> float:
         """Seconds, written as a number of them or as Go writes a duration ("1m30s")."""
         text = self._text(name)
         if text is None:
             return default
-        try:
-            value = float(text)
-        except ValueError:
-            try:
-                value = parse_duration_ns(text) / 1e9
-            except ValueError:
-                value = math.nan
+        value = _parsed(float, text)
+        if math.isnan(value):
+            value = _parsed(parse_duration_ns, text) / 1e9
         if not (math.isfinite(value) and value >= 0 and (above is None or value > above)):
             raise self.error(name, f'must be a duration ("90s", "5m") {"of at least 0" if above is None else f"above {above:g}"}')
         return value
@@ -88,3 +78,11 @@ class Knobs:
     def _text(self, name: str) -> str | None:
         self._known.append(name)
         return self._settings.get(name)
+
+
+def _parsed(parse: Callable[[str], float], text: str) -> float:
+    """Not a number if it is none, which is within no bounds."""
+    try:
+        return parse(text)
+    except ValueError:
+        return math.nan

@@ -12,6 +12,7 @@ from typing import Any
 
 import boto3
 
+from knative.queue_source.source import Source
 from tests.support import Server, clean_environment, free_port, request, running, wait_until
 
 KEYS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -174,3 +175,14 @@ def source_running(folder: Path, env: dict[str, str], *, port: int = 0) -> Itera
     command = [sys.executable, "-m", "knative.queue_source"]
     with running(command, folder / f"source-{free_port()}.log", clean_environment(**env), port) as server:
         yield server
+
+
+@contextlib.contextmanager
+def at_work(source: Source) -> Iterator[Source]:
+    """A source in this process, from its start to its stop."""
+    source.start()
+    try:
+        yield source
+    finally:
+        source.stop()
+        assert not source.failed

@@ -18,7 +18,7 @@ from knative.queue_source.settings import QueueSourceSettings, from_environment
 from knative.queue_source.sink import Sink as SinkClient
 from knative.queue_source.source import Source, open_until, pollers
 from knative.queue_source.sqs import SqsQueue, SqsResults
-from tests.knative.queue_source.stage import Post, Reply, Sink, Sqs, settings, source_running, sqs_running
+from tests.knative.queue_source.stage import Post, Reply, Sink, Sqs, at_work, settings, source_running, sqs_running
 from tests.support import free_port, request, wait_until
 
 
@@ -52,12 +52,8 @@ def running_here(url: str, sink_url: str, *, claims: Claims | None = None, resul
     """A source in this process."""
     asked = from_environment(settings(url, sink_url, **{f"QUEUE_SOURCE_{name}": value for name, value in more.items()}))
     source = made(asked, claims=claims, results=SqsResults(results, connections=2) if results else None)
-    source.start()
-    try:
+    with at_work(source):
         yield source
-    finally:
-        source.stop()
-        assert not source.failed
 
 
 def value(source: Source, name: str) -> float:

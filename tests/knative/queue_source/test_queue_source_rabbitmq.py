@@ -20,7 +20,7 @@ from knative.queue_source.rabbitmq import RabbitQueue, RabbitResults, message_of
 from knative.queue_source.settings import from_environment
 from knative.queue_source.sink import Sink as SinkClient
 from knative.queue_source.source import Source
-from tests.knative.queue_source.stage import Post, Reply, Sink, settings, source_running
+from tests.knative.queue_source.stage import Post, Reply, Sink, at_work, settings, source_running
 from tests.support import clean_environment, free_port, running, wait_until
 
 SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # the one on PATH insists on a user of its own
@@ -138,12 +138,8 @@ def running_here(url: str, sink_url: str, *, results: str = "", **more: str) -> 
     if answers:
         answers.open()
     source = Source(asked, messages, SinkClient(asked.sink), results=answers)
-    source.start()
-    try:
+    with at_work(source):
         yield source
-    finally:
-        source.stop()
-        assert not source.failed
 
 
 def test_a_message_arrives_as_an_event_and_is_acknowledged(broker: Broker, sink: Sink) -> None:
