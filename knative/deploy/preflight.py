@@ -15,6 +15,11 @@ _OPTIONAL = {
     "sources.knative.dev": "Knative Eventing or one of its extensions brings it: docs/events.md says what each of EVENTS= needs",
 }
 
+_NO_KNATIVE = (
+    "the cluster has no Knative Serving: an administrator installs it (https://knative.dev/docs/install),"
+    " or `make render ENV=keda` makes manifests that do without"
+)
+
 
 def check(kubectl: Kubectl, namespace: str, objects: list[Object]) -> list[str]:
     """Raises DeployError if the cluster cannot take these objects; returns what could not be found out, to be told."""
@@ -26,10 +31,7 @@ def check(kubectl: Kubectl, namespace: str, objects: list[Object]) -> list[str]:
         kubectl.run("get", "--raw", "/apis/serving.knative.dev/v1")
     except KubectlError as error:
         if error.reason in (NO_KIND, NOT_FOUND):
-            raise DeployError(
-                "the cluster has no Knative Serving: an administrator installs it (https://knative.dev/docs/install),"
-                " or `make render ENV=keda` makes manifests that do without"
-            ) from error
+            raise DeployError(_NO_KNATIVE) from error
         raise explained(error) from error
     _check_kinds(kubectl, objects)
     check_namespace(kubectl, namespace)
@@ -88,4 +90,6 @@ def explained(error: KubectlError) -> DeployError:
         return DeployError(f"no cluster can be reached: {error}\nis the right one chosen (kubectl config current-context), and is it up?")
     if error.reason == REFUSED:
         return DeployError(f"the cluster refuses it: {error}")
+    if error.reason == NO_KIND and "serving.knative.dev" in str(error):
+        return DeployError(_NO_KNATIVE)
     return error

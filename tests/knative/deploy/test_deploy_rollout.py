@@ -147,6 +147,14 @@ def test_without_knative_it_says_so(cluster: Cluster, run: Run) -> None:
     assert done.stderr.startswith("Error: the cluster has no Knative Serving")
 
 
+@pytest.mark.parametrize("command", ["status", "logs", "invoke", "undeploy"])
+def test_all_others_say_so_too(cluster: Cluster, run: Run, command: str) -> None:
+    del cluster.kinds[SERVING]
+    done = run(command)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: the cluster has no Knative Serving")
+
+
 def test_a_namespace_that_is_not_there_is_told_with_how_to_make_it(cluster: Cluster, run: Run) -> None:
     done = deploy(run, "NAMESPACE=nowhere")
     assert (done.exit_code, done.stderr) == (1, "Error: there is no namespace nowhere: kubectl create namespace nowhere\n")

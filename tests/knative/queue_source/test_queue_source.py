@@ -101,7 +101,7 @@ def test_a_busy_sink_is_asked_again_and_holds_what_may_be_held_and_no_message_is
 
     sink.answer = answer
     ids = sqs.send(url, *range(25))
-    with running_here(url, sink.url, CONCURRENCY="5") as source:
+    with running_here(url, sink.url, CONCURRENCY="5", VISIBILITY_S="60") as source:
         sqs.wait_empty(url)
         assert value(source, "done_total") == 25
     assert receives(sqs, ids) == {1}
