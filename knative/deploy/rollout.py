@@ -1,5 +1,6 @@
 """A rendering on its way to being ready: apply, wait and tell, explain a failure."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from knative.deploy import preflight, progress
 from knative.deploy.errors import DeployError, KubectlError
 from knative.deploy.kubectl import NOT_FOUND, Kubectl
-from knative.deploy.objects import Object, belongs, one_service
+from knative.deploy.objects import Object, belongs, one_service, pod_spec
 from knative.deploy.render import check_annotations, deadline_s, dump, get_env, pin, render
 from knative.deploy.variables import Variables
 
@@ -34,7 +35,7 @@ def deploy(variables: Variables, kubectl: Kubectl, say: Say) -> Object:
     if variables.pin:
         _pin(objects, service, say)
     before = _find(kubectl, name, namespace)
-    _apply(kubectl, objects, dry=True)  # the webhook's refusal comes before anything is changed
+    _apply(kubectl, _on_trial(objects, service), dry=True)  # the webhook's refusal comes before anything is changed
     _apply(kubectl, objects, dry=False)
     after = _find(kubectl, name, namespace)
     if after is None:
@@ -158,6 +159,16 @@ def _pin(objects: list[Object], service: Object, say: Say) -> None:
     pin(objects, service, pinned)
     check_annotations(objects, {"config-autoscaler": {"allow-zero-initial-scale": "true"}})
     say(f"weights: {pinned}")
+
+
+def _on_trial(objects: list[Object], service: Object) -> list[Object]:
+    """As they can be tried where nothing of them is yet: in a dry run Knative asks for the pods too, which need their service account."""
+    account = pod_spec(service).get("serviceAccountName")
+    if not any((item["kind"], item["metadata"]["name"]) == ("ServiceAccount", account) for item in objects):
+        return objects
+    tried = copy.deepcopy(service)
+    del pod_spec(tried)["serviceAccountName"]
+    return [tried if item is service else item for item in objects]
 
 
 def _apply(kubectl: Kubectl, objects: list[Object], *, dry: bool) -> None:
