@@ -72,7 +72,7 @@ build: ## Build the images (IMAGE=, WEIGHTS_IMAGE=, QUEUE_IMAGE=, VARIANT=cpu or
 push: ## Push the images
 
 test: setup ## Run all tests (most of them wait most of the time, so there are more processes than cores)
-	@$(BIN)/python -m pytest -n 3 --dist loadfile
+	@$(BIN)/python -m pytest -n 4 --dist loadfile
 
 soak: setup ## Run the long chaos tests
 	@$(BIN)/python -m pytest -m soak
