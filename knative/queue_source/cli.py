@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import click
@@ -26,18 +27,16 @@ def command() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("botocore").setLevel(logging.WARNING)
     logging.getLogger("pika").setLevel(logging.ERROR)
-    # Blocked here and in all threads to come; the main thread waits for them, so that no handler runs in the middle of anything.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
-        status = run(from_environment(os.environ))
+        status = run(from_environment(os.environ), _signals())
     except (SettingsError, QueueSourceError) as error:
         raise click.ClickException(str(error)) from error
     sys.stderr.flush()
     os._exit(status)  # a call to a service that stalls would keep the interpreter waiting
 
 
-def run(settings: QueueSourceSettings) -> int:
-    """Until SIGTERM; the exit status. Raises QueueSourceError for what starting again does not mend."""
+def run(settings: QueueSourceSettings, told_to_stop: threading.Event) -> int:
+    """The exit status. Raises QueueSourceError for what starting again does not mend."""
     from knative.queue_source.monitor import Monitor
     from knative.queue_source.sink import Sink
     from knative.queue_source.source import Source, open_until
@@ -52,9 +51,9 @@ def run(settings: QueueSourceSettings) -> int:
             is_ready=lambda: source.is_ready,
             metrics=source.metrics.text,
         )
-    if not open_until(messages.open, shown(settings.url), _told_to_stop):
+    if not open_until(messages.open, shown(settings.url), told_to_stop.wait):
         return 0
-    if results and not open_until(results.open, shown(settings.results_url or ""), _told_to_stop):
+    if results and not open_until(results.open, shown(settings.results_url or ""), told_to_stop.wait):
         return 0
     if messages.dead_letters is False:
         log.warning(
@@ -65,7 +64,7 @@ def run(settings: QueueSourceSettings) -> int:
         )
     source.start()
     log.info("posting messages of %s to %s, %d at a time", messages.source, settings.sink, settings.concurrency)
-    while not _told_to_stop(1.0):
+    while not told_to_stop.wait(1.0):
         if source.failed:
             return 1
     log.info("stopping")
@@ -74,9 +73,21 @@ def run(settings: QueueSourceSettings) -> int:
     return 0
 
 
-def _told_to_stop(seconds: float) -> bool:
-    """Whether a signal says so within so many seconds."""
-    return signal.sigtimedwait(_SIGNALS, seconds) is not None
+def _signals() -> threading.Event:
+    """Set once a signal says that it is time to stop.
+
+    Signals are blocked here and in all threads to come but for one that waits for them, so that no handler runs in the middle of anything.
+    It waits without a time limit: `sigtimedwait` takes a process that was suspended (SIGSTOP, a debugger) for one that was told something.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    told = threading.Event()
+
+    def wait() -> None:
+        signal.sigwait(_SIGNALS)
+        told.set()
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+    return told
 
 
 def _queue(settings: QueueSourceSettings) -> "Queue":

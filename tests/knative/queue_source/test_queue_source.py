@@ -292,6 +292,22 @@ def test_on_sigterm_it_finishes_what_runs_gives_back_the_rest_and_tells_until_th
     assert json.loads(left["Body"]) == {"n": "busy"}
 
 
+def test_a_source_that_was_suspended_goes_on(sqs: Sqs, sink: Sink, tmp_path: Path) -> None:
+    url = sqs.queue("suspended")
+    with source_running(tmp_path, settings(url, sink.url) | sqs.env, port=free_port()) as source:
+        source.ready()
+        for number in range(3):
+            source.signal(signal.SIGSTOP)
+            time.sleep(1.2)  # longer than any wait of its main thread
+            source.signal(signal.SIGCONT)
+            sqs.send(url, number)
+            wait_until("it is posted", lambda number=number: sink.of(number))
+        sqs.wait_empty(url)
+        assert "stopping" not in source.said()
+        source.signal(signal.SIGTERM)
+        assert source.wait() == 0, source.said()
+
+
 def test_a_queue_that_is_not_there_or_a_setting_that_cannot_be_ends_the_start_in_one_line(sqs: Sqs, tmp_path: Path) -> None:
     for env, words in (
         (settings(f"{sqs.address}/123456789012/nowhere", "http://127.0.0.1:1/"), "there is no such queue"),
