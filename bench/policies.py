@@ -2,8 +2,8 @@
 
     .venv/bin/python bench/policies.py --traces DIR
 
-DIR holds azure_llm_2023_first30min.csv and aws_elb_requests_5min_days1-7.csv; docs/policies.md says where they come from. Everything
-between the two marks in the document is replaced, and the pictures in docs/policies too.
+DIR holds azure_llm_2023_first30min.csv, aws_elb_requests_5min_days1-7.csv and servegen_rates_10min_week1.csv; docs/policies.md says
+where they come from. Everything between the two marks in the document is replaced, and the pictures in docs/policies too.
 """
 
 import argparse
@@ -35,12 +35,12 @@ BY_CHANCE = (*LARGE, "service=lognormal(p50=1.5, p99=6)")
 SMALL = ("concurrency=1",)  # the demo's cold start, 1.4 s
 
 STAY = {"scale-down-delay": "15m", "scale-to-zero-pod-retention-period": "15m"}
-MOST = {"max-scale": "20"}
+MOST = {"max-scale": "{most}"}  # of the case
 POLICIES: dict[str, tuple[str, dict[str, str]]] = {
     "kpa": ("kpa", {}),
-    "kpa, max 20": ("kpa", MOST),
-    "kpa, max 20, min 1": ("kpa", MOST | {"min-scale": "1"}),
-    "kpa, max 20, stay 15 min": ("kpa", MOST | STAY),
+    "kpa, max {most}": ("kpa", MOST),
+    "kpa, max {most}, min 1": ("kpa", MOST | {"min-scale": "1"}),
+    "kpa, max {most}, stay 15 min": ("kpa", MOST | STAY),
     "hpa": ("hpa", {}),
     "keda-queue": ("keda-queue", {}),
     "keda-http": ("keda-http", {}),
@@ -61,19 +61,27 @@ class Case:
     file: str
     function: str | None
     model: tuple[str, ...]
+    most: int = 20
 
     def run(self, traces: Path, name: str) -> Run:
-        policy, knobs = POLICIES[name]
+        policy, asked = POLICIES[name]
+        knobs = {knob: self.shown(value) for knob, value in asked.items()}
         trace = self.file if self.file.startswith("synthetic:") else str(traces / self.file)
         history = trace if policy == "schedule" else None
         return Run(trace, policy, knobs, self.model, self.function, SEED, history=history, history_seed=SEED + 1)
 
+    def shown(self, text: str) -> str:
+        return text.replace("{most}", str(self.most))
 
-AZURE, ELB = "azure_llm_2023_first30min.csv", "aws_elb_requests_5min_days1-7.csv"
+
+AZURE, ELB, SERVEGEN = "azure_llm_2023_first30min.csv", "aws_elb_requests_5min_days1-7.csv", "servegen_rates_10min_week1.csv"
 CASES = (
     Case("code", "Azure `code`, 30 minutes: bursts, and minutes of silence", AZURE, "code", BY_TOKENS),
     Case("conv", "Azure `conv`, 30 minutes: steady", AZURE, "conv", BY_TOKENS),
     Case("elb", "AWS load balancer, a week: days and nights, rushes", ELB, None, BY_CHANCE),
+    Case("seldom", "ServeGen `m-mid/chunk-50`, a week: seldom called", SERVEGEN, "m-mid/chunk-50", BY_CHANCE),
+    Case("rushes", "ServeGen `m-large/chunk-57`, a week: always a little, and rushes", SERVEGEN, "m-large/chunk-57", BY_CHANCE),
+    Case("shifts", "ServeGen `m-mid/chunk-44`, a week: much for hours, then nothing", SERVEGEN, "m-mid/chunk-44", BY_CHANCE, most=60),
 )
 TEACHING = Case("teaching", "50 requests of 0.2 s within 5 s, then 5 of 30 s", "synthetic:teaching", None, SMALL)
 DAY_S = 86_400.0
@@ -101,7 +109,9 @@ def section(case: Case, found: dict[str, Result]) -> str:
     bound = found["oracle"]
     others = [name for name in found if name != "oracle"]
     front = pareto([(found[name].cost, BY.latency_s(found[name])) for name in others])
-    points = [Point({"policy": name}, found[name], BY.latency_s(found[name]), on_front=at in front) for at, name in enumerate(others)]
+    points = [
+        Point({"policy": case.shown(name)}, found[name], BY.latency_s(found[name]), on_front=at in front) for at, name in enumerate(others)
+    ]
     oracle = Point({"policy": "oracle"}, bound, BY.latency_s(bound))
     write(f"{case.key}.png", plots.pareto(points, oracle, BY.name, case.title.replace("`", "")))
     table = markdown(
@@ -128,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", type=Path, required=True)
     traces = parser.parse_args().traces
-    if missing := [file for file in (AZURE, ELB) if not (traces / file).is_file()]:
+    if missing := [file for file in (AZURE, ELB, SERVEGEN) if not (traces / file).is_file()]:
         raise SystemExit(f"{traces}: {', '.join(missing)} not there; docs/policies.md says where they come from")
     wanted = [(case, name) for case in CASES for name in POLICIES]
     wanted += [(TEACHING, name) for name in ("rps-step", "kpa", "keep-alive", "oracle")]

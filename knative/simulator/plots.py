@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from matplotlib.transforms import Bbox
 
 from knative.simulator.result import Result
 from knative.simulator.sweep import Point
@@ -103,24 +105,47 @@ def pareto(points: Sequence[Point], oracle: Point | None, percentile: str, title
     xs, ys = [point.result.cost for point in front], [point.latency_s for point in front]
     axes.step(xs, ys, where="post", color=INK, linewidth=0.9, zorder=1, label="nobody is cheaper and faster")
     named = sorted(shown if len(shown) <= MOST_NAMES else front[:MOST_NAMES], key=lambda point: point.result.cost)
-    for at, point in enumerate(named):
-        text = ", ".join(value if name == "policy" else f"{name} {value}" for name, value in point.settings.items())
-        place = (point.result.cost, point.latency_s)
-        axes.annotate(text, place, xytext=(5, -11 if at % 2 else 4), textcoords="offset points", fontsize=8, color=INK)
     if oracle and math.isfinite(oracle.latency_s):
         axes.scatter([oracle.result.cost], [oracle.latency_s], marker="D", s=44, color=INK, zorder=3, label="perfect foresight")
-    axes.set_yscale("log")
-    axes.set_xlim(left=0)
     axes.margins(x=0.12, y=0.08)
-    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-    low, high = axes.get_ylim()
-    axes.yaxis.set_minor_formatter(FuncFormatter(_plain if high < 5 * low else _plain_if_few))
+    if shown and min(point.result.cost for point in shown) > 0:
+        axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        axis.set_major_formatter(FuncFormatter(_plain))
+        if axis.get_scale() == "log":
+            axis.set_minor_formatter(FuncFormatter(_plain if high < 5 * low else _plain_if_few))
     axes.tick_params(which="minor", labelsize=8, colors=INK)
     _tidy(axes, "cost", f"{percentile}, s")
     left_out = len(points) - len(shown)
     axes.set_title(title + (f" ({left_out} without enough answers left out)" if left_out else ""), loc="left", fontsize=11, color=INK)
-    axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=8, ncols=1 + len(policies) // 8)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2 + (len(policies) if by_colour else 0))
+    _name(axes, named, shown)
     return figure
+
+
+def _name(axes: Axes, named: Sequence[Point], shown: Sequence[Point]) -> None:
+    """Write beside each point what it is, where no other name and no point is yet."""
+    figure = axes.get_figure(root=True)
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()  # else nothing has a place yet
+    inside = axes.get_window_extent()
+    at = [axes.transData.transform((point.result.cost, point.latency_s)) for point in shown]
+    taken = [Bbox.from_extents(x - 3, y - 3, x + 3, y + 3) for x, y in at]
+    for point in named:
+        text = ", ".join(value if name == "policy" else f"{name} {value}" for name, value in point.settings.items())
+        label = axes.annotate(text, (point.result.cost, point.latency_s), textcoords="offset points", fontsize=8, color=INK)
+        label.set_in_layout(False)  # it would move what has its place
+        for away, (right, up) in itertools.product((0, 11, 22, 33, 44), ((5, 4), (5, -11), (-5, 4), (-5, -11))):
+            label.set_horizontalalignment("left" if right > 0 else "right")
+            label.xyann = (right, up + (away if up > 0 else -away))
+            box = label.get_window_extent()
+            if inside.x0 <= box.x0 and box.x1 <= inside.x1 and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(label.get_window_extent())
+        if away:
+            line = {"arrowstyle": "-", "color": INK, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2}
+            axes.annotate("", label.xy, xytext=label.xyann, textcoords="offset points", arrowprops=line).set_in_layout(False)
 
 
 def _plain(value: float, _: object) -> str:
