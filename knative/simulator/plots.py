@@ -134,7 +134,7 @@ def _name(axes: Axes, named: Sequence[Point], shown: Sequence[Point]) -> None:
     taken = [Bbox.from_extents(x - 3, y - 3, x + 3, y + 3) for x, y in at]
     for point in named:
         text = ", ".join(value if name == "policy" else f"{name} {value}" for name, value in point.settings.items())
-        label = axes.annotate(text, (point.result.cost, point.latency_s), textcoords="offset points", fontsize=8, color=INK)
+        label = axes.annotate(text, (point.result.cost, point.latency_s), (5, 4), textcoords="offset points", fontsize=8, color=INK)
         label.set_in_layout(False)  # it would move what has its place
         for away, (right, up) in itertools.product((0, 11, 22, 33, 44), ((5, 4), (5, -11), (-5, 4), (-5, -11))):
             label.set_horizontalalignment("left" if right > 0 else "right")
