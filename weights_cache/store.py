@@ -145,7 +145,7 @@ class Store:
 
     def upload(self, source: Path, path: str, progress: Callable[[int], object]) -> None:
         """Put a local file at `path` below the prefix; `progress` is called with the number of bytes just sent."""
-        from boto3.s3.transfer import TransferConfig
+        from boto3.s3.transfer import ProgressCallbackInvoker, TransferConfig, create_transfer_manager
 
         key = f"{self.uri.prefix}/{path}"
         config = TransferConfig(
@@ -154,8 +154,9 @@ class Store:
             max_concurrency=4,
             preferred_transfer_client="classic",  # the other one does not do endpoints of one's own
         )
-        with self._errors("write", key):
-            self._s3.upload_file(str(source), self.uri.bucket, key, Config=config, Callback=progress)
+        # What `upload_file` is made of: that would put a refusal into an error of its own, which at times forgets what it was made from.
+        with self._errors("write", key), create_transfer_manager(self._s3, config) as manager:
+            manager.upload(str(source), self.uri.bucket, key, subscribers=[ProgressCallbackInvoker(progress)]).result()
 
     def write(self, path: str, data: bytes) -> None:
         """Put a small object at `path` below the prefix."""
@@ -196,12 +197,7 @@ class Store:
         except (known.BotoCoreError, ValueError) as error:  # ValueError: the endpoint is no URL
             raise StoreError(f"cannot {what} {place} at {endpoint}: {' '.join(str(error).split())}") from error
         except Exception as error:
-            # upload_file wraps the refusal, and reads of a body leak urllib3's errors; both belong to this call alone.
-            cause: BaseException | None = error
-            while cause and not isinstance(cause, known.ClientError):  # one or two levels down, by which of its threads was told first
-                cause = cause.__cause__ or cause.__context__
-            if cause:
-                raise refused(cause) from error
+            # Reads of a body leak urllib3's errors; they belong to this call alone.
             if type(error).__module__.startswith(("urllib3", "http.", "boto3", "s3transfer")):
                 raise StoreUnavailable(f"cannot {what} {place} at {endpoint}: {error}") from error
             raise

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ print(json.dumps({
     "finders": [type(finder).__module__ for finder in sys.meta_path if type(finder).__module__.startswith("function")],
 }))
 """
+# Each imports all of torch: a few of each kind are enough for every day, all of them take minutes.
+EVERY_DAY = {"import of what was left out", "operator", "meta tensor", "save and load", "vmap", "two threads at a time"}
 TRIGGERS = {
     "import of what was left out": "import torch.export",
     "import of a module of its": "import torch._subclasses.fake_tensor",
@@ -59,6 +61,11 @@ TRIGGERS = {
 }
 
 
+def every_day_a_few(cases: Iterable[Any]) -> list[Any]:
+    """Cases for `parametrize`, most of them for `make soak`."""
+    return [case if case.id in EVERY_DAY else pytest.param(*case.values, id=case.id, marks=pytest.mark.soak) for case in cases]
+
+
 def run(code: str, *arguments: str) -> str:
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -70,7 +77,7 @@ def ordinary() -> Any:
     return json.loads(run(f"import json\n{STATE}"))
 
 
-@pytest.mark.parametrize("trigger", TRIGGERS.values(), ids=TRIGGERS)
+@pytest.mark.parametrize("trigger", every_day_a_few(pytest.param(trigger, id=name) for name, trigger in TRIGGERS.items()))
 def test_what_is_missed_brings_in_all_of_torch_and_leaves_nothing_of_ours(trigger: str, ordinary: Any) -> None:
     found = json.loads(run(f"{LEAN}\n{trigger}\nassert not lean_torch.is_lean()\n{STATE}"))
     ours = {key: value for key, value in found.items() if key != "names"}
@@ -112,45 +119,45 @@ def test_eager_torch_works_and_stays_lean(code: str) -> None:
     run(f"{LEAN}\n{code}\nassert lean_torch.is_lean()")
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        pytest.param("print(torch.ones(2))", id="a tensor in words"),
-        pytest.param(
-            "import io; file = io.BytesIO(); torch.save({'a': torch.ones(2)}, file); file.seek(0); assert torch.load(file)['a'].sum() == 2",
-            id="save and load",
-        ),
-        pytest.param("from torch.utils.data import DataLoader; assert len(list(DataLoader([1, 2, 3], batch_size=2))) == 2", id="data"),
-        pytest.param("net = torch.nn.Linear(2, 2); torch.optim.AdamW(net.parameters()).step()", id="optimizers"),
-        pytest.param("assert torch.jit.script(torch.nn.ReLU())(torch.ones(2)).sum() == 2", id="jit.script"),
-        pytest.param("assert torch.jit.trace(twice, torch.ones(2))(torch.ones(3)).sum() == 6", id="trace"),
-        pytest.param("assert torch.func.vmap(lambda x: x + 1)(torch.ones(2)).sum() == 4", id="vmap"),
-        pytest.param("assert torch.func.grad(lambda x: x * x)(torch.tensor(3.0)) == 6", id="grad"),
-        pytest.param("assert len(torch.fx.symbolic_trace(torch.nn.ReLU()).graph.nodes) == 3", id="fx"),
-        pytest.param("assert torch.compile(twice, backend='eager')(torch.ones(2)).sum() == 4", id="compile"),
-        pytest.param("assert torch.export.export(torch.nn.ReLU(), (torch.ones(2),)).module()(-torch.ones(2)).sum() == 0", id="export"),
-        pytest.param(
-            "@torch.library.custom_op('ours::twice', mutates_args=())\n"
-            "def double(x: torch.Tensor) -> torch.Tensor: return x * 2\n"
-            "double.register_fake(lambda x: torch.empty_like(x))\n"
-            "assert torch.ops.ours.twice(torch.ones(2)).sum() == 4 and double(torch.ones(2, device='meta')).shape == (2,)",
-            id="custom operator",
-        ),
-        pytest.param(
-            "from torch._subclasses import FakeTensorMode\nwith FakeTensorMode(): assert type(torch.ones(2) + 1).__name__ == 'FakeTensor'",
-            id="fake tensors",
-        ),
-        pytest.param(
-            "import threading\n"
-            "found = []\n"
-            "def look(): found.append((torch.export, torch.cond, __import__('torch._dynamo')))\n"
-            "threads = [threading.Thread(target=look) for _ in '12']\n"
-            "[thread.start() for thread in threads], [thread.join() for thread in threads]\n"
-            "assert len(found) == 2 and found[0] == found[1]",
-            id="two threads at a time",
-        ),
-    ],
-)
+REST = [
+    pytest.param("print(torch.ones(2))", id="a tensor in words"),
+    pytest.param(
+        "import io; file = io.BytesIO(); torch.save({'a': torch.ones(2)}, file); file.seek(0); assert torch.load(file)['a'].sum() == 2",
+        id="save and load",
+    ),
+    pytest.param("from torch.utils.data import DataLoader; assert len(list(DataLoader([1, 2, 3], batch_size=2))) == 2", id="data"),
+    pytest.param("net = torch.nn.Linear(2, 2); torch.optim.AdamW(net.parameters()).step()", id="optimizers"),
+    pytest.param("assert torch.jit.script(torch.nn.ReLU())(torch.ones(2)).sum() == 2", id="jit.script"),
+    pytest.param("assert torch.jit.trace(twice, torch.ones(2))(torch.ones(3)).sum() == 6", id="trace"),
+    pytest.param("assert torch.func.vmap(lambda x: x + 1)(torch.ones(2)).sum() == 4", id="vmap"),
+    pytest.param("assert torch.func.grad(lambda x: x * x)(torch.tensor(3.0)) == 6", id="grad"),
+    pytest.param("assert len(torch.fx.symbolic_trace(torch.nn.ReLU()).graph.nodes) == 3", id="fx"),
+    pytest.param("assert torch.compile(twice, backend='eager')(torch.ones(2)).sum() == 4", id="compile"),
+    pytest.param("assert torch.export.export(torch.nn.ReLU(), (torch.ones(2),)).module()(-torch.ones(2)).sum() == 0", id="export"),
+    pytest.param(
+        "@torch.library.custom_op('ours::twice', mutates_args=())\n"
+        "def double(x: torch.Tensor) -> torch.Tensor: return x * 2\n"
+        "double.register_fake(lambda x: torch.empty_like(x))\n"
+        "assert torch.ops.ours.twice(torch.ones(2)).sum() == 4 and double(torch.ones(2, device='meta')).shape == (2,)",
+        id="custom operator",
+    ),
+    pytest.param(
+        "from torch._subclasses import FakeTensorMode\nwith FakeTensorMode(): assert type(torch.ones(2) + 1).__name__ == 'FakeTensor'",
+        id="fake tensors",
+    ),
+    pytest.param(
+        "import threading\n"
+        "found = []\n"
+        "def look(): found.append((torch.export, torch.cond, __import__('torch._dynamo')))\n"
+        "threads = [threading.Thread(target=look) for _ in '12']\n"
+        "[thread.start() for thread in threads], [thread.join() for thread in threads]\n"
+        "assert len(found) == 2 and found[0] == found[1]",
+        id="two threads at a time",
+    ),
+]
+
+
+@pytest.mark.parametrize("code", every_day_a_few(REST))
 def test_the_rest_of_torch_works_when_it_is_used(code: str) -> None:
     run(f"{LEAN}\ndef twice(x):\n    return x * 2\n{code}")
 
@@ -208,7 +215,9 @@ def minilm() -> Mapping[str, bytes]:
     return {name: (model / name).read_bytes() for name in ("config.json", "model.safetensors", "tokenizer.json")}
 
 
-@pytest.mark.parametrize(("agent", "files"), [("minilm:MiniLM", "minilm"), ("smollm2:SmolLM2", "smollm2")])
+@pytest.mark.parametrize(
+    ("agent", "files"), [("minilm:MiniLM", "minilm"), pytest.param("smollm2:SmolLM2", "smollm2", marks=pytest.mark.soak)]
+)
 def test_an_agent_gives_the_same_answers_and_stays_lean(agent: str, files: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     uri = "s3://models/it"
     fill_cache(tmp_path, uri, request.getfixturevalue(files))

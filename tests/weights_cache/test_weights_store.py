@@ -131,7 +131,12 @@ def test_a_missing_bucket_is_an_error_that_names_it_and_the_endpoint(proxy: Prox
     assert str(told) == f"cannot list s3://nowhere-at-all/model at {proxy.url}: there is no such bucket"
 
 
-def test_a_missing_bucket_is_said_of_an_upload_too(proxy: Proxy, aws: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ends", ["soon", "late"])
+def test_a_missing_bucket_is_said_of_an_upload_too(
+    proxy: Proxy, aws: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    if ends == "late":  # the threads of the upload, which have the refusal too
+        monkeypatch.setattr("s3transfer.manager.TransferCoordinatorController.remove_transfer_coordinator", lambda *_: None)
     (tmp_path / "file").write_bytes(b"x")
     store = Store(WeightsUri("nowhere-at-all", "model"))
     told = refusal(lambda: store.upload(tmp_path / "file", "a", lambda amount: None))

@@ -182,6 +182,8 @@ def test_a_platform_that_is_killed_leaves_nothing_to_the_next_one(tmp_path: Path
             assert marked(mark) == []
             assert again.call("ready").status == 200
             assert "of an earlier `relight run` that was killed" in server.said()
+            server.signal(signal.SIGTERM)  # it takes its daemon with it
+            server.wait()
 
 
 def test_the_platform_of_another_state_directory_is_left_alone(tmp_path: Path) -> None:
