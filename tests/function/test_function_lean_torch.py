@@ -42,7 +42,7 @@ print(json.dumps({
 }))
 """
 # Each imports all of torch: a few of each kind are enough for every day, all of them take minutes.
-EVERY_DAY = {"import of what was left out", "operator", "meta tensor", "save and load", "vmap", "two threads at a time"}
+EVERY_DAY = {"import of what was left out", "operator", "meta tensor", "save and load"}
 TRIGGERS = {
     "import of what was left out": "import torch.export",
     "import of a module of its": "import torch._subclasses.fake_tensor",

@@ -126,7 +126,6 @@ def alone(agent: SmolLM2) -> list[str]:
 @exact
 def test_a_batch_gives_each_what_it_gets_alone_token_for_token(agent: SmolLM2, alone: list[str]) -> None:
     assert all(alone)
-    assert agent.predict(MIXED) == alone
     assert agent.predict(MIXED[::-1]) == alone[::-1]
 
 

@@ -15,6 +15,7 @@ from tests.knative.queue_source.stage import Reply, Sink, Sqs, settings, source_
 from tests.support import Server, clean_environment, free_port, wait_until
 
 RECEIVES = 12
+CONCURRENCY = 16
 
 
 class Chaos:
@@ -30,7 +31,7 @@ class Chaos:
         self.log.touch()
         self.kills: Counter[str] = Counter()
         self.sent = threading.Event()
-        env = settings(self.url, f"http://127.0.0.1:{self.port}/", QUEUE_SOURCE_CONCURRENCY="16", QUEUE_SOURCE_VISIBILITY_S="5")
+        env = settings(self.url, f"http://127.0.0.1:{self.port}/", QUEUE_SOURCE_CONCURRENCY=str(CONCURRENCY), QUEUE_SOURCE_VISIBILITY_S="5")
         self.env = clean_environment(**env, **sqs.env)
 
     def start(self, what: str) -> Server:
@@ -98,7 +99,7 @@ def test_nothing_is_lost_and_poison_alone_is_parked(tmp_path: Path) -> None:
     with sqs_running(tmp_path) as sqs:
         chaos = Chaos(sqs, tmp_path, messages=200, poison=3, seconds=4.0, seed=1)
         chaos.run(6)
-        chaos.check(most_repeated=12)  # what was done and not yet deleted when the source was killed; the long run below is strict
+        chaos.check(most_repeated=chaos.kills["source"] * CONCURRENCY)  # what it held, on a busy machine; the long run below is strict
 
 
 @pytest.mark.soak
