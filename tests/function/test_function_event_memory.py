@@ -43,7 +43,8 @@ class Deliveries(RuleBasedStateMachine):
         self.entries, self.size_bytes = entries, size_bytes
         self.memory: Memory[Text] = Memory(entries=entries, size_bytes=size_bytes, keep_s=10, clock=lambda: self.now)
         self.running: dict[Key, Work[Text]] = {}
-        self.finished: dict[Key, tuple[Text, float]] = {}  # the last time it was, newest last
+        self.finished: dict[Key, tuple[Text, float]] = {}  # the last time it was
+        self.sizes: list[tuple[Key, int]] = []  # of all that were finished, those that have failed again since among them
         self.numbers = itertools.count()
 
     @rule(key=st.tuples(st.sampled_from(["/a", "/b"]), st.sampled_from("123")))
@@ -65,9 +66,9 @@ class Deliveries(RuleBasedStateMachine):
         """Whether it is young, and few enough were finished after it."""
         if key not in self.finished or self.now >= self.finished[key][1] + 10:
             return False
-        later = list(self.finished)[list(self.finished).index(key) :]
-        sizes = sum(self.finished[each][0].size_bytes + 1100 for each in later)
-        return len(later) <= self.entries and sizes <= self.size_bytes
+        last = max(at for at, (finished, _) in enumerate(self.sizes) if finished == key)
+        later = [size for _, size in self.sizes[last:]]
+        return len(later) <= self.entries and sum(later) <= self.size_bytes
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), size=st.sampled_from([0, 100, 1000, 2000, 1 << 21]))
@@ -80,6 +81,7 @@ class Deliveries(RuleBasedStateMachine):
         self.finished.pop(key, None)
         if size < 1 << 20:
             self.finished[key] = reply, self.now
+            self.sizes.append((key, size + 1100))
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), error=st.none() | st.just(ValueError("no")))
