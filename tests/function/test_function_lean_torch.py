@@ -242,6 +242,7 @@ def test_a_version_that_was_not_verified_is_imported_as_ever() -> None:
     )
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "change",
     [
@@ -256,6 +257,7 @@ def test_what_is_unforeseen_in_torch_ends_in_the_ordinary_import(change: str) ->
     )
 
 
+@pytest.mark.soak
 def test_a_name_that_torch_takes_unforeseen_is_taken_from_the_module_itself() -> None:
     run(
         "from function import lean_torch\nlean_torch._KNOWN = ('vmap', 'cond')\nlean_torch.install()\nimport torch\n"
@@ -263,6 +265,7 @@ def test_a_name_that_torch_takes_unforeseen_is_taken_from_the_module_itself() ->
     )
 
 
+@pytest.mark.soak
 def test_torch_that_is_there_already_is_left_alone() -> None:
     run(
         "import torch, sys\nfrom function import lean_torch\nbefore = list(sys.meta_path)\nlean_torch.install()\n"

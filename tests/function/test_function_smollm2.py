@@ -108,12 +108,12 @@ def test_an_answer_tells_how_many_tokens_it_took_and_why_it_ended(agent: SmolLM2
 
 MIXED = [
     chat(PARIS),
-    go_on(MORE, max_tokens=14),
-    chat("Write a poem about the sea.", max_tokens=12, temperature=0.9, seed=3),
+    go_on(MORE, max_tokens=12),
+    chat("Write a poem about the sea.", max_tokens=9, temperature=0.9, seed=3),
     go_on("1, 2, 3, 4,", max_tokens=9),
-    go_on("word " * 150, max_tokens=5),
+    go_on("word " * 100, max_tokens=4),
     chat("Tell me a joke.", max_tokens=12, temperature=1.2, top_p=0.8, seed=4),
-    go_on("def add(a, b):", max_tokens=12),
+    go_on("def add(a, b):", max_tokens=8),
 ]
 
 
