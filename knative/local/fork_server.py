@@ -55,8 +55,11 @@ class Forked:
     def _reap(self) -> None:
         asyncio.get_running_loop().remove_reader(self._fd)
         os.close(self._fd)
-        _, status = os.waitpid(self.pid, 0)
-        self.returncode = os.waitstatus_to_exitcode(status)
+        try:
+            _, status = os.waitpid(self.pid, 0)
+            self.returncode = os.waitstatus_to_exitcode(status)
+        except ChildProcessError:  # it gave up before it was ours, and whoever waits for its end must learn of it nevertheless
+            self.returncode = 1
         self._ended.set_result(self.returncode)
 
     async def wait(self) -> int:

@@ -16,7 +16,7 @@ import pytest
 
 from knative.local import fork_server as fork_server_module
 from knative.local import process as process_module
-from knative.local.fork_server import ForkServer
+from knative.local.fork_server import Forked, ForkServer
 from knative.local.launch import Process, inherited
 from knative.local.limits import Limits
 from knative.local.process import ContainerProcess, tail
@@ -501,3 +501,13 @@ def test_a_platform_forks_its_functions_and_leaves_none_behind_when_it_is_killed
         assert platform.call("one", "/", "POST", {"instances": ["x"]}).status == 200
         assert not platform.pods("one")[0]["forked"]
         assert not [command for command in processes(state).values() if "fork_server" in command]
+
+
+def test_the_end_of_a_process_that_was_never_ours_is_seen_too() -> None:
+    async def scene() -> None:
+        between = await asyncio.create_subprocess_exec("sh", "-c", "sleep 0.2 >/dev/null & echo $!", stdout=asyncio.subprocess.PIPE)
+        told, _ = await between.communicate()
+        async with asyncio.timeout(10):
+            assert await Forked(int(told)).wait() == 1
+
+    asyncio.run(scene())
