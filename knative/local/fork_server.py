@@ -157,15 +157,16 @@ class ForkServer:
         ours, theirs = socket.socketpair()
         turn: asyncio.Future[Forked | None] = asyncio.get_running_loop().create_future()
         try:
+            _adopt(True)  # first: once it is asked, the process in between may be gone before the next line runs here
             with theirs:
                 socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
             self._asked.append(turn)
-            _adopt(True)
             if not (child := await turn):
                 raise EOFError
             return _New(child, ours)
         except BaseException:
             ours.close()  # which ends it, if it should still come
+            _adopt(bool(self._asked))
             raise
 
     def _take_spare(self) -> _New | None:

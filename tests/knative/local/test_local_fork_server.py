@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -501,6 +502,22 @@ def test_a_platform_forks_its_functions_and_leaves_none_behind_when_it_is_killed
         assert platform.call("one", "/", "POST", {"instances": ["x"]}).status == 200
         assert not platform.pods("one")[0]["forked"]
         assert not [command for command in processes(state).values() if "fork_server" in command]
+
+
+def test_a_process_is_ours_however_soon_the_one_in_between_is_gone(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    send = socket.send_fds
+
+    def and_have_the_processor_taken_away(*arguments: Any) -> int:
+        sent = send(*arguments)
+        time.sleep(0.3)
+        return sent
+
+    async def scene(stage: Stage) -> None:
+        async with stage.running(stage.process()) as container:
+            assert (container.running, container.is_forked) == (True, True)
+
+    monkeypatch.setattr(socket, "send_fds", and_have_the_processor_taken_away)
+    play(tmp_path, scene)
 
 
 def test_the_end_of_a_process_that_was_never_ours_is_seen_too() -> None:
