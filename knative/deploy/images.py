@@ -13,6 +13,7 @@ from knative.deploy.variables import Variables
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ("docker", "podman")
+ANSWER_S = 60.0  # for an engine to say how it is
 VARIABLES = {"function": "IMAGE", "weights-cache": "WEIGHTS_IMAGE", "queue-source": "QUEUE_IMAGE"}
 SBOM = "/opt/relight/sbom.cdx.json"  # in each image: what is installed in it, as CycloneDX
 
@@ -69,11 +70,13 @@ def sbom(engine: str, image: str) -> bytes:
 
 
 def push(variables: Variables, say: Callable[[str], object]) -> None:
-    """Raises DeployError if there is no engine, an image has no registry, or a push fails."""
-    engine = find_engine()
-    for target, image in names(variables).items():
+    """All but a queue source that nobody named. Raises DeployError if there is no engine, an image has no registry, or a push fails."""
+    wanted = {target: image for target, image in names(variables).items() if target != "queue-source" or variables.queue_image}
+    for target, image in wanted.items():
         if "/" not in image:
             raise DeployError(f"{image} names no registry: say where to, as {VARIABLES[target]}=registry.example.com/{image}")
+    engine = find_engine()
+    for image in wanted.values():
         say(f"pushing {image}")
         _run(engine, ["push", image])
 
@@ -86,7 +89,11 @@ def find_engine() -> str:
         if not path:
             said.append(f"{engine} is not installed")
             continue
-        asked = subprocess.run([path, "info"], capture_output=True, text=True, timeout=60, check=False)
+        try:
+            asked = subprocess.run([path, "info"], capture_output=True, text=True, timeout=ANSWER_S, check=False)
+        except subprocess.TimeoutExpired:
+            said.append(f"{engine}: no answer within {ANSWER_S:g} s")
+            continue
         if asked.returncode == 0:
             return path
         said.append(f"{engine}: {(asked.stderr.strip() or 'does not answer').splitlines()[-1]}")

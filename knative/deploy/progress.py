@@ -41,7 +41,7 @@ def condition(item: Object, kind: str = "Ready") -> Condition:
 
 def pods_in_words(pods: Iterable[Object], weights: str | None) -> str:
     """What the pods of a revision are doing, the one that is furthest behind. weights: the last line of a sidecar that tells of them."""
-    words = ["no pod yet"]
+    words = [(4, "no pod yet")]  # how near to being ready, and what is said
     for pod in pods:
         status = pod.get("status", {})
         name = pod["metadata"]["name"]
@@ -50,14 +50,15 @@ def pods_in_words(pods: Iterable[Object], weights: str | None) -> str:
         waiting = [one for one in _states(status) if "waiting" in one["state"]]
         if waiting:
             reason = waiting[0]["state"]["waiting"].get("reason", "")
-            words.append(f"{name}: pulling the image of {waiting[0]['name']}" if reason == "ContainerCreating" else f"{name}: {reason}")
+            what = f"pulling the image of {waiting[0]['name']}" if reason == "ContainerCreating" else reason
+            words.append((1, f"{name}: {what}"))
         elif not status.get("containerStatuses"):
-            words.append(f"{name}: waiting for its node")
+            words.append((0, f"{name}: waiting for its node"))
         elif not all(one.get("ready") for one in status["containerStatuses"]):
-            words.append(f"{name}: {_loading(weights)}")
+            words.append((2, f"{name}: {_loading(weights)}"))
         else:
-            words.append(f"{name}: ready")
-    return words[-1]
+            words.append((3, f"{name}: ready"))
+    return min(words)[1]
 
 
 def _loading(line: str | None) -> str:

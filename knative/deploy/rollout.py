@@ -15,6 +15,7 @@ from knative.deploy.render import check_annotations, deadline_s, dump, get_env, 
 from knative.deploy.variables import Variables
 
 POLL_S = 1.0
+STORE_S = 120.0  # for the store to say which snapshot it has
 LOG_LINES = 20
 GRACE_S = 60.0  # that Knative has to say that a deadline is over
 
@@ -146,11 +147,13 @@ def _pin(objects: list[Object], service: Object, say: Say) -> None:
     if not uri or "#" in uri:
         return
     # A process of its own: what speaks to stores is no part of this package.
-    asked = subprocess.run(
-        [sys.executable, "-m", "weights_cache", "snapshot", uri], capture_output=True, text=True, timeout=120, check=False
-    )
-    if asked.returncode:
-        said = asked.stderr.strip().splitlines()
+    command = [sys.executable, "-m", "weights_cache", "snapshot", uri]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=STORE_S, check=False)
+        said = asked.stderr.strip().splitlines() if asked.returncode else None
+    except subprocess.TimeoutExpired:
+        said = [f"no answer within {STORE_S:g} s"]
+    if said is not None:
         raise DeployError(
             f"{uri} cannot be pinned to a snapshot: {said[-1] if said else 'the store did not answer'}\n"
             "let the AWS_ variables here lead to the store, give WEIGHTS_URI=…#snapshot, or have each start take the newest: PIN=false"

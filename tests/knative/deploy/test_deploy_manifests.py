@@ -1,6 +1,6 @@
 """Our manifests: each overlay and each allowed combination of components, by Kubernetes' schemas, Knative's rules and our own policy.
 
-Knative's own webhook has accepted all of this; what it looks at is written down here, since it does not run in these tests.
+What Knative's own webhook looks at is written down here, since it does not run in these tests; it has judged the same renderings by hand.
 """
 
 import copy
