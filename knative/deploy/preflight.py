@@ -21,8 +21,11 @@ _NO_KNATIVE = (
 )
 
 
-def check(kubectl: Kubectl, namespace: str, objects: list[Object]) -> list[str]:
-    """Raises DeployError if the cluster cannot take these objects; returns what could not be found out, to be told."""
+def check(kubectl: Kubectl, namespace: str, objects: list[Object], chosen: str) -> list[str]:
+    """Raises DeployError if the cluster cannot take these objects; returns what could not be found out, to be told.
+
+    chosen: the words that choose the overlay, for whoever has to choose it too.
+    """
     try:
         kubectl.run("get", "--raw", "/version")
     except KubectlError as error:
@@ -35,7 +38,7 @@ def check(kubectl: Kubectl, namespace: str, objects: list[Object]) -> list[str]:
         raise explained(error) from error
     _check_kinds(kubectl, objects)
     check_namespace(kubectl, namespace)
-    return _check_flags(kubectl, flags.required(objects))
+    return _check_flags(kubectl, flags.required(objects), chosen)
 
 
 def _check_kinds(kubectl: Kubectl, objects: list[Object]) -> None:
@@ -66,7 +69,7 @@ def check_namespace(kubectl: Kubectl, namespace: str) -> None:
             raise explained(error) from error
 
 
-def _check_flags(kubectl: Kubectl, needed: flags.Config) -> list[str]:
+def _check_flags(kubectl: Kubectl, needed: flags.Config, chosen: str) -> list[str]:
     if not needed:
         return []
     try:
@@ -79,7 +82,7 @@ def _check_flags(kubectl: Kubectl, needed: flags.Config) -> list[str]:
         lines = "\n".join(f"  {line}" for line in flags.in_words(lacking))
         raise DeployError(
             f"the cluster does not allow what this overlay uses; in namespace {flags.NAMESPACE},\n{lines}\n"
-            "an administrator applies it once: make cluster ENV=… | kubectl apply --server-side -f -"
+            f"an administrator applies it once: make cluster {chosen} | kubectl apply --server-side -f -"
         )
     return []
 

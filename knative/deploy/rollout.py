@@ -31,7 +31,7 @@ def deploy(variables: Variables, kubectl: Kubectl, say: Say) -> Object:
     objects = render(variables, kubectl)
     service = one_service(objects)
     name, namespace = service["metadata"]["name"], service["metadata"].get("namespace", "default")
-    for note in preflight.check(kubectl, namespace, objects):
+    for note in preflight.check(kubectl, namespace, objects, variables.overlay_in_words()):
         say(f"note: {note}")
     if variables.pin:
         _pin(objects, service, say)
@@ -150,7 +150,7 @@ def _pin(objects: list[Object], service: Object, say: Say) -> None:
     command = [sys.executable, "-m", "weights_cache", "snapshot", uri]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=STORE_S, check=False)
-        said = asked.stderr.strip().splitlines() if asked.returncode else None
+        said = asked.stderr.strip().removeprefix("Error: ").splitlines() if asked.returncode else None
     except subprocess.TimeoutExpired:
         said = [f"no answer within {STORE_S:g} s"]
     if said is not None:

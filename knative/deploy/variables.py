@@ -83,6 +83,10 @@ class Variables:
             )
         return found
 
+    def overlay_in_words(self) -> str:
+        """The words that choose the overlay, and what it is given on top."""
+        return f"ENV={self.env}" + (f" GPU={self.gpu}" if self.gpu else "")
+
 
 def _matching(pattern: re.Pattern[str], expected: str) -> Callable[[str, str], str]:
     def check(name: str, text: str) -> str:

@@ -19,19 +19,17 @@ Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 CACHES = ((), ("node-cache-pvc",), ("node-cache-agent",), ("node-cache-agent", "prefetch"))
 PLACEMENTS = ((), ("realtime",), ("batch",))
-SCALERS = ((), ("hpa",))
-OTHERS = ("gpu", "warm-pool", "rollout-in-place", "monitoring")
+OTHERS = ("gpu", "warm-pool", "rollout-in-place", "monitoring", "hpa")
 
 
-def combinations() -> Iterator[tuple[str, ...]]:
-    """All of them, as names of components; of the last three of OTHERS none, each alone, and all."""
-    for cache, placement, scaler, gpu in itertools.product(CACHES, PLACEMENTS, SCALERS, ((), ("gpu",))):
-        if "prefetch" in cache and not gpu:
-            continue
-        for others in ((), *((name,) for name in OTHERS[1:]), OTHERS[1:]):
-            if len(others) == 1 and (placement or scaler):
-                continue  # each is a patch of its own fields: with one choice of the others it has been seen
-            yield (*gpu, *others, *cache, *placement, *scaler)
+def combinations(most: int = 99) -> Iterator[tuple[str, ...]]:
+    """All of them, as names of components; with `most`, only those of so many choices, and those in which every choice is made."""
+    free = (((), (name,)) for name in OTHERS)
+    for choices in itertools.product(CACHES, PLACEMENTS, *free):
+        names = tuple(itertools.chain(*choices))
+        made = sum(map(bool, choices)) - ("prefetch" in names)  # which takes a GPU
+        if ("prefetch" not in names or "gpu" in names) and (made <= most or all(choices)):
+            yield names
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,6 @@ class Combination:
     components: tuple[str, ...]
     objects: list[Object]
     cluster: list[Object]
-
-
-def render_all() -> list[Combination]:
-    """Every one of them."""
-    return render_each(list(combinations()))
 
 
 def render_each(chosen: Sequence[tuple[str, ...]]) -> list[Combination]:

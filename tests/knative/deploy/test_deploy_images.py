@@ -3,6 +3,8 @@
 import itertools
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -69,3 +71,52 @@ def test_a_build_is_told_its_version_its_revision_and_how_old_its_files_are(monk
 def test_an_image_that_there_is_not_has_no_list_of_its_packages() -> None:
     with pytest.raises(DeployError, match="nobody/nothing:1 has no SBOM: "):
         images.sbom("false", "nobody/nothing:1")
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the only container engine there is was told: it takes $SECONDS for `info`, and ends a `push` with $STATUS."""
+    folder, told = tmp_path / "bin", tmp_path / "told"
+    folder.mkdir()
+    told.touch()
+    lines = [
+        "#!/bin/sh",
+        f'echo "$*" >> {told}',
+        'if [ "$1" = push ]; then exit "${STATUS:-0}"; fi',
+        'if [ "$1" = info ]; then exec /bin/sleep "${SECONDS:-0}"; fi',
+    ]
+    (folder / "docker").write_text("\n".join(lines))
+    (folder / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    return told
+
+
+NAMED = Variables(image="registry.example.com/function:1", weights_image="registry.example.com/weights:1")
+
+
+def test_what_is_named_is_pushed_and_a_queue_source_only_if_it_is(engine: Path) -> None:
+    said: list[str] = []
+    images.push(NAMED, said.append)
+    assert said == ["pushing registry.example.com/function:1", "pushing registry.example.com/weights:1"]
+    images.push(replace(NAMED, queue_image="registry.example.com/queue:1"), said.append)
+    pushes = [line for line in engine.read_text().splitlines() if line.startswith("push")]
+    assert pushes == [f"push registry.example.com/{name}:1" for name in ("function", "weights", "function", "weights", "queue")]
+
+
+def test_nothing_is_pushed_while_one_image_names_no_registry(engine: Path) -> None:
+    with pytest.raises(DeployError, match=r"relight-weights-cache:\S+ names no registry: say where to, as WEIGHTS_IMAGE="):
+        images.push(Variables(image=NAMED.image), print)
+    assert engine.read_text() == ""
+
+
+def test_a_push_that_fails_is_told(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATUS", "3")
+    with pytest.raises(DeployError, match="docker push ended with status 3"):
+        images.push(NAMED, print)
+
+
+def test_without_an_engine_that_answers_each_is_told_with_its_reason(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "ANSWER_S", 0.5)
+    monkeypatch.setenv("SECONDS", "60")
+    with pytest.raises(DeployError, match=r"no container engine answers: docker: no answer within 0.5 s; podman is not installed"):
+        images.find_engine()

@@ -25,7 +25,8 @@ from knative.deploy.render import MANIFESTS, render, render_cluster
 from knative.deploy.variables import Variables
 from knative.local.manifest import read_manifests
 from tests.knative.deploy import eventing_kinds
-from tests.knative.deploy.combinations import Combination, render_all
+from tests.knative.deploy.combinations import Combination, render_each
+from tests.knative.deploy.combinations import combinations as allowed
 from tests.knative.deploy.eventing_kinds import KUBERNETES
 from tests.support import BIN, ROOT
 
@@ -45,9 +46,10 @@ OTHER_KINDS = {
 Object = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def combinations() -> list[Combination]:
-    return render_all()
+@pytest.fixture(scope="module", params=[pytest.param(2, id="each two"), pytest.param(99, id="all", marks=pytest.mark.soak)])
+def combinations(request: pytest.FixtureRequest) -> list[Combination]:
+    """Of as many choices at most, and those of all choices."""
+    return render_each(list(allowed(request.param)))
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,27 @@
 """`relight cluster` with the real kubectl, against an API that answers as a cluster's does."""
 
+import re
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import boto3
 import pytest
 from click.testing import CliRunner, Result
 
-from knative.deploy import rollout
+from knative.deploy import flags, rollout
 from knative.deploy.cli import cluster as command
+from knative.deploy.kubectl import Kubectl
+from knative.deploy.progress import pods_in_words
+from knative.deploy.render import render_cluster
+from knative.deploy.variables import Variables
 from tests.knative.deploy.cluster import SERVING, Cluster, Object, becomes_ready, configured, pod, revise, serving
-from tests.support import free_port
+from tests.support import BIN, clean_environment, free_port, request, running, wait_until
 
 URI = "s3://models/minilm#0123456789abcdef0123456789abcdef"
 
@@ -72,6 +82,24 @@ def test_a_deploy_applies_everything_tells_how_far_it_is_and_prints_the_url(clus
     ]
     assert set(cluster.applied) == {("ServiceAccount", "relight-function"), ("NetworkPolicy", "relight-function"), ("Service", "ada")}
     assert cluster.dry_runs == 3
+
+
+def test_of_several_pods_the_one_furthest_behind_is_told() -> None:
+    def of(name: str, **function: Any) -> Object:
+        return {"metadata": {"name": name}, "status": {"containerStatuses": [{"name": "function", **function}]}}
+
+    ready, starting = of("a", ready=True), of("b", ready=False, state={"running": {}})
+    image = of("c", ready=False, state={"waiting": {"reason": "ContainerCreating"}})
+    fresh: Object = {"metadata": {"name": "d"}, "status": {}}
+    unschedulable = {"type": "PodScheduled", "status": "False", "message": "no GPU is free"}
+    homeless = {"metadata": {"name": "e"}, "status": {"conditions": [unschedulable]}}
+    assert pods_in_words([], None) == "no pod yet"
+    assert pods_in_words([ready], None) == "a: ready"
+    assert pods_in_words([ready, starting], None) == "b: started; waiting for its probes"
+    assert pods_in_words([starting], "s3://models/minilm: 16000.0 of 16000.0 MB") == "b: weights are there; loading the model"
+    assert pods_in_words([starting, image, ready], None) == "c: pulling the image of function"
+    assert pods_in_words([image, fresh], None) == "d: waiting for its node"
+    assert pods_in_words([fresh, homeless], None) == "e has no node: no GPU is free"
 
 
 def test_a_second_deploy_makes_no_new_revision(cluster: Cluster, run: Run) -> None:
@@ -137,7 +165,9 @@ def test_a_flag_that_is_off_is_named_before_anything_is_applied(cluster: Cluster
     done = deploy(run)
     assert done.exit_code == 1
     assert "config-features: multi-container-probing must be 'enabled' (a weights sidecar that hangs is restarted)" in done.stderr
+    assert done.stderr.endswith("applies it once: make cluster ENV=default | kubectl apply --server-side -f -\n")
     assert (cluster.applied, cluster.dry_runs) == ([], 0)
+    assert "make cluster ENV=default GPU=1 | kubectl apply" in deploy(run, "GPU=1").stderr
 
 
 def test_without_knative_it_says_so(cluster: Cluster, run: Run) -> None:
@@ -203,6 +233,57 @@ def test_weights_that_cannot_be_pinned_stop_the_deploy_and_say_what_to_do(
     assert run("deploy", "PIN=false").exit_code == 0
 
 
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client of an S3 server that the environment leads to, with a bucket `models`."""
+    port = free_port()
+    env = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    for name, value in {**env, "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    server = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
+    with running(server, tmp_path / "s3.log", clean_environment()):
+        wait_until("the S3 server", lambda: request(port, "GET", "/"))
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="models")
+        yield client
+
+
+def test_a_revision_is_pinned_to_the_weights_that_the_store_has_and_new_weights_are_a_new_revision(
+    cluster: Cluster, run: Run, store: Any
+) -> None:
+    def pinned() -> str:
+        (uri,) = {
+            variable["value"]
+            for one in cluster.service()["spec"]["template"]["spec"]["containers"]
+            for variable in one["env"]
+            if variable["name"] == "WEIGHTS_URI"
+        }
+        return str(uri)
+
+    store.put_object(Bucket="models", Key="minilm/model.safetensors", Body=b"first")
+    done = run("deploy")
+    assert (done.exit_code, done.stderr) == (0, "")
+    first = pinned()
+    assert re.fullmatch(r"s3://models/minilm#[0-9a-f]{32}", first)
+    assert done.stdout.splitlines()[0] == f"weights: {first}"
+    assert "no new revision" in run("deploy").stdout
+
+    store.put_object(Bucket="models", Key="minilm/model.safetensors", Body=b"second")
+    assert run("deploy").exit_code == 0
+    assert (pinned() == first, cluster.service()["status"]["latestCreatedRevisionName"]) == (False, "minilm-00002")
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for_for_ever(cluster: Cluster, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "STORE_S", 1.0)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        done = run("deploy")
+    assert done.stderr.startswith("Error: s3://models/minilm cannot be pinned to a snapshot: no answer within 1 s\n")
+    assert (done.exit_code, cluster.applied) == (1, [])
+
+
 def test_undeploy_leaves_what_other_functions_share(cluster: Cluster, run: Run) -> None:
     assert deploy(run).exit_code == 0
     assert deploy(run, "NAME=other").exit_code == 0
@@ -225,32 +306,79 @@ def test_status_tells_of_revisions_and_pods_and_logs_of_their_output(cluster: Cl
     ]
 
 
-def test_invoke_sends_the_example_through_the_gateway_that_is_named(cluster: Cluster, run: Run) -> None:
-    asked: list[tuple[str, bytes]] = []
-
-    class Gateway(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked.append((self.headers["Host"], self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200 if b"instances" in asked[-1][1] else 400)
-            self.end_headers()
-            self.wfile.write(b"the answer")
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
+def test_the_log_is_of_the_container_that_is_named_and_goes_on_if_wanted(cluster: Cluster, run: Run, tmp_path: Path) -> None:
     assert deploy(run).exit_code == 0
-    # What the overlay has; a real API would have kept it.
-    with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as gateway:
-        threading.Thread(target=gateway.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        address = f"ADDRESS=http://127.0.0.1:{gateway.server_port}"
-        good, bad = run("invoke", address), run("invoke", address, 'DATA={"a": 1}')
-        gateway.shutdown()
+    cluster.add("pods", pod("minilm-00001", containerStatuses=[]), "default")
+    cluster.logs["minilm-00001-pod", "function"] = "ready\n"
+    cluster.logs["minilm-00001-pod", "weights-cache"] = "90.9 of 90.9 MB\n"
+    assert run("logs").stdout == "[pod/minilm-00001-pod/function] ready\n"
+    assert run("logs", "CONTAINER=weights-cache").stdout == "[pod/minilm-00001-pod/weights-cache] 90.9 of 90.9 MB\n"
+    with serving(cluster, tmp_path) as environ:
+        follow = [str(BIN / "relight"), "cluster", "logs", "FOLLOW=true"]
+        done = subprocess.run(follow, env=clean_environment(**environ), capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[pod/minilm-00001-pod/function] ready\n", "")
+
+
+class Gateway:
+    """A cluster's, to the test's own function: it keeps what was asked, as (method, path, host, body)."""
+
+    def __init__(self, answer: Callable[[bytes], int] = lambda _: 200) -> None:
+        outer = self
+        self.asked: list[tuple[str, str, str, bytes]] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.do_POST()
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                outer.asked.append((self.command, self.path, self.headers["Host"], body))
+                self.send_response(answer(body))
+                self.end_headers()
+                self.wfile.write(b"the answer")
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"ADDRESS=http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> "Gateway":
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def test_a_roll_out_in_place_ends_with_a_first_call_that_starts_the_new_pod(cluster: Cluster, run: Run) -> None:
+    kubectl = Kubectl()
+    for name, data in flags.shipped(render_cluster(Variables(env="gpu"), kubectl)).items():
+        cluster.add("configmaps", {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": data}, "knative-serving")
+    with Gateway() as gateway:
+        done = deploy(run, "ENV=gpu", gateway.address)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "starting it with a first call"
+    assert gateway.asked == [("GET", "/v1/models", "minilm.default.example.com", b"")]
+    unreached = deploy(run, "ENV=gpu", gateway.address)  # it has gone
+    assert unreached.exit_code == 0
+    assert re.search(r"note: http://127.0.0.1:\d+ cannot be reached from here .*; the first caller will start it\n$", unreached.stdout)
+
+
+def test_invoke_sends_the_example_through_the_gateway_that_is_named(cluster: Cluster, run: Run) -> None:
+    assert deploy(run).exit_code == 0
+    with Gateway(lambda body: 200 if b"instances" in body else 400) as gateway:
+        good, bad = run("invoke", gateway.address), run("invoke", gateway.address, 'DATA={"a": 1}')
+        models = run("invoke", gateway.address, "ROUTE=/v1/models")
     assert (good.exit_code, good.stdout) == (0, "the answer\n")
     assert bad.exit_code == 1
-    assert asked == [
-        ("minilm.default.example.com", b'{"instances": ["A man is eating food."]}'),
-        ("minilm.default.example.com", b'{"a": 1}'),
+    host = "minilm.default.example.com"
+    assert gateway.asked[:2] == [
+        ("POST", "/", host, b'{"instances": ["A man is eating food."]}'),
+        ("POST", "/", host, b'{"a": 1}'),
     ]
+    assert (models.exit_code, gateway.asked[2]) == (1, ("GET", "/v1/models", host, b""))
 
 
 QUEUE_URL = "QUEUE_URL=https://sqs.eu-west-1.amazonaws.com/123456789012/work"
