@@ -5,6 +5,7 @@ Host → Service → revision.slot(), the body read on meanwhile → pod → the
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, closing
 from http import HTTPStatus
@@ -35,7 +36,7 @@ _HOP_BY_HOP = {
     "upgrade",
 }
 _AUTOMATIC = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")  # what aiohttp would add to a request that has none
-UNREACHED_TRIES = 3
+UNREACHED_TRIES = 3  # of one pod
 PIECE_BYTES = 256 * 1024
 
 
@@ -116,16 +117,19 @@ class _Call:
 
 async def _forward(call: _Call) -> web.StreamResponse:
     """Hold the request until there is a pod, and hand it over; to another one if nothing of it has reached the first."""
+    unreached: Counter[str] = Counter()
     with closing(call.body):
-        for _ in range(UNREACHED_TRIES):
+        while True:
             async with call.revision.slot(call.body.read_on) as pod:
                 call.handed_to(pod)
                 try:
                     return await _hand_over(call, pod)
-                except PodUnreached:
+                except PodUnreached as error:
                     call.handed_to(None)
-                    await asyncio.sleep(0.1)  # until its readiness probe finds out too
-    raise BadGateway(f"no pod of {call.revision.service.name} could be reached; they may be crashing, see their logs")
+                    pod.unreached()
+                    unreached[pod.name] += 1
+                    if unreached[pod.name] == UNREACHED_TRIES:
+                        raise BadGateway(f"{pod.name} says that it is ready, and nothing listens at its port {pod.plan.port}") from error
 
 
 class _Body:

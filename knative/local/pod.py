@@ -1,6 +1,7 @@
 """A pod: the processes of one replica, from asked for to gone."""
 
 import asyncio
+import contextlib
 import shutil
 import time
 from collections.abc import Callable
@@ -96,6 +97,7 @@ class Pod:
         ]
         self._started: set[str] = set()  # containers whose startup probe has succeeded since they began, or who have none
         self._well: set[str] = set()  # containers whose readiness probe says so
+        self._doubted = asyncio.Event()  # set while the user container was not reached since it last was well
         self._tasks: list[asyncio.Task[None]] = []
         self._idle = asyncio.Event()
         self._spawning = asyncio.Lock()  # guards the processes: they are all there or none before any is ended
@@ -205,6 +207,14 @@ class Pod:
             self._devices.look()
         self.on_room()
 
+    def unreached(self) -> None:
+        """A request found nobody listening: it gets none until its readiness probe has been asked again, now, and says that it is well."""
+        main = next(process for process in self.plan.processes if process.is_main)
+        if main.readiness:
+            self._well.discard(main.container)
+            self._doubted.set()
+            self._judge()
+
     @property
     def failed(self) -> bool:
         """Whether one of its processes has ended and waits to be started again."""
@@ -289,7 +299,10 @@ class Pod:
                 (self._well.add if verdict else self._well.discard)(name)
                 self._judge()
             if name in self._well:
-                await asyncio.sleep(probe.period_s)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(probe.period_s):
+                        await self._doubted.wait()
+                        self._doubted.clear()
             else:
                 await asyncio.sleep(QUICK_PROBE_S if self._age() < QUICK_S else START_PROBE_S)
 

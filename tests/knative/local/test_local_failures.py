@@ -4,6 +4,7 @@ import http.client
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,9 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     services = [
         service("frail"),
         service("half"),
-        service("deaf"),
+        service("deaf", container={"livenessProbe": LIVENESS}),
+        service("sworn", container={"readinessProbe": {"exec": {"command": ["true"]}}}),
+        service("twins", scale={"min-scale": "2"}, container={"readinessProbe": {"httpGet": {"path": "/healthz"}, "periodSeconds": 60}}),
         service("sick", container={"livenessProbe": LIVENESS}),
         service("assisted", FRAGILE_SIDECAR),
         service("absent", container={"command": [str(state / "program"), "--fast"]}, progress_deadline="2s"),
@@ -100,13 +103,42 @@ def test_an_answer_that_was_begun_by_a_pod_that_died_is_cut_off(platform: Platfo
             reply.read()
 
 
-def test_a_pod_that_cannot_be_reached_is_a_502_and_its_requests_are_nowhere(platform: Platform) -> None:
-    platform.call("deaf", "/deafen")
-    wait_until("its port closed", lambda: not is_open(int(platform.pods("deaf")[0]["address"].rpartition(":")[2])))
-    reply = platform.call("deaf", "/lost", "POST")
+def deafen(platform: Platform, name: str) -> str:
+    """Have one pod close its port and live on; its name."""
+    platform.call(name, "/deafen")
+    return str(wait_until("a port closed", lambda: next((pod["name"] for pod in platform.pods(name) if not is_open(port_of(pod))), None)))
+
+
+def port_of(pod: Any) -> int:
+    return int(pod["address"].rpartition(":")[2])
+
+
+def test_a_request_that_reaches_nobody_waits_until_somebody_listens_again(platform: Platform) -> None:
+    first = platform.call("deaf", "/echo").json()["pid"]
+    deafen(platform, "deaf")
+    reply = platform.call("deaf", "/kept", "POST", b"whole")  # its container is started again, as it is not well
+    assert (reply.status, reply.json()["path"], reply.json()["bytes"]) == (200, "/kept", 5)
+    assert reply.json()["pid"] != first
+    assert platform.seen("deaf") == ["/echo", "/deafen", "/kept"]
+
+
+def test_a_request_that_reaches_nobody_is_given_to_another_pod_and_none_is_given_to_that_one(platform: Platform) -> None:
+    platform.wait_for("twins", "two pods", lambda found: [pod["phase"] for pod in found["pods"]] == ["ready"] * 2)
+    deaf = deafen(platform, "twins")
+    replies = [platform.call("twins", f"/n{number}", "POST") for number in range(6)]
+    assert [reply.status for reply in replies] == [200] * 6
+    assert len({reply.json()["pid"] for reply in replies}) == 1
+    assert sorted(platform.seen("twins")) == sorted(["/deafen", *(f"/n{number}" for number in range(6))])
+    assert {pod["name"]: pod["phase"] for pod in platform.pods("twins")}[deaf] == "starting"
+
+
+def test_a_pod_that_says_it_is_ready_and_cannot_be_reached_is_a_502_and_its_requests_are_nowhere(platform: Platform) -> None:
+    wait_until("it listens, whatever its probe says", lambda: platform.call("sworn", "/echo").status == 200)
+    deaf = deafen(platform, "sworn")
+    reply = platform.call("sworn", "/lost", "POST")
     assert (reply.status, reply.json()["error"]["type"]) == (502, "bad_gateway")
-    assert "no pod of deaf could be reached" in reply.json()["error"]["message"]
-    assert platform.seen("deaf") == ["/deafen"]
+    assert f"{deaf} says that it is ready, and nothing listens at its port" in reply.json()["error"]["message"]
+    assert "/lost" not in platform.seen("sworn")
 
 
 def is_open(port: int) -> bool:

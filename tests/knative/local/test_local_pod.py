@@ -224,6 +224,7 @@ def test_a_container_that_fails_its_liveness_probe_is_killed_and_started_again(t
         await until("its restart", lambda: pod.status()["restarts"] == {"function": 1})
         stage.function.status = 200
         await becomes(pod, "ready")
+        await until("both have said who they are", lambda: len((tmp_path / "function.log").read_text().split()) == 2)
         first, second = (tmp_path / "function.log").read_text().split()
         assert first != second
         await pod.drain(0)
