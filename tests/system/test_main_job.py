@@ -94,6 +94,12 @@ def test_a_function_at_zero_answers_with_real_weights_and_returns_to_zero_and_re
     assert stages["spawn"] <= stages["listen"] <= stages["import"] <= stages["load"] <= stages["warm_up"] <= stages["ready"]
     assert 0 < stages["restore"] <= stages["load"]
 
+    told = request(demo.admin_port, "GET", "/api/weights").json()
+    (cache,), (beside,) = told["caches"], told["sidecars"]
+    assert (cache["uri"], cache["complete"], beside["pod"]) == ("s3://models/minilm", True, pod["name"])
+    assert cache["bytes"] >= pod["weights"]["bytes"]
+    assert beside["counters"]["weights_cache_bytes_total{source=store}"] == cache["bytes"]
+
     sidecar = next(pid for pid in Path("/proc").glob("[0-9]*") if is_child_of(pid, demo, b"serve"))
     anonymous_kb = next(line for line in (sidecar / "status").read_text().splitlines() if line.startswith("RssAnon")).split()[1]
     assert int(anonymous_kb) < 60_000

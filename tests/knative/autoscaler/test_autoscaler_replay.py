@@ -38,7 +38,7 @@ def test_a_replay_decides_as_knative_did(case: str, capsys: pytest.CaptureFixtur
 
 
 def test_the_cases_are_there() -> None:
-    assert len(CASES) >= 4
+    assert len(CASES) == 14
 
 
 def rows(spec: ScaleSpec, samples: list[Sample], initial_ready: int = 0) -> list[tuple[float, str, int | None]]:

@@ -1,5 +1,6 @@
 """The dashboard in a real browser, beside a real platform."""
 
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from knative.deploy.kubectl import Kubectl
+from knative.deploy.objects import container, one_service
+from knative.deploy.render import render, set_env
+from knative.deploy.variables import Variables
 from tests.knative.local.running import Platform, platform_running, queue_source, service
 from tests.support import wait_until
 
@@ -168,6 +173,36 @@ def test_a_roll_out_is_seen_as_it_goes_and_so_are_shares_tags_and_what_was_not_t
         expect(page.locator("#problem")).to_contain_text("line 2: not YAML", timeout=30_000)
         expect(echo.locator("header .badge")).to_have_text("ready")
     page.close()
+
+
+def test_the_weights_of_the_node_are_seen_with_their_hit_rate_and_the_pods_in_their_chart(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").write_text("{}" + " " * 1_999_998)
+    objects = [item for item in render(Variables(env="local"), Kubectl()) if item["kind"] not in ("ContainerSource", "Namespace")]
+    minilm = one_service(objects)
+    set_env(container(minilm, "function"), "FUNCTION_AGENT", "function.agents.echo:Echo")
+    minilm["spec"]["template"]["metadata"]["annotations"]["autoscaling.knative.dev/window"] = "6s"
+    with platform_running(tmp_path / "state", objects, "--seed", f"{tmp_path}/weights=s3://models/minilm") as platform:
+        page = browser.new_page(viewport={"width": 1240, "height": 900})
+        page.goto(f"http://127.0.0.1:{platform.admin_port}/")
+        weights, service = page.locator("#weights"), page.locator("#s-default-minilm")
+        expect(page.locator("#live")).to_have_text("live")
+        expect(weights).to_be_hidden()
+        for starts, rate in ((1, "0 %"), (2, "50 %")):
+            assert platform.call("minilm", "/v1/models/minilm:predict", "POST", {"instances": [1]}).status == 200
+            expect(weights.locator(".rate")).to_contain_text(f"{starts - 1} of {starts}")
+            expect(weights.locator(".rate")).to_contain_text(rate)
+            expect(weights.locator(".rate")).to_contain_text("2.0 MB")
+            expect(weights.locator("tbody tr")).to_contain_text("s3://models/minilm")
+            expect(service.locator("tbody tr")).to_contain_text(f"2.0 MB from {'store' if starts == 1 else 'cache'}")
+            expect(service.locator("header .badge")).to_have_text("at zero", timeout=30_000)
+        # The line of pods that are ready: none, one, none, one, none, at two heights.
+        chart = service.get_by_role("img", name=re.compile("^Pods, last five minutes: now 0 ready"))
+        heights = re.findall(r"(?:M[\d.]+ |V)([\d.]+)", chart.locator("path.cool:not(.area)").get_attribute("d") or "")
+        steps = [float(height) for height, _ in itertools.groupby(heights)]
+        none, one = max(steps), min(steps)
+        assert steps == [none, one, none, one, none]
+        page.close()
 
 
 def test_nothing_is_fetched_from_elsewhere(browser: Browser, platform: Platform) -> None:
