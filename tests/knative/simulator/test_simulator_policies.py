@@ -137,6 +137,32 @@ def test_hpa_scales_down_to_the_most_that_was_recommended_in_five_minutes() -> N
     assert (course[15], course[285], course[300], course[315], course[330], course[345]) == (10, 10, 8, 8, 2, 2)
 
 
+@pytest.mark.parametrize(
+    ("syncs", "course"),
+    [
+        pytest.param([(0, 10), (15, 2)], [5, 5], id="a rise that the rates cut short is not made up for on the way down"),
+        pytest.param([(0, 100), (15, 4), (30, 3)], [5, 5, 5], id="more was recommended than there ever were: no pod is added for that"),
+        pytest.param([(0, 10), (15, 12), (30, 2), (300, 2), (315, 2)], [5, 10, 10, 10, 2], id="until the rise is out of the window"),
+        pytest.param([(0, 10), (15, 2), (30, 8)], [5, 5, 8], id="a rise is by what is recommended now"),
+        pytest.param([(0, 5), (15, 3), (30, 5)], [5, 5, 5], id="what is there already is left"),
+    ],
+)
+def test_hpa_stabilises_by_staying_where_it_is(syncs: list[tuple[int, int]], course: list[int]) -> None:
+    """stabilizeRecommendationWithBehaviors: from the current count up to the least, or down to the most, that was recommended lately."""
+    behavior, pods, found = Behavior(), 1, []
+    for now, wanted in syncs:
+        pods = behavior.apply(float(now), pods, wanted, 1, 100)
+        found.append(pods)
+    assert found == course
+
+
+def test_hpa_may_take_back_at_once_what_it_removed_within_the_period() -> None:
+    behavior = Behavior(stabilization_s=0.0)
+    assert behavior.apply(0.0, 20, 2, 1, 100) == 2
+    assert behavior.apply(10.0, 2, 100, 1, 100) == 40
+    assert behavior.apply(30.0, 2, 100, 1, 100) == 6
+
+
 def test_hpa_never_goes_to_zero_and_looks_every_fifteen_seconds() -> None:
     policy = make_policy("hpa", {"metric": "concurrency"}, model_of())
     assert policy.initial == 1
@@ -173,6 +199,13 @@ def test_keda_queue_sees_a_message_at_its_next_poll() -> None:
 def test_keda_queue_needs_more_than_the_activation() -> None:
     policy = make_policy("keda-queue", {"activation": "2"}, model_of())
     assert [policy.decide(30.0 * n, sample_of(in_system=n, ready=0, pods=0)) for n in (1, 2, 3)] == [None, None, 1]
+
+
+def test_keda_s_hpa_does_not_add_pods_where_fewer_are_wanted() -> None:
+    """Fifty messages at once: five pods of the ten that they want, as more are not allowed in 15 s; then eight messages are left."""
+    policy = make_policy("keda-queue", {}, model_of())
+    assert policy.decide(15.0, sample_of(in_system=50)) == 5
+    assert policy.decide(45.0, sample_of(in_system=8, pods=5, ready=5)) == 5
 
 
 def test_keda_queue_keeps_its_last_pod_for_the_cooldown() -> None:
