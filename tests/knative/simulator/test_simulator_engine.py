@@ -195,11 +195,6 @@ def test_old_pods_go_once_the_new_revision_has_what_is_wanted_meanwhile(gpus: in
     assert result.pod_seconds == pytest.approx(pod_seconds)
 
 
-def test_a_roll_out_while_traffic_ends_goes_to_zero() -> None:
-    _, result = finished(trace_of(np.arange(0, 25, 0.5)), model_of(rollouts="20"), make_policy("kpa", {}, model_of()), horizon_s=500.0)
-    assert result.series.pods[-1] == 0
-
-
 def test_a_pod_that_fails_takes_its_requests_along_and_is_replaced() -> None:
     ends, result = finished(poisson(2, 2_000), model_of(pod_mtbf_s=60, concurrency=4, service=2), Script(3))
     assert 0 < result.failed < 200
