@@ -18,7 +18,7 @@ from knative.simulator.options import errors_in_one_line, read_knobs
 from knative.simulator.recommend import Recommendation, recommend
 from knative.simulator.result import Result
 from knative.simulator.runs import Run
-from knative.simulator.slo import Slo
+from knative.simulator.slo import Slo, SloError
 from knative.simulator.sweep import Sweep, combinations, parse_axis, sweep
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -42,7 +42,10 @@ def options(command: Command) -> Command:
 
 def percentile(name: str) -> Slo:
     """The one that --by names. Raises SimulatorError."""
-    return Slo.parse(f"{name}=1s")
+    try:
+        return Slo.parse(f"{name}=1s")
+    except SloError:
+        raise SloError(f"--by {name}: must be like p99, with a percentile between 0 and 100") from None
 
 
 def run_sweep(run: Run, axes: Sequence[str], by: str, png: Path | None, html: Path | None, as_json: bool) -> None:
