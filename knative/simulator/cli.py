@@ -83,6 +83,9 @@ def simulate(
     if axes or validated:
         if len(paths) > 1 or len(names) > 1:
             raise click.UsageError("--sweep and --validate are for one trace and one function")
+        unused = {"--sweep": axes, "--png": png, "--html": html, "--horizon": horizon}
+        if validated and (given := [name for name, value in unused.items() if value]):
+            raise click.UsageError(f"--validate does not go with {' and '.join(given)}: it prints one comparison, of five minutes")
         with errors_in_one_line():
             if validated:
                 answers.run_validation(run, as_json)
