@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from knative.simulator.engine import simulate
 from knative.simulator.model import FunctionModel, Nodes, read_model
 from knative.simulator.policies import Policy, make_policy
+from knative.simulator.policies.foresight import at_once
 from knative.simulator.result import Result
 from knative.simulator.running import Finished
 from knative.simulator.traces import NoFunctions, OpenTrace, open_trace
@@ -66,6 +67,11 @@ class Run:
             return open_trace(self.history, function=self.function, seed=seed)
         except NoFunctions:
             return open_trace(self.history, seed=seed)
+
+    def foreseen(self) -> dict[int, Run]:
+        """The same with perfect foresight, by the requests that a pod takes at once (see `at_once`). Raises ModelError."""
+        model, _ = self.read_model()
+        return {count: replace(self, policy="oracle", knobs={}, model=(*self.model, f"concurrency={count}")) for count in at_once(model)}
 
     def with_settings(self, settings: Mapping[str, str]) -> Run:
         """The same with some things set: `policy`, settings of the model, and all else knobs of the policy."""

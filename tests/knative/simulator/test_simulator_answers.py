@@ -115,8 +115,47 @@ def test_a_sweep_marks_its_front_and_is_bounded_by_the_oracle() -> None:
     assert len(points) == 6
     assert any(point["on_front"] for point in points)
     assert document["by"] == "p95"
-    assert document["oracle"]["cold_start_share"] == 0  # type: ignore[index]
+    oracles = document["oracle"]
+    assert isinstance(oracles, list)
+    assert [(one["settings"], one["cold_start_share"]) for one in oracles] == [({"policy": "oracle", "concurrency": "2"}, 0)]
     assert "nobody is cheaper" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "oracles", "told"),
+    [
+        pytest.param([], [None], "the bound: perfect foresight; nobody waits, and that cannot cost less", id="one request at a time"),
+        pytest.param(["concurrency=4"], [None], "(not exactly: concurrency)", id="several, which share a pod for nothing"),
+        pytest.param(
+            ["concurrency=4", "batch_slowdown=0.1"],
+            ["4", "2", "1"],
+            "with concurrency 1 nobody is slowed down either, and that cannot cost less",
+            id="several, which slow each other down: the fewer at once, the faster and the dearer",
+        ),
+        pytest.param(
+            ["concurrency=4", "batch_slowdown=3"], ["1"], "and that cannot cost less", id="worse than taking turns: alone is cheapest"
+        ),
+        pytest.param(["drain_s=5", "nodes.count=9"], [None], "(not exactly: drain_s, nodes.count)", id="what it does not plan for"),
+    ],
+)
+def test_a_sweep_says_what_foresight_is_a_bound_of(model: list[str], oracles: list[str | None], told: str) -> None:
+    settings = [word for setting in ["service=lognormal(p50=2,p99=9)", *model] for word in ("--model", setting)]
+    result = call("--trace", TRACE, *settings, "--sweep", "policy=kpa,keep-alive", "--json")
+    document = last(result)
+    points, found = document["points"], document["oracle"]
+    assert isinstance(points, list)
+    assert isinstance(found, list)
+    assert [one["settings"].get("concurrency") for one in found] == oracles
+    assert min(one["latency_s"]["p99"] for one in found) <= min(point["latency_s"]["p99"] for point in points) + 1e-9
+    assert told in result.stdout
+
+
+def test_each_model_of_a_sweep_has_its_own_foresight() -> None:
+    """Twice as many GPUs for each pod: twice the cost, for nothing; without a limit of nodes they are not needed to be the bound."""
+    sweeps = [last(call("--trace", TRACE, "--sweep", f"gpus={values}", "--json"))["oracle"] for values in ("1", "2", "2,1")]
+    one, two, both = ([(point["settings"]["gpus"], point["cost"]) for point in found] for found in sweeps)  # type: ignore[attr-defined]
+    assert two == [("2", pytest.approx(2 * one[0][1]))]
+    assert both == one
 
 
 def test_a_sweep_over_policies_writes_pictures_and_a_page(tmp_path: Path) -> None:
