@@ -1,8 +1,14 @@
 """What is made of results: sweeps and their front, goals and how sure they are, recommendations, the patch, pictures and the page."""
 
+import contextlib
 import json
 import math
+import multiprocessing
+import os
 import re
+import subprocess
+import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +25,7 @@ from knative.simulator.runs import Run, results
 from knative.simulator.slo import Requests, Slo
 from knative.simulator.sweep import combinations, pareto, parse_axis
 from knative.simulator.validate import BOUND_PODS, Comparison
+from tests.support import BIN, wait_until
 
 TRACE = "synthetic:bursts?duration=2h&every=5m&size=20"
 PNG = b"\x89PNG\r\n"
@@ -104,6 +111,64 @@ def test_runs_on_all_cores_are_those_of_one() -> None:
     runs = [Run(TRACE, seed=seed) for seed in range(3)]
     found = results(runs)
     assert [one.to_json() for one in found] == [run.result().to_json() for run in runs]
+
+
+def test_runs_are_worked_on_at_once_each_by_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads a pipe waits for its writer: no run is handed its model before both have asked for theirs."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    pipes = [tmp_path / "one.toml", tmp_path / "other.toml"]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    processes: list[int | None] = []
+
+    def hand_out() -> None:
+        writers: dict[Path, int] = {}
+        try:
+            for pipe in pipes:
+                writers[pipe] = wait_until(f"{pipe.name} is asked for", partial(os.open, pipe, os.O_WRONLY | os.O_NONBLOCK))
+            processes.extend(child.pid for child in multiprocessing.active_children())
+        finally:
+            for pipe in reversed(pipes):
+                if pipe in writers:
+                    os.close(writers[pipe])
+                else:  # else nobody would ever answer who asks for it later
+                    pipe.unlink()
+                    pipe.touch()
+
+    thread = threading.Thread(target=hand_out)
+    thread.start()
+    found = results([Run(TRACE, model=(str(pipe),)) for pipe in pipes])
+    thread.join()
+    assert len(set(processes)) == 2
+    assert os.getpid() not in processes
+    assert [one.to_json() for one in found] == [Run(TRACE).result().to_json()] * 2
+
+
+def test_a_sweep_shows_how_far_it_is_on_a_terminal_and_nowhere_else() -> None:
+    command = ["simulate", "--trace", TRACE, "--sweep", "min-scale=0,1,2"]
+    terminal, theirs = os.openpty()
+    with subprocess.Popen(
+        [str(BIN / "relight"), *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # at its end
+            while piece := os.read(terminal, 65_536):
+                shown += piece
+        os.close(terminal)
+        assert process.stdout
+        table = process.stdout.read().decode()
+    assert process.returncode == 0
+    assert b"simulating" in shown
+    assert b"4/4" in shown  # three settings, and the oracle
+    assert "simulating" not in table
+    piped = call(*command[1:])
+    assert piped.stdout == table
+    assert not piped.stderr.strip()
 
 
 def test_a_sweep_marks_its_front_and_is_bounded_by_the_oracle() -> None:
