@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from knative.simulator.engine import simulate
-from knative.simulator.model import FunctionModel, Nodes, read_model
+from knative.simulator.model import SETTINGS, FunctionModel, Nodes, read_model
 from knative.simulator.policies import Policy, make_policy
 from knative.simulator.policies.foresight import at_once
 from knative.simulator.result import Result
@@ -75,8 +75,6 @@ class Run:
 
     def with_settings(self, settings: Mapping[str, str]) -> Run:
         """The same with some things set: `policy`, settings of the model, and all else knobs of the policy."""
-        from knative.simulator.model import SETTINGS
-
         model = tuple(f"{name}={value}" for name, value in settings.items() if name in SETTINGS)
         knobs = {name: value for name, value in settings.items() if name not in SETTINGS and name != "policy"}
         return replace(self, policy=settings.get("policy", self.policy), model=(*self.model, *model), knobs={**self.knobs, **knobs})

@@ -85,22 +85,22 @@ def sweep(
     slo: whose percentile is compared. told: is handed how many simulations that are; done: called after each. Raises SimulatorError.
     """
     chosen = combinations(axes)
-    models = {tuple(of_model.items()): of_model for settings in chosen for of_model in [_of_model(settings)]}.values()
+    models = {tuple(of_model.items()): of_model for of_model in map(_of_model, chosen)}
     foreseen: list[tuple[dict[str, str], Run]] = []
-    off: dict[str, None] = {}
-    for of_model in models:
+    in_the_way: dict[str, None] = {}
+    for of_model in models.values():
         run = base.with_settings(of_model)
         counts = run.foreseen()
         for count, oracle in counts.items():
             at_once = {"concurrency": str(count)} if len(counts) > 1 else {}
             foreseen.append(({"policy": "oracle", **of_model, **at_once}, oracle))
-        off |= dict.fromkeys(not_the_bound(*run.read_model()))
+        in_the_way |= dict.fromkeys(not_the_bound(*run.read_model()))
     told(len(chosen) + len(foreseen))
     found = results([*(base.with_settings(settings) for settings in chosen), *(run for _, run in foreseen)], done)
     points = _marked(chosen, found[: len(chosen)], slo)
     oracles = _marked([settings for settings, _ in foreseen], found[len(chosen) :], slo)
     best = [point for point in oracles if point.on_front] or oracles
-    return Sweep(points, sorted(best, key=lambda point: point.result.cost), slo.name, list(off))
+    return Sweep(points, sorted(best, key=lambda point: point.result.cost), slo.name, list(in_the_way))
 
 
 def _of_model(settings: Mapping[str, str]) -> dict[str, str]:

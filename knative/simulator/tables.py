@@ -83,7 +83,7 @@ def foresight(sweep: Sweep) -> str:
     """What the oracles of a sweep are, and how far they are a bound."""
     if sweep.not_the_bound:
         return f"perfect foresight: nobody waits, for about as little as that can cost (not exactly: {', '.join(sweep.not_the_bound)})"
-    if any(oracle.settings.get("concurrency", "1") != "1" for oracle in sweep.oracles):
+    if len({oracle.settings.get("concurrency") for oracle in sweep.oracles}) > 1:  # as requests slow each other down
         return "perfect foresight: nobody waits; with concurrency 1 nobody is slowed down either, and that cannot cost less"
     return "the bound: perfect foresight; nobody waits, and that cannot cost less"
 
