@@ -113,7 +113,7 @@ def section(case: Case, found: dict[str, Result]) -> str:
         Point({"policy": case.shown(name)}, found[name], BY.latency_s(found[name]), on_front=at in front) for at, name in enumerate(others)
     ]
     oracle = Point({"policy": "oracle"}, bound, BY.latency_s(bound))
-    write(f"{case.key}.png", plots.pareto(points, oracle, BY.name, case.title.replace("`", "")))
+    write(f"{case.key}.png", plots.pareto(points, [oracle], BY.name, case.title.replace("`", "")))
     table = markdown(
         HEAD, [row(point.settings["policy"], point.result, point.on_front) for point in points] + [row("oracle", bound, False)]
     )

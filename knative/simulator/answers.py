@@ -18,8 +18,8 @@ from knative.simulator.options import errors_in_one_line, read_knobs
 from knative.simulator.recommend import Recommendation, recommend
 from knative.simulator.result import Result
 from knative.simulator.runs import Run
-from knative.simulator.slo import Slo
-from knative.simulator.sweep import Sweep, combinations, parse_axis, sweep
+from knative.simulator.slo import Slo, SloError
+from knative.simulator.sweep import Sweep, parse_axis, sweep
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -42,7 +42,10 @@ def options(command: Command) -> Command:
 
 def percentile(name: str) -> Slo:
     """The one that --by names. Raises SimulatorError."""
-    return Slo.parse(f"{name}=1s")
+    try:
+        return Slo.parse(f"{name}=1s")
+    except SloError:
+        raise SloError(f"--by {name}: must be like p99, with a percentile between 0 and 100") from None
 
 
 def run_sweep(run: Run, axes: Sequence[str], by: str, png: Path | None, html: Path | None, as_json: bool) -> None:
@@ -50,15 +53,16 @@ def run_sweep(run: Run, axes: Sequence[str], by: str, png: Path | None, html: Pa
     parsed = [parse_axis(text) for text in axes]
     slo = percentile(by)
     notes = run.open().notes
-    with _progress(len(combinations(parsed)) + 1) as done:
-        found = sweep(run, parsed, slo, done)
+    with _growing() as (more, done):
+        found = sweep(run, parsed, slo, more, done)
     _console().print(tables.swept(found, notes))
-    best = {_named(point.settings): point.result for point in found.points if point.on_front}
+    best = {point.name: point.result for point in found.points if point.on_front}
     _files(run, notes, best, found, png, html)
     if as_json:
         points = [tables.as_json(point.settings, point.result) | {"on_front": point.on_front} for point in found.points]
-        oracle = found.oracle.result.to_json() if found.oracle else None
-        click.echo(json.dumps({"by": found.percentile, "points": points, "oracle": oracle, "notes": notes}))
+        oracles = [tables.as_json(point.settings, point.result) for point in found.oracles]
+        bound = {"oracle": oracles, "oracle_not_the_bound_for": found.not_the_bound}
+        click.echo(json.dumps({"by": found.percentile, "points": points, **bound, "notes": notes}))
 
 
 def draw(run: Run, result: Result, notes: Sequence[str], png: Path | None, html: Path | None) -> None:
@@ -169,9 +173,9 @@ def _files(run: Run, notes: Sequence[str], results: Mapping[str, Result], swept:
     title = run.trace.rpartition("/")[2] + (f", {run.function}" if run.function else "")
     figures = {}
     if swept:
-        figures["front"] = ("Cost and latency", plots.pareto(swept.points, swept.oracle, swept.percentile, title))
-        if swept.oracle:
-            results = {**results, "oracle": swept.oracle.result}
+        figures["front"] = ("Cost and latency", plots.pareto(swept.points, swept.oracles, swept.percentile, title))
+        results = {**results, **{point.name: point.result for point in swept.oracles}}
+        notes = [*notes, f"oracle: {tables.foresight(swept)}"]
     else:
         ((policy, result),) = results.items()
         figures["timeline"] = ("Load and pods", plots.timeline(result, f"{title}: {policy}"))
@@ -187,17 +191,12 @@ def _files(run: Run, notes: Sequence[str], results: Mapping[str, Result], swept:
         if swept:
             names = list(swept.points[0].settings)
             rows = [[*point.settings.values(), *tables.cells(point.result)] for point in swept.points]
-            if swept.oracle:
-                rows.append(["oracle", *[""] * (len(names) - 1), *tables.cells(swept.oracle.result)])
+            rows += [[point.name, *[""] * (len(names) - 1), *tables.cells(point.result)] for point in swept.oracles]
             marked = frozenset(at for at, point in enumerate(swept.points) if point.on_front)
             table = report.Table([*names, *tables.HEAD], rows, marked)
         else:
             table = report.Table(["policy", *tables.HEAD], [[name, *tables.cells(one)] for name, one in results.items()])
         report.write(html, report.page(f"relight simulate: {title}", notes, [("Results", table), *figures.values()]))
-
-
-def _named(settings: Mapping[str, str]) -> str:
-    return ", ".join(value if name == "policy" else f"{name} {value}" for name, value in settings.items())
 
 
 def _console() -> Console:
@@ -207,13 +206,6 @@ def _console() -> Console:
 def _bar() -> Progress:
     columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
-@contextmanager
-def _progress(count: int) -> Iterator[Callable[[], None]]:
-    with _bar() as bar:
-        task = bar.add_task("", total=count)
-        yield lambda: bar.advance(task)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -12,12 +13,12 @@ from rich.table import Table
 
 from knative.simulator import answers
 from knative.simulator.engine import Function, simulate_many
-from knative.simulator.model import FunctionModel, Nodes, read_model
+from knative.simulator.model import FunctionModel, Nodes
 from knative.simulator.options import errors_in_one_line, read_knobs
-from knative.simulator.policies import make_policy, policy_names
+from knative.simulator.policies import policy_names
 from knative.simulator.result import Result
 from knative.simulator.runs import Run
-from knative.simulator.traces import OpenTrace, open_trace
+from knative.simulator.traces import OpenTrace
 
 
 @click.group(invoke_without_command=True)
@@ -44,7 +45,7 @@ from knative.simulator.traces import OpenTrace, open_trace
     help="A knob of the policy; for kpa an annotation or a setting of config-autoscaler.",
 )
 @click.option("--model", multiple=True, metavar="FILE|NAME=VALUE", help="A TOML file with the function and its nodes, or one value of it.")
-@click.option("--history", metavar="FILE", help="An earlier trace, for the policy `schedule` to learn from.")
+@click.option("--history", metavar="FILE", help="An earlier trace of the same function, for the policy `schedule` to learn from.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of everything that is left to chance.")
 @click.option(
     "--horizon",
@@ -82,6 +83,9 @@ def simulate(
     if axes or validated:
         if len(paths) > 1 or len(names) > 1:
             raise click.UsageError("--sweep and --validate are for one trace and one function")
+        unused = {"--sweep": axes, "--png": png, "--html": html, "--horizon": horizon}
+        if validated and (given := [name for name, value in unused.items() if value]):
+            raise click.UsageError(f"--validate does not go with {' and '.join(given)}: it prints one comparison, of five minutes")
         with errors_in_one_line():
             if validated:
                 answers.run_validation(run, as_json)
@@ -89,11 +93,14 @@ def simulate(
                 answers.run_sweep(run, axes, by, png, html, as_json)
         return
     with errors_in_one_line():
-        function, nodes = read_model(model)
-        traces = [open_trace(path, function=name, seed=seed) for path in paths for name in names or (None,)]
-        earlier = open_trace(history, seed=seed) if history else None
+        function, nodes = run.read_model()
+        runs = [replace(run, trace=path, function=name) for path in paths for name in names or (None,)]
+        traces = [one.open() for one in runs]
         results = simulate_many(
-            [_function(index, trace, function, policy, knobs, earlier, seed) for index, trace in enumerate(traces)],
+            [
+                Function(f"{index + 1}: {trace.name}", trace, function, one.make_policy(function, trace, index))
+                for index, (one, trace) in enumerate(zip(runs, traces, strict=True))
+            ],
             seed=seed,
             nodes=nodes,
             span_s=max(trace.span_s() for trace in traces),
@@ -111,13 +118,6 @@ def simulate(
 
 
 simulate.add_command(answers.recommend_)
-
-
-def _function(
-    index: int, trace: OpenTrace, model: FunctionModel, policy: str, knobs: dict[str, str], earlier: OpenTrace | None, seed: int
-) -> Function:
-    made = make_policy(policy, knobs, model, history=earlier.read if earlier else None, future=trace.read, seed=seed, index=index)
-    return Function(f"{index + 1}: {trace.name}", trace, model, made)
 
 
 def _print(

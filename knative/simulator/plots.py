@@ -58,6 +58,7 @@ def latency_cdf(results: Mapping[str, Result], title: str) -> Figure:
     """Which share of requests waits longer than so long: both axes logarithmic, as it is the slow ones that matter."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
+    oracles = itertools.count()
     for at, (name, result) in enumerate(results.items()):
         latencies, shares = result.latencies.cdf()
         if not len(latencies):
@@ -65,12 +66,13 @@ def latency_cdf(results: Mapping[str, Result], title: str) -> Figure:
         answered = result.answered / result.requests
         slower = 1 - shares * answered  # those without an answer are slower than any
         kept = slower > 0
-        style = LINES[at // len(COLOURS) % len(LINES)]
+        is_oracle = name.startswith("oracle")
+        style = LINES[(next(oracles) if is_oracle else at // len(COLOURS)) % len(LINES)]
         axes.step(
             latencies[kept],
             slower[kept],
             where="post",
-            color=INK if name == "oracle" else COLOURS[at % len(COLOURS)],
+            color=INK if is_oracle else COLOURS[at % len(COLOURS)],
             linestyle=style,
             linewidth=1.4,
             label=name,
@@ -89,8 +91,8 @@ def latency_cdf(results: Mapping[str, Result], title: str) -> Figure:
     return figure
 
 
-def pareto(points: Sequence[Point], oracle: Point | None, percentile: str, title: str) -> Figure:
-    """Cost against latency; the front as a line, and the bound as a mark. Where a policy is part of the settings, it has a colour."""
+def pareto(points: Sequence[Point], oracles: Sequence[Point], percentile: str, title: str) -> Figure:
+    """Cost against latency; the front as a line, and perfect foresight as marks. A policy that is part of the settings has a colour."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     shown = [point for point in points if math.isfinite(point.latency_s)]
@@ -105,8 +107,12 @@ def pareto(points: Sequence[Point], oracle: Point | None, percentile: str, title
     xs, ys = [point.result.cost for point in front], [point.latency_s for point in front]
     axes.step(xs, ys, where="post", color=INK, linewidth=0.9, zorder=1, label="nobody is cheaper and faster")
     named = sorted(shown if len(shown) <= MOST_NAMES else front[:MOST_NAMES], key=lambda point: point.result.cost)
-    if oracle and math.isfinite(oracle.latency_s):
-        axes.scatter([oracle.result.cost], [oracle.latency_s], marker="D", s=44, color=INK, zorder=3, label="perfect foresight")
+    foreseen = [point for point in oracles if math.isfinite(point.latency_s)]
+    if foreseen:
+        xs, ys = [point.result.cost for point in foreseen], [point.latency_s for point in foreseen]
+        axes.scatter(xs, ys, marker="D", s=44, color=INK, zorder=3, label="perfect foresight")
+    if len(foreseen) > 1:
+        named = [*named, *foreseen]
     axes.margins(x=0.12, y=0.08)
     if shown and min(point.result.cost for point in shown) > 0:
         axes.set_xscale("log")
@@ -120,7 +126,7 @@ def pareto(points: Sequence[Point], oracle: Point | None, percentile: str, title
     left_out = len(points) - len(shown)
     axes.set_title(title + (f" ({left_out} without enough answers left out)" if left_out else ""), loc="left", fontsize=11, color=INK)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2 + (len(policies) if by_colour else 0))
-    _name(axes, named, shown)
+    _name(axes, named, [*shown, *foreseen])
     return figure
 
 
@@ -133,8 +139,7 @@ def _name(axes: Axes, named: Sequence[Point], shown: Sequence[Point]) -> None:
     at = [axes.transData.transform((point.result.cost, point.latency_s)) for point in shown]
     taken = [Bbox.from_extents(x - 3, y - 3, x + 3, y + 3) for x, y in at]
     for point in named:
-        text = ", ".join(value if name == "policy" else f"{name} {value}" for name, value in point.settings.items())
-        label = axes.annotate(text, (point.result.cost, point.latency_s), (5, 4), textcoords="offset points", fontsize=8, color=INK)
+        label = axes.annotate(point.name, (point.result.cost, point.latency_s), (5, 4), textcoords="offset points", fontsize=8, color=INK)
         label.set_in_layout(False)  # it would move what has its place
         for away, (right, up) in itertools.product((0, 11, 22, 33, 44), ((5, 4), (5, -11), (-5, 4), (-5, -11))):
             label.set_horizontalalignment("left" if right > 0 else "right")

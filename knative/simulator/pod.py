@@ -19,7 +19,21 @@ class Job:
 class Pod:
     """One pod. It holds its node's GPUs from STARTING to GONE."""
 
-    __slots__ = ("at_s", "generation", "in_flight", "jobs", "listed", "node", "number", "ready_s", "state", "told_s", "version", "work_s")
+    __slots__ = (
+        "at_s",
+        "generation",
+        "in_flight",
+        "jobs",
+        "listed",
+        "node",
+        "number",
+        "rank",
+        "ready_s",
+        "state",
+        "told_s",
+        "version",
+        "work_s",
+    )
 
     def __init__(self, number: int, generation: int) -> None:
         self.number = number  # in the order in which they were asked for
@@ -28,6 +42,7 @@ class Pod:
         self.node: int | None = None
         self.in_flight = 0
         self.listed = False  # among those that have room (see rooms.py)
+        self.rank = 0  # in the order in which they got the first of the requests that they have (see rooms.py)
         self.ready_s = 0.0  # since when it takes requests
         self.told_s = 0.0  # when it was told to go
         # Only where requests slow each other down: how much work each request that was there all the time has had, by when, and

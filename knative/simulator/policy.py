@@ -28,7 +28,7 @@ class Policy:
     source: ClassVar[str]  # where the algorithm is described
     period_s: float = 1.0  # between samples
     initial: int = 0  # pods that are there, and ready, when the trace begins
-    packs: ClassVar[bool] = False  # whether requests go to the first pod with room, and idle pods go first (only foresight has that)
+    packs: ClassVar[bool] = False  # whether requests go where others are already, and idle pods go first (only foresight has that)
     hears_idle: ClassVar[bool] = False  # whether `pod_idle` is called
 
     def decide(self, now: float, sample: Sample) -> int | None:

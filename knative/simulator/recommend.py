@@ -40,7 +40,7 @@ class Recommendation:
     container_concurrency: int
     train: Result
     test: Result
-    oracle: Result  # on the same part as `test`
+    oracle: Result  # on the same part as `test`: the cheapest that keeps the goal with perfect foresight
     confidence: Confidence
     tried: int  # settings
     train_s: float
@@ -101,7 +101,8 @@ def recommend(run: Run, slo: Slo, told: Callable[[int], object], done: Callable[
         **run.knobs,
     }
     make_policy("kpa", start, model)  # what the caller has set is checked before anything is tried
-    told(2)
+    foreseen = list(test.foreseen().values())
+    told(2 + len(foreseen))
     (bound,) = results([replace(train, policy="oracle", knobs={})], done)
     free = [name for name in start if name not in run.knobs]  # what the caller has set, stays
     most = int(run.knobs.get("max-scale", "0")) or math.inf
@@ -122,7 +123,7 @@ def recommend(run: Run, slo: Slo, told: Callable[[int], object], done: Callable[
     requests = Requests()
     tested = replace(test, knobs=chosen).result(requests.add)
     done()
-    (oracle,) = results([replace(test, policy="oracle", knobs={})], lambda: None)
+    oracle = min(results(foreseen, done), key=lambda result: _rank(slo, result))
     confidence = requests.confidence(slo, run.seed)
     lengths = middle_s - begin_s, end_s - middle_s
     return Recommendation(slo, chosen, model.concurrency, judged, tested, oracle, confidence, len(tried), *lengths)

@@ -96,6 +96,7 @@ class Replicas:
         if wanted < self.kept:
             for pod in self._victims(self.kept - wanted):
                 self._let_go(now, pod)
+            self._check_roll_out(now)
 
     def start(self, now: float, pod: Pod) -> None:
         """The cluster has a place for it."""
@@ -146,10 +147,7 @@ class Replicas:
         self.rooms.add(pod)
         if math.isfinite(self._model.pod_mtbf_s):
             self._clock.when(now + self._rng.exponential(self._model.pod_mtbf_s), ENDS, self._fail, pod)
-        if self._target:
-            new = sum(one.state == READY and one.generation == self._generation for one in self._pods.values())
-            if new >= min(self._target, self.kept):
-                self._finish_roll_out(now)
+        self._check_roll_out(now)
         self._owner.pods_changed(now)
 
     def _let_go(self, now: float, pod: Pod) -> None:
@@ -219,7 +217,13 @@ class Replicas:
             self._add(now)
         self._clock.when(now + PROGRESS_DEADLINE_S, EXPIRES, self._give_up_roll_out, self._generation)
 
-    def _finish_roll_out(self, now: float) -> None:
+    def _check_roll_out(self, now: float) -> None:
+        """The old pods go once as many new ones are ready as there were of them, or as are still wanted."""
+        if not self._target:
+            return
+        new = sum(pod.state == READY and pod.generation == self._generation for pod in self._pods.values())
+        if new < min(self._target, self.kept):
+            return
         self._target = 0
         for pod in [pod for pod in self._pods.values() if pod.generation < self._generation and pod.state != DRAINING]:
             self._let_go(now, pod)

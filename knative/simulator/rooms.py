@@ -6,6 +6,7 @@ containerConcurrency 0: the less busy of two at random; up to 3: the first with 
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import random
 from collections import deque
@@ -53,6 +54,49 @@ class FirstWithRoom:
 
     def drop(self, pod: Pod) -> None:
         """Nothing to do: its state says so."""
+
+
+class BusyFirst:
+    """Of the pods with requests the one that has had some for longest; one without only where no other has room."""
+
+    def __init__(self, concurrency: int) -> None:
+        self._limit = concurrency or math.inf
+        self._busy: list[tuple[int, Pod]] = []  # by `rank`; an entry whose pod has another one by now is void
+        self._idle: list[tuple[int, Pod]] = []
+        self._ranks = itertools.count(1)
+
+    def add(self, pod: Pod) -> None:
+        """See Rooms."""
+        if not pod.in_flight:
+            pod.rank = 0
+            heapq.heappush(self._idle, (pod.number, pod))
+        elif not pod.listed:
+            self._list(pod)
+
+    def take(self) -> Pod | None:
+        """See Rooms."""
+        busy, idle = self._busy, self._idle
+        while busy:
+            rank, pod = busy[0]
+            if rank == pod.rank:
+                if pod.state == READY and pod.in_flight < self._limit:
+                    return pod
+                pod.listed = False
+            heapq.heappop(busy)
+        while idle:
+            _, pod = heapq.heappop(idle)
+            if pod.state == READY:
+                pod.rank = next(self._ranks)
+                self._list(pod)
+                return pod
+        return None
+
+    def drop(self, pod: Pod) -> None:
+        """Nothing to do: its state says so."""
+
+    def _list(self, pod: Pod) -> None:
+        pod.listed = True
+        heapq.heappush(self._busy, (pod.rank, pod))
 
 
 class EachInTurn:
@@ -115,7 +159,9 @@ class LessBusyOfTwo:
 
 
 def rooms(concurrency: int, rng: random.Random, *, packed: bool) -> Rooms:
-    """For pods that take so many requests at once; packed: the first with room whatever the number."""
-    if packed or 0 < concurrency <= 3:
+    """For pods that take so many requests at once; packed: so that few pods have requests, whatever the number."""
+    if packed and concurrency != 1:
+        return BusyFirst(concurrency)
+    if 0 < concurrency <= 3:
         return FirstWithRoom(concurrency)
     return EachInTurn(concurrency) if concurrency else LessBusyOfTwo(rng)

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from knative.simulator.engine import simulate
-from knative.simulator.model import FunctionModel, Nodes, read_model
-from knative.simulator.policies import make_policy
+from knative.simulator.model import SETTINGS, FunctionModel, Nodes, read_model
+from knative.simulator.policies import Policy, make_policy
+from knative.simulator.policies.foresight import at_once
 from knative.simulator.result import Result
 from knative.simulator.running import Finished
-from knative.simulator.traces import OpenTrace, open_trace
+from knative.simulator.traces import NoFunctions, OpenTrace, open_trace
 
 Part = tuple[float, float]  # from, to, in seconds of the trace
 
@@ -43,25 +44,37 @@ class Run:
         """Its function and its nodes. Raises ModelError."""
         return read_model(self.model)
 
+    def make_policy(self, model: FunctionModel, trace: OpenTrace, index: int = 0) -> Policy:
+        """Its policy, for `trace` as function number `index` of a simulation. Raises SimulatorError."""
+        history = self._history()
+        known = {"history": history.read if history else None, "future": trace.read}
+        return make_policy(self.policy, self.knobs, model, **known, seed=self.seed, index=index)
+
     def result(self, observe: Callable[[Finished], object] | None = None) -> Result:
         """Simulate. Raises SimulatorError for whatever in it is not known or allowed."""
         trace = self.open()
         model, nodes = self.read_model()
-        history = self._history()
-        policy = make_policy(self.policy, self.knobs, model, history=history.read if history else None, future=trace.read, seed=self.seed)
+        policy = self.make_policy(model, trace)
         span_s, horizon_s = trace.span_s(), self.horizon_s
         return simulate(trace, model, policy, seed=self.seed, nodes=nodes, span_s=span_s, horizon_s=horizon_s, observe=observe)
 
     def _history(self) -> OpenTrace | None:
+        """The same function's requests in it, where it has several functions."""
         if self.history is None:
             return None
         seed = self.seed if self.history_seed is None else self.history_seed
-        return open_trace(self.history, function=self.function if self.history == self.trace else None, seed=seed)
+        try:
+            return open_trace(self.history, function=self.function, seed=seed)
+        except NoFunctions:
+            return open_trace(self.history, seed=seed)
+
+    def foreseen(self) -> dict[int, Run]:
+        """The same with perfect foresight, by the requests that a pod takes at once (see `at_once`). Raises ModelError."""
+        model, _ = self.read_model()
+        return {count: replace(self, policy="oracle", knobs={}, model=(*self.model, f"concurrency={count}")) for count in at_once(model)}
 
     def with_settings(self, settings: Mapping[str, str]) -> Run:
         """The same with some things set: `policy`, settings of the model, and all else knobs of the policy."""
-        from knative.simulator.model import SETTINGS
-
         model = tuple(f"{name}={value}" for name, value in settings.items() if name in SETTINGS)
         knobs = {name: value for name, value in settings.items() if name not in SETTINGS and name != "policy"}
         return replace(self, policy=settings.get("policy", self.policy), model=(*self.model, *model), knobs={**self.knobs, **knobs})

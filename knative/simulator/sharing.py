@@ -50,6 +50,8 @@ class Sharing:
     def _advance(self, now: float, pod: Pod) -> None:
         if pod.in_flight:
             pod.work_s += (now - pod.at_s) / self._slowness(pod)
+        else:
+            pod.work_s = 0.0  # what was before is over, and would only be rounded into what comes
         pod.at_s = now
 
     def _expect(self, now: float, pod: Pod) -> None:

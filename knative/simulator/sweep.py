@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 from knative.simulator.errors import SimulatorError
+from knative.simulator.model import SETTINGS
+from knative.simulator.policies.foresight import not_the_bound
 from knative.simulator.result import Result
 from knative.simulator.runs import Run, results
 from knative.simulator.slo import Slo
@@ -28,14 +30,20 @@ class Point:
     latency_s: float  # the percentile that is compared, of all requests: inf if too many have no answer
     on_front: bool = False  # nobody else is as cheap and faster, or as fast and cheaper
 
+    @property
+    def name(self) -> str:
+        """Its settings in words."""
+        return ", ".join(value if name == "policy" else f"{name} {value}" for name, value in self.settings.items())
+
 
 @dataclass(frozen=True)
 class Sweep:
-    """All combinations, in order, and the bound that no policy can beat."""
+    """All combinations, in order, and what perfect foresight makes of the same models."""
 
     points: Sequence[Point]
-    oracle: Point | None
+    oracles: Sequence[Point]  # those that no other of them beats, by cost; several where models or the requests at once in a pod differ
     percentile: str  # the one that is compared
+    not_the_bound: Sequence[str]  # settings with which somebody might be as fast as an oracle, and cheaper
 
 
 def parse_axis(text: str) -> tuple[str, list[str]]:
@@ -65,15 +73,45 @@ def combinations(axes: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, st
     return [dict(zip(names, values, strict=True)) for values in product(*(values for _, values in axes))]
 
 
-def sweep(base: Run, axes: Sequence[tuple[str, Sequence[str]]], slo: Slo, done: Callable[[], object] = lambda: None) -> Sweep:
-    """Simulate every combination, and the oracle. slo: whose percentile is compared. done: called after each. Raises SimulatorError."""
+def sweep(
+    base: Run,
+    axes: Sequence[tuple[str, Sequence[str]]],
+    slo: Slo,
+    told: Callable[[int], object] = lambda count: None,
+    done: Callable[[], object] = lambda: None,
+) -> Sweep:
+    """Simulate every combination, and the oracle for each model in them.
+
+    slo: whose percentile is compared. told: is handed how many simulations that are; done: called after each. Raises SimulatorError.
+    """
     chosen = combinations(axes)
-    oracle = replace(base, policy="oracle", knobs={})
-    *found, bound = results([*(base.with_settings(settings) for settings in chosen), oracle], done)
-    points = [Point(settings, result, slo.latency_s(result)) for settings, result in zip(chosen, found, strict=True)]
-    front = pareto([(point.result.cost, point.latency_s) for point in points])
-    marked = [Point(one.settings, one.result, one.latency_s, at in front) for at, one in enumerate(points)]
-    return Sweep(marked, Point({"policy": "oracle"}, bound, slo.latency_s(bound)), slo.name)
+    models = {tuple(of_model.items()): of_model for of_model in map(_of_model, chosen)}
+    foreseen: list[tuple[dict[str, str], Run]] = []
+    in_the_way: dict[str, None] = {}
+    for of_model in models.values():
+        run = base.with_settings(of_model)
+        counts = run.foreseen()
+        for count, oracle in counts.items():
+            at_once = {"concurrency": str(count)} if len(counts) > 1 else {}
+            foreseen.append(({"policy": "oracle", **of_model, **at_once}, oracle))
+        in_the_way |= dict.fromkeys(not_the_bound(*run.read_model()))
+    told(len(chosen) + len(foreseen))
+    found = results([*(base.with_settings(settings) for settings in chosen), *(run for _, run in foreseen)], done)
+    points = _marked(chosen, found[: len(chosen)], slo)
+    oracles = _marked([settings for settings, _ in foreseen], found[len(chosen) :], slo)
+    best = [point for point in oracles if point.on_front] or oracles
+    return Sweep(points, sorted(best, key=lambda point: point.result.cost), slo.name, list(in_the_way))
+
+
+def _of_model(settings: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in settings.items() if name in SETTINGS}
+
+
+def _marked(settings: Sequence[Mapping[str, str]], found: Sequence[Result], slo: Slo) -> list[Point]:
+    latencies = [slo.latency_s(result) for result in found]
+    front = pareto([(result.cost, latency_s) for result, latency_s in zip(found, latencies, strict=True)])
+    rows = enumerate(zip(settings, found, latencies, strict=True))
+    return [Point(named, result, latency_s, at in front) for at, (named, result, latency_s) in rows]
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> set[int]:

@@ -73,10 +73,19 @@ def swept(sweep: Sweep, notes: Iterable[str]) -> Group:
         style = "bold" if point.on_front else ""
         mark = "●" if point.on_front else ""
         table.add_row(mark, *(escape(point.settings[name]) for name in names), *cells(point.result), style=style)
-    if sweep.oracle:
-        table.add_row("◇", "oracle", *[""] * (len(names) - 1), *cells(sweep.oracle.result), style="dim")
-    legend = f"● nobody is cheaper and has a lower {sweep.percentile} · ◇ the bound: perfect foresight"
-    return Group(table, f"[dim]{legend}[/]", *_notes(notes))
+    for oracle in sweep.oracles:
+        table.add_row("◇", escape(oracle.name), *[""] * (len(names) - 1), *cells(oracle.result), style="dim")
+    legend = f"● nobody is cheaper and has a lower {sweep.percentile} · ◇ {foresight(sweep)}"
+    return Group(table, f"[dim]{escape(legend)}[/]", *_notes(notes))
+
+
+def foresight(sweep: Sweep) -> str:
+    """What the oracles of a sweep are, and how far they are a bound."""
+    if sweep.not_the_bound:
+        return f"perfect foresight: nobody waits, for about as little as that can cost (not exactly: {', '.join(sweep.not_the_bound)})"
+    if len({oracle.settings.get("concurrency") for oracle in sweep.oracles}) > 1:  # as requests slow each other down
+        return "perfect foresight: nobody waits; with concurrency 1 nobody is slowed down either, and that cannot cost less"
+    return "the bound: perfect foresight; nobody waits, and that cannot cost less"
 
 
 def _by_cost(point: Point) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from knative.simulator.engine import seeds, simulate
 from knative.simulator.errors import PolicyError
-from knative.simulator.model import ColdStart, FunctionModel
+from knative.simulator.model import ColdStart, FunctionModel, Nodes
 from knative.simulator.policies.knobs import Knobs
 from knative.simulator.policies.kpa import Kpa
 from knative.simulator.policy import Policy, Sample
@@ -20,6 +20,7 @@ from knative.simulator.trace import Source
 
 HOUR_S = 3_600
 WEEK_HOURS = 168
+_POWERS = 8  # of two, that are tried where there is no limit to the requests at once
 _EARLY_S = 1e-6  # a pod is there so long before it is needed: rounding must not make a request wait
 
 
@@ -142,10 +143,9 @@ class _Pod(NamedTuple):
 
 
 class Oracle(Policy):
-    """Knows all requests, service times and cold starts: nobody waits, with the fewest pod-seconds for that.
+    """Knows all requests, service times and cold starts: nobody waits, with the fewest pod-seconds for that; see `not_the_bound`.
 
-    The bound for containerConcurrency 1, without a drain, roll-outs, failures and full nodes; above 1 requests go to the first pod
-    with room, which is near the bound. A pod that will be needed again is kept while that is not dearer than to start another one.
+    A pod that will be needed again is kept while that is not dearer than to start another one.
     """
 
     name = "oracle"
@@ -180,6 +180,32 @@ class Oracle(Policy):
     def cold_start_s(self) -> float | None:
         """As it was planned."""
         return self._cold_starts.popleft() if self._cold_starts else None
+
+
+def at_once(model: FunctionModel) -> list[int]:
+    """Values of containerConcurrency to have foresight with: fewer than the model's only where requests slow each other down.
+
+    With 1 nobody is slowed down; more at once are slower, and as long as that is worth it, cheaper.
+    """
+    most = model.concurrency
+    if most == 1 or not model.batch_slowdown:
+        return [most]
+    return [*(2**power for power in range(_POWERS) if 2**power < (most or math.inf)), most]
+
+
+def not_the_bound(model: FunctionModel, nodes: Nodes) -> list[str]:
+    """The settings for which somebody might let nobody wait, and slow nobody down, for less than the oracle with the first of `at_once`.
+
+    Where several requests share a pod and cannot move, it is hard to say who is to go where; and it does not plan for the other ones.
+    """
+    settings = {
+        "concurrency": at_once(model)[0] > 1,
+        "drain_s": model.drain_s > 0,
+        "pod_mtbf_s": math.isfinite(model.pod_mtbf_s),
+        "rollouts": bool(model.rollouts),
+        "nodes.count": nodes.count > 0,
+    }
+    return [name for name, is_in_the_way in settings.items() if is_in_the_way]
 
 
 def plan(changes: list[tuple[float, int]], cold_starts: Iterator[float], drain_s: float) -> list[_Pod]:

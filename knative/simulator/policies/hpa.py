@@ -48,7 +48,7 @@ class Behavior:
 
     stabilization_s: float = STABILIZATION_S
     recommended: deque[tuple[float, int]] = field(default_factory=deque)
-    added: deque[tuple[float, int]] = field(default_factory=deque)
+    changed: deque[tuple[float, int]] = field(default_factory=deque)  # by how many pods: more than 0 added, fewer removed
 
     def apply(self, now: float, current: int, wanted: int, least: int, most: int) -> int:
         """The pods to have, of which `wanted` were recommended just now."""
@@ -56,24 +56,23 @@ class Behavior:
         if wanted > current:
             wanted = min(wanted, max(current, self._most(now, current)))
         wanted = max(least, min(most, wanted))
-        if wanted > current:
-            self.added.append((now, wanted - current))
+        if wanted != current:
+            self.changed.append((now, wanted - current))
         return wanted
 
     def _stabilise(self, now: float, current: int, wanted: int) -> int:
-        """For a scale-down the largest count recommended within the window."""
+        """A scale-down goes no further than to the largest count recommended within the window, and is never a scale-up."""
         recent = self.recommended
         while recent and recent[0][0] <= now - self.stabilization_s:
             recent.popleft()
-        result = max([wanted, *(pods for _, pods in recent)]) if wanted < current else wanted
         recent.append((now, wanted))
-        return result
+        return wanted if wanted >= current else min(current, max(pods for _, pods in recent))
 
     def _most(self, now: float, current: int) -> int:
         """What the rates allow, counted from the beginning of the period."""
-        while self.added and self.added[0][0] <= now - PERIOD_S:
-            self.added.popleft()
-        at_begin = current - sum(pods for _, pods in self.added)
+        while self.changed and self.changed[0][0] <= now - PERIOD_S:
+            self.changed.popleft()
+        at_begin = current - sum(pods for _, pods in self.changed)
         return max(math.ceil(at_begin * UP_FACTOR), at_begin + UP_PODS)
 
 

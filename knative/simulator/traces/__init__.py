@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Protocol
 
 from knative.simulator.traces import access_log, azure, counts, prometheus, servegen, synthetic
-from knative.simulator.traces.errors import BadTrace
+from knative.simulator.traces.errors import BadTrace, NoFunctions
 from knative.simulator.traces.opened import OpenTrace
 from knative.simulator.traces.text import SNIFF_LINES, Head, read_head
 
-__all__ = ["BadTrace", "OpenTrace", "open_trace"]
+__all__ = ["BadTrace", "NoFunctions", "OpenTrace", "open_trace"]
 
 
 class Format(Protocol):
@@ -40,11 +40,12 @@ def open_trace(path: str | Path, *, function: str | None = None, seed: int = 0) 
 
     function: whose requests, where the file has several functions'; None takes all of them as requests of one.
     seed: of what is sampled.
-    Raises BadTrace if the file cannot be read or is in no known format; what is wrong further down is raised on the way.
+    Raises BadTrace if the file cannot be read or is in no known format, NoFunctions if it has none to choose from; what is wrong further
+    down is raised on the way.
     """
     if str(path).startswith(synthetic.PREFIX):
         if function is not None:
-            raise BadTrace(str(path), f"it has no functions to choose {function!r} from")
+            raise NoFunctions(str(path), f"it has no functions to choose {function!r} from")
         return synthetic.open_trace(str(path), seed)
     path = Path(path)
     head = read_head(path)

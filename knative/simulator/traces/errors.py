@@ -16,3 +16,7 @@ class BadTrace(TraceError):
         self.path = path
         self.problem = problem
         self.line = line
+
+
+class NoFunctions(BadTrace):
+    """One of several functions is asked for, and the trace has requests of one only, which has no name."""

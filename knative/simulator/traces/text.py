@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from knative.simulator.traces.errors import BadTrace
+from knative.simulator.traces.errors import BadTrace, NoFunctions
 
 SNIFF_LINES = 100
 SNIFF_CHARACTERS = 65536
@@ -84,6 +84,9 @@ def whole(path: Path, line: int, column: str, cell: str) -> int:
 
 
 def chosen(path: Path, function: str | None, known: Sequence[str]) -> None:
-    """Raises BadTrace if that function is asked for and not among those that the file has."""
-    if function is not None and function not in known:
-        raise BadTrace(path, f"no function {function!r}; it has " + (", ".join(known) if known else "one, which has no name"))
+    """Raises BadTrace if that function is asked for and not among those that the file has; NoFunctions where none has a name."""
+    if function is None or function in known:
+        return
+    if not known:
+        raise NoFunctions(path, f"no function {function!r}; it has one, which has no name")
+    raise BadTrace(path, f"no function {function!r}; it has {', '.join(known)}")

@@ -1,8 +1,14 @@
 """What is made of results: sweeps and their front, goals and how sure they are, recommendations, the patch, pictures and the page."""
 
+import contextlib
 import json
 import math
+import multiprocessing
+import os
 import re
+import subprocess
+import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +25,7 @@ from knative.simulator.runs import Run, results
 from knative.simulator.slo import Requests, Slo
 from knative.simulator.sweep import combinations, pareto, parse_axis
 from knative.simulator.validate import BOUND_PODS, Comparison
+from tests.support import BIN, wait_until
 
 TRACE = "synthetic:bursts?duration=2h&every=5m&size=20"
 PNG = b"\x89PNG\r\n"
@@ -106,6 +113,64 @@ def test_runs_on_all_cores_are_those_of_one() -> None:
     assert [one.to_json() for one in found] == [run.result().to_json() for run in runs]
 
 
+def test_runs_are_worked_on_at_once_each_by_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads a pipe waits for its writer: no run is handed its model before both have asked for theirs."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    pipes = [tmp_path / "one.toml", tmp_path / "other.toml"]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    processes: list[int | None] = []
+
+    def hand_out() -> None:
+        writers: dict[Path, int] = {}
+        try:
+            for pipe in pipes:
+                writers[pipe] = wait_until(f"{pipe.name} is asked for", partial(os.open, pipe, os.O_WRONLY | os.O_NONBLOCK))
+            processes.extend(child.pid for child in multiprocessing.active_children())
+        finally:
+            for pipe in reversed(pipes):
+                if pipe in writers:
+                    os.close(writers[pipe])
+                else:  # else nobody would ever answer who asks for it later
+                    pipe.unlink()
+                    pipe.touch()
+
+    thread = threading.Thread(target=hand_out)
+    thread.start()
+    found = results([Run(TRACE, model=(str(pipe),)) for pipe in pipes])
+    thread.join()
+    assert len(set(processes)) == 2
+    assert os.getpid() not in processes
+    assert [one.to_json() for one in found] == [Run(TRACE).result().to_json()] * 2
+
+
+def test_a_sweep_shows_how_far_it_is_on_a_terminal_and_nowhere_else() -> None:
+    command = ["simulate", "--trace", TRACE, "--sweep", "min-scale=0,1,2"]
+    terminal, theirs = os.openpty()
+    with subprocess.Popen(
+        [str(BIN / "relight"), *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # at its end
+            while piece := os.read(terminal, 65_536):
+                shown += piece
+        os.close(terminal)
+        assert process.stdout
+        table = process.stdout.read().decode()
+    assert process.returncode == 0
+    assert b"simulating" in shown
+    assert b"4/4" in shown  # three settings, and the oracle
+    assert "simulating" not in table
+    piped = call(*command[1:])
+    assert piped.stdout == table
+    assert not piped.stderr.strip()
+
+
 def test_a_sweep_marks_its_front_and_is_bounded_by_the_oracle() -> None:
     result = call("--trace", TRACE, "--sweep", "min-scale=0,1,2", "--sweep", "concurrency=1,2", "--by", "p95", "--json")
     assert result.exit_code == 0
@@ -115,8 +180,47 @@ def test_a_sweep_marks_its_front_and_is_bounded_by_the_oracle() -> None:
     assert len(points) == 6
     assert any(point["on_front"] for point in points)
     assert document["by"] == "p95"
-    assert document["oracle"]["cold_start_share"] == 0  # type: ignore[index]
+    oracles = document["oracle"]
+    assert isinstance(oracles, list)
+    assert [(one["settings"], one["cold_start_share"]) for one in oracles] == [({"policy": "oracle", "concurrency": "2"}, 0)]
     assert "nobody is cheaper" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "oracles", "told"),
+    [
+        pytest.param([], [None], "the bound: perfect foresight; nobody waits, and that cannot cost less", id="one request at a time"),
+        pytest.param(["concurrency=4"], [None], "(not exactly: concurrency)", id="several, which share a pod for nothing"),
+        pytest.param(
+            ["concurrency=4", "batch_slowdown=0.1"],
+            ["4", "2", "1"],
+            "with concurrency 1 nobody is slowed down either, and that cannot cost less",
+            id="several, which slow each other down: the fewer at once, the faster and the dearer",
+        ),
+        pytest.param(
+            ["concurrency=4", "batch_slowdown=3"], ["1"], "and that cannot cost less", id="worse than taking turns: alone is cheapest"
+        ),
+        pytest.param(["drain_s=5", "nodes.count=9"], [None], "(not exactly: drain_s, nodes.count)", id="what it does not plan for"),
+    ],
+)
+def test_a_sweep_says_what_foresight_is_a_bound_of(model: list[str], oracles: list[str | None], told: str) -> None:
+    settings = [word for setting in ["service=lognormal(p50=2,p99=9)", *model] for word in ("--model", setting)]
+    result = call("--trace", TRACE, *settings, "--sweep", "policy=kpa,keep-alive", "--json")
+    document = last(result)
+    points, found = document["points"], document["oracle"]
+    assert isinstance(points, list)
+    assert isinstance(found, list)
+    assert [one["settings"].get("concurrency") for one in found] == oracles
+    assert min(one["latency_s"]["p99"] for one in found) <= min(point["latency_s"]["p99"] for point in points) + 1e-9
+    assert told in result.stdout
+
+
+def test_each_model_of_a_sweep_has_its_own_foresight() -> None:
+    """Twice as many GPUs for each pod: twice the cost, for nothing; without a limit of nodes they are not needed to be the bound."""
+    sweeps = [last(call("--trace", TRACE, "--sweep", f"gpus={values}", "--json"))["oracle"] for values in ("1", "2", "2,1")]
+    one, two, both = ([(point["settings"]["gpus"], point["cost"]) for point in found] for found in sweeps)  # type: ignore[attr-defined]
+    assert two == [("2", pytest.approx(2 * one[0][1]))]
+    assert both == one
 
 
 def test_a_sweep_over_policies_writes_pictures_and_a_page(tmp_path: Path) -> None:
@@ -193,8 +297,13 @@ def test_a_patch_takes_effect_on_our_base() -> None:
         (["--sweep", "window=1s", "--trace", TRACE], "window = '1s'"),
         (["--sweep", "policy=none", "--trace", TRACE], "there is no policy 'none'"),
         (["--sweep", "window=30s", "--trace", TRACE, "--trace", TRACE], "for one trace and one function"),
-        (["--sweep", "window=30s", "--trace", TRACE, "--by", "median"], "--slo median"),
+        (["--sweep", "window=30s", "--trace", TRACE, "--by", "median"], "--by median: must be like p99"),
+        (["--sweep", "window=30s", "--trace", TRACE, "--by", "p99=2s"], "--by p99=2s: must be like p99"),
+        (["--sweep", "window=30s", "--trace", TRACE, "--by", "p100"], "--by p100: must be like p99"),
         (["--trace", "synthetic:none", "--sweep", "window=30s"], "no kind 'none'"),
+        (["--validate", "--trace", TRACE, "--sweep", "window=30s"], "--validate does not go with --sweep"),
+        (["--validate", "--trace", TRACE, "--png", "there"], "--validate does not go with --png"),
+        (["--validate", "--trace", TRACE, "--html", "page", "--horizon", "60"], "--validate does not go with --html and --horizon"),
         (["--validate", "--policy", "hpa", "--trace", TRACE], "the policy must be kpa"),
         (["--validate", "--model", "concurrency=4", "--trace", TRACE], "concurrency must be 1"),
         (["--validate", "--trace", "synthetic:poisson?rps=1000"], "needs from 1 to 20000 requests"),

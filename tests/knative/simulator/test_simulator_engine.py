@@ -182,6 +182,19 @@ def test_a_surge_without_gpus_for_it_is_given_up_and_the_old_pods_stay() -> None
     assert max(one.waited_s for one in ends) == 0
 
 
+@pytest.mark.parametrize(
+    ("gpus", "policy", "pod_seconds"),
+    [
+        pytest.param(6, Script(3, t25=0), 3 * 25 + 3 * 5, id="none is wanted: the old pods go at once, and the new ones with them"),
+        pytest.param(4, Script(3, t35=1), 3 * 35 + 1 * 80, id="one is, and the new one that had room is ready"),
+        pytest.param(6, Script(3, t25=1), 3 * 30 + 2 * 5 + 1 * 80, id="one is: the old ones stay until it is ready"),
+    ],
+)
+def test_old_pods_go_once_the_new_revision_has_what_is_wanted_meanwhile(gpus: int, policy: Script, pod_seconds: float) -> None:
+    _, result = finished([], model_of(rollouts="20"), policy, nodes=Nodes(count=1, gpus=gpus), horizon_s=100.0)
+    assert result.pod_seconds == pytest.approx(pod_seconds)
+
+
 def test_a_pod_that_fails_takes_its_requests_along_and_is_replaced() -> None:
     ends, result = finished(poisson(2, 2_000), model_of(pod_mtbf_s=60, concurrency=4, service=2), Script(3))
     assert 0 < result.failed < 200

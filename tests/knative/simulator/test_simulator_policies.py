@@ -3,6 +3,7 @@
 import csv
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knative.autoscaler.replay import read_samples, read_spec
-from knative.simulator import PolicyError, make_policy, policy_names, simulate
-from knative.simulator.policies.foresight import Schedule, by_hour, demand, plan
+from knative.simulator import Finished, FunctionModel, Nodes, PolicyError, Result, make_policy, policy_names, simulate
+from knative.simulator.policies.foresight import Schedule, at_once, by_hour, demand, not_the_bound, plan
 from knative.simulator.policies.histogram import IdleTimes
 from knative.simulator.policies.hpa import Behavior, by_total, by_utilisation
 from knative.simulator.policies.keda import activate
 from knative.simulator.policies.kpa import Kpa
 from knative.simulator.policies.simple import Most, needed, step
 from knative.simulator.policy import Policy, Sample
+from knative.simulator.trace import Arrivals
 from knative.simulator.traces import open_trace
 from tests.knative.simulator.sims import Script, finished, model_of, poisson, trace_of
 
@@ -137,6 +139,32 @@ def test_hpa_scales_down_to_the_most_that_was_recommended_in_five_minutes() -> N
     assert (course[15], course[285], course[300], course[315], course[330], course[345]) == (10, 10, 8, 8, 2, 2)
 
 
+@pytest.mark.parametrize(
+    ("syncs", "course"),
+    [
+        pytest.param([(0, 10), (15, 2)], [5, 5], id="a rise that the rates cut short is not made up for on the way down"),
+        pytest.param([(0, 100), (15, 4), (30, 3)], [5, 5, 5], id="more was recommended than there ever were: no pod is added for that"),
+        pytest.param([(0, 10), (15, 12), (30, 2), (300, 2), (315, 2)], [5, 10, 10, 10, 2], id="until the rise is out of the window"),
+        pytest.param([(0, 10), (15, 2), (30, 8)], [5, 5, 8], id="a rise is by what is recommended now"),
+        pytest.param([(0, 5), (15, 3), (30, 5)], [5, 5, 5], id="what is there already is left"),
+    ],
+)
+def test_hpa_stabilises_by_staying_where_it_is(syncs: list[tuple[int, int]], course: list[int]) -> None:
+    """stabilizeRecommendationWithBehaviors: from the current count up to the least, or down to the most, that was recommended lately."""
+    behavior, pods, found = Behavior(), 1, []
+    for now, wanted in syncs:
+        pods = behavior.apply(float(now), pods, wanted, 1, 100)
+        found.append(pods)
+    assert found == course
+
+
+def test_hpa_may_take_back_at_once_what_it_removed_within_the_period() -> None:
+    behavior = Behavior(stabilization_s=0.0)
+    assert behavior.apply(0.0, 20, 2, 1, 100) == 2
+    assert behavior.apply(10.0, 2, 100, 1, 100) == 40
+    assert behavior.apply(30.0, 2, 100, 1, 100) == 6
+
+
 def test_hpa_never_goes_to_zero_and_looks_every_fifteen_seconds() -> None:
     policy = make_policy("hpa", {"metric": "concurrency"}, model_of())
     assert policy.initial == 1
@@ -173,6 +201,13 @@ def test_keda_queue_sees_a_message_at_its_next_poll() -> None:
 def test_keda_queue_needs_more_than_the_activation() -> None:
     policy = make_policy("keda-queue", {"activation": "2"}, model_of())
     assert [policy.decide(30.0 * n, sample_of(in_system=n, ready=0, pods=0)) for n in (1, 2, 3)] == [None, None, 1]
+
+
+def test_keda_s_hpa_does_not_add_pods_where_fewer_are_wanted() -> None:
+    """Fifty messages at once: five pods of the ten that they want, as more are not allowed in 15 s; then eight messages are left."""
+    policy = make_policy("keda-queue", {}, model_of())
+    assert policy.decide(15.0, sample_of(in_system=50)) == 5
+    assert policy.decide(45.0, sample_of(in_system=8, pods=5, ready=5)) == 5
 
 
 def test_keda_queue_keeps_its_last_pod_for_the_cooldown() -> None:
@@ -325,40 +360,100 @@ TRACES = st.lists(
 )
 
 
-@settings(derandomize=True, deadline=None, max_examples=150)
+MODELS = st.tuples(
+    st.sampled_from([0.0, 0.7, 8.0, 40.0]),  # a start
+    st.sampled_from([0.0, 3.0]),  # a drain
+    st.sampled_from(
+        [(1, 0.0), (2, 0.0), (5, 0.0), (0, 0.0), (2, 0.4), (5, 1.0), (0, 0.1)]
+    ),  # requests at once, and how they slow each other down
+)
+
+
+def foreseen(trace: list[Arrivals], model: FunctionModel, concurrency: int) -> tuple[list[Finished], Result]:
+    """What the oracle makes of it, with so many requests at once in a pod."""
+    model = replace(model, concurrency=concurrency)
+    return finished(trace, model, make_policy("oracle", {}, model, future=lambda: iter(trace), seed=3), horizon_s=500.0, seed=3)
+
+
+def by_arrival(ends: list[Finished]) -> list[tuple[float, float]]:
+    return sorted((one.arrived_s, one.latency_s) for one in ends)
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
 @given(
     TRACES,
-    st.sampled_from([0.0, 0.7, 8.0, 40.0]),
-    st.sampled_from([0.0, 3.0]),
+    MODELS,
     st.sampled_from([*policy_names(), "peak", "script"]),
     st.lists(st.integers(0, 9), min_size=8, max_size=8),
 )
-def test_nobody_waits_for_the_oracle_and_whoever_waits_for_none_is_no_cheaper(
-    requests: list[tuple[float, float]], cold_s: float, drain_s: float, name: str, script: list[int]
+def test_nobody_waits_for_the_oracle_nobody_is_faster_and_whoever_is_as_fast_is_no_cheaper(
+    requests: list[tuple[float, float]], about: tuple[float, float, tuple[int, float]], name: str, script: list[int]
 ) -> None:
     times, services = zip(*sorted(requests), strict=True)
     trace = trace_of(times, services)
-    model = model_of(cold_start__imports=cold_s, drain_s=drain_s)
+    cold_s, drain_s, (concurrency, slowdown) = about
+    model = model_of(cold_start__imports=cold_s, drain_s=drain_s, concurrency=concurrency, batch_slowdown=slowdown)
+    first, *others = at_once(model)
+    oracle_ends, oracle = foreseen(trace, model, first)
+    for ends, result in [(oracle_ends, oracle), *(foreseen(trace, model, count) for count in others)]:
+        assert max(one.waited_s for one in ends) == 0
+        assert result.cold_starts == 0
+    assert [latency_s for _, latency_s in by_arrival(oracle_ends)] == pytest.approx([service_s for _, service_s in sorted(requests)])
 
-    def made(name: str) -> Policy:
-        if name == "script":
-            return Script(script[0], **{f"t{30 * n}": pods for n, pods in enumerate(script)})
-        knobs = {"kpa": {"min-scale": "3"}, "keep-alive": {"min": "3"}, "hybrid-histogram": {"min": "3"}, "peak": {"pods": "9"}}.get(
-            name, {}
-        )
-        return make_policy(name.replace("peak", "fixed"), knobs, model, history=lambda: iter(trace), future=lambda: iter(trace), seed=3)
-
-    oracle_ends, oracle = finished(trace, model, made("oracle"), horizon_s=500.0, seed=3)
-    assert max(one.waited_s for one in oracle_ends) == 0
-    assert oracle.cold_starts == 0
-    ends, result = finished(trace, model, made(name), horizon_s=500.0, seed=3)
-    # A pod that is told to go before its last request ends drains meanwhile, which the oracle does not plan for.
-    if max(one.waited_s for one in ends) == 0 and not drain_s:
+    if name == "script":
+        policy: Policy = Script(script[0], **{f"t{30 * n}": pods for n, pods in enumerate(script)})
+    else:
+        knobs = {"kpa": {"min-scale": "3"}, "keep-alive": {"min": "3"}, "hybrid-histogram": {"min": "3"}, "peak": {"pods": "9"}}
+        made = name.replace("peak", "fixed")
+        policy = make_policy(made, knobs.get(name, {}), model, history=lambda: iter(trace), future=lambda: iter(trace), seed=3)
+    ends, result = finished(trace, model, policy, horizon_s=500.0, seed=3)
+    slower_s = [mine - least for (_, mine), (_, least) in zip(by_arrival(ends), by_arrival(oracle_ends), strict=True)]
+    assert min(slower_s) > -1e-6
+    if max(slower_s) < 1e-6 and not not_the_bound(model, Nodes()):
         assert oracle.pod_seconds <= result.pod_seconds + 1e-3
 
 
+@pytest.mark.parametrize(
+    "requests",
+    [
+        pytest.param(
+            [(4, 14.0), (15, 10.6), (17, 16.4), (30, 18.3), (34, 17.7), (50, 15.4), (59, 10.0)],
+            id="a pod that is kept for later gets no request while another one has room, or it could not go when it is to",
+        ),
+        pytest.param(
+            [(4, 9.0), (13, 6.3), (17, 2.4), (18, 14.1), (21, 19.4), (29, 9.8), (43, 13.2), (53, 1.5), (54, 18.9)],
+            id="a request ends just when the next one comes, whatever the pod has done before",
+        ),
+    ],
+)
+def test_requests_that_slow_each_other_down_end_when_the_oracle_has_planned(requests: list[tuple[float, float]]) -> None:
+    model = model_of(concurrency=2, batch_slowdown=0.5, cold_start__imports=8)
+    times, services = zip(*requests, strict=True)
+    ends, _ = foreseen(trace_of(times, services), model, 2)
+    assert max(one.waited_s for one in ends) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "counts", "beyond"),
+    [
+        ({}, [1], []),
+        ({"concurrency": 8}, [8], ["concurrency"]),
+        ({"concurrency": 0}, [0], []),
+        ({"batch_slowdown": 0.1}, [1], []),
+        ({"concurrency": 6, "batch_slowdown": 0.1}, [1, 2, 4, 6], []),
+        ({"concurrency": 0, "batch_slowdown": 0.1}, [1, 2, 4, 8, 16, 32, 64, 128, 0], []),
+        ({"drain_s": 5, "pod_mtbf_s": 60, "rollouts": "5"}, [1], ["drain_s", "pod_mtbf_s", "rollouts"]),
+    ],
+)
+def test_where_the_oracle_is_the_bound_is_known(settings: dict[str, object], counts: list[int], beyond: list[str]) -> None:
+    model = model_of(**settings)
+    assert at_once(model) == counts
+    assert not_the_bound(model, Nodes()) == beyond
+    assert not_the_bound(model, Nodes(count=2)) == [*beyond, "nodes.count"]
+
+
 @pytest.mark.parametrize("concurrency", [2, 8])
-def test_nobody_waits_for_the_oracle_where_pods_take_several(concurrency: int) -> None:
+def test_the_oracle_fills_pods_that_take_several_at_once(concurrency: int) -> None:
     trace = poisson(5, 3_000)
     model = model_of(concurrency=concurrency, service="lognormal(p50=1, p99=9)", cold_start__imports="uniform(low=5, high=60)")
     ends, oracle = finished(trace, model, make_policy("oracle", {}, model, future=lambda: iter(trace), seed=5), seed=5)
