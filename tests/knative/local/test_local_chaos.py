@@ -1,5 +1,6 @@
 """Everything that can die dies at random, manifests change, and Services go to zero and back: no caller is left without a true answer."""
 
+import contextlib
 import json
 import random
 import signal
@@ -102,8 +103,9 @@ class Chaos:
 
     def kill(self, what: str) -> None:
         if found := processes(self._platform, what, self.spared):
-            kill(self._random.choice(found), signal.SIGKILL)
-            self.done[what] += 1
+            with contextlib.suppress(ProcessLookupError):  # one that has just ended by itself
+                kill(self._random.choice(found), signal.SIGKILL)
+                self.done[what] += 1
 
     def roll(self, _: str) -> None:
         kind = self._random.choice(["new", "new", "split", "broken", "not YAML"])
