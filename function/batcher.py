@@ -138,7 +138,7 @@ class Batcher:
     """The queue in front of one model: filled from any thread, emptied by the model's."""
 
     def __init__(self, *, max_batch: int, wait_s: float, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """max_batch: inputs; wait_s: the longest wait for company; limit: calls and openings that may wait."""
+        """max_batch: inputs; wait_s: the longest wait for company; limit: calls and openings that may wait, beside what is computed."""
         self._max_batch = max_batch
         self._wait_s = wait_s
         self._limit = limit
@@ -147,7 +147,9 @@ class Batcher:
         self._calls: tuple[deque[Call], deque[Call]] = deque(), deque()  # interactive, batch
         self._openings: tuple[deque[Opening], deque[Opening]] = deque(), deque()
         self._inputs = 0  # that wait
+        self._is_idle = True  # nothing is being computed, so that the model takes what comes at once
         self._company = 1  # calls in the last batch
+        self.places = max_batch  # streams that an idle model lets begin at once
         self.took_s = math.inf  # the last batch, in the model; a wait is never worth more than that
 
     def put(self, item: Call | Opening) -> bool:
@@ -164,8 +166,24 @@ class Batcher:
             return True
 
     def is_full(self) -> bool:
-        """Whether no more may wait."""
-        return self.waiting() >= self._limit
+        """Whether no more may wait. What an idle model takes at once does not count, although on a busy machine its thread comes late."""
+        if self.waiting() < self._limit:
+            return False
+        with self._lock:
+            return self.waiting() - self._taken_at_once() >= self._limit
+
+    def _taken_at_once(self) -> int:
+        """How many of those that wait an idle model takes together: those that fit into its next batch, or else the streams there is a
+        place for."""
+        if not self._is_idle:
+            return 0
+        room, calls = self._max_batch, 0
+        for call in self._calls[0] or self._calls[1]:
+            room -= len(call.inputs) - call.taken
+            if room < 0:
+                break
+            calls += 1
+        return calls or min(sum(map(len, self._openings)), self.places)
 
     def waiting(self) -> int:
         """Calls and openings that wait."""
@@ -176,9 +194,14 @@ class Batcher:
         return self._inputs + sum(map(len, self._openings))
 
     def wait(self) -> None:
-        """Until something is there."""
+        """Until something is there; the model is idle."""
         with self._lock:
+            self._is_idle = True
             self._lock.wait_for(lambda: any(self._calls) or any(self._openings))
+
+    def computed(self, seconds: float, *, is_idle: bool) -> None:
+        """A batch is done; its callers are about to be told. is_idle: the model takes the next at once."""
+        self.took_s, self._is_idle = seconds, is_idle
 
     def batch(self, *, may_wait: bool) -> list[Slice]:
         """The next inputs for the model, empty if none wait. may_wait: for company, if it is likely."""
@@ -192,7 +215,7 @@ class Batcher:
                 )
             slices = list(self._slices(self._calls[0])) or list(self._slices(self._calls[1]))
             if slices:
-                self._company = len(slices)
+                self._company, self._is_idle = len(slices), False
             return slices
 
     def _slices(self, queue: deque[Call]) -> Iterator[Slice]:
@@ -218,4 +241,5 @@ class Batcher:
             for queue in self._openings:
                 while queue and len(taken) < room:
                     taken.append(queue.popleft())
+            self._is_idle = self._is_idle and not taken
             return taken

@@ -216,6 +216,7 @@ class Model:
 
     def _serve(self, agent: InferenceAgent) -> None:
         streams = self._streams = Streams(agent, self._settings.max_batch)
+        self.batcher.places = streams.room
         while True:
             if not streams.active:
                 self.batcher.wait()
@@ -287,7 +288,8 @@ class Model:
 
     def _took(self, began: float, slices: Sequence[Slice], inputs: int) -> None:
         """Note how long a batch took: for its callers, for the metrics, for what is said to those who are refused."""
-        seconds = self.batcher.took_s = time.monotonic() - began
+        seconds = time.monotonic() - began
+        self.batcher.computed(seconds, is_idle=not self.active_streams())
         self._seconds_per_input += 0.2 * (seconds / inputs - self._seconds_per_input)
         for part in slices:
             timing, spans = part.call.ask.timing, part.call.ask.spans
