@@ -12,9 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from function.errors import ClientGone, TimedOut
+
+SWEEP_S = 0.02  # between two looks at all that wait for those who do not any more
 
 
 class Span(NamedTuple):
@@ -37,9 +39,9 @@ class Ask:
     timing: dict[str, float] = field(default_factory=dict)  # seconds in the queue and in the model, noted as they pass
     spans: list[Span] | None = None  # the same one by one; None if nobody wants to know
 
-    def late(self) -> TimedOut:
+    def late(self, lacking: str = "answer") -> TimedOut:
         """What the caller is told at the deadline."""
-        return TimedOut(f"no answer within {self.timeout_s:g} s" + (" (FUNCTION_TIMEOUT_S)" if self.is_own_deadline else ""))
+        return TimedOut(f"no {lacking} within {self.timeout_s:g} s" + (" (FUNCTION_TIMEOUT_S)" if self.is_own_deadline else ""))
 
 
 class Reply:
@@ -125,6 +127,16 @@ class Opening:
     arrived: float
     stream: Any
 
+    def is_over(self, now: float) -> bool:
+        """Whether nobody waits for it any more; says so to whoever does."""
+        if not self.stream.is_wanted():
+            self.stream.end(ClientGone("the caller has hung up"))
+        elif now >= self.arrived + self.ask.timeout_s:
+            self.stream.end(self.ask.late("piece"))
+        else:
+            return False
+        return True
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -147,6 +159,7 @@ class Batcher:
         self._calls: tuple[deque[Call], deque[Call]] = deque(), deque()  # interactive, batch
         self._openings: tuple[deque[Opening], deque[Opening]] = deque(), deque()
         self._inputs = 0  # that wait
+        self._swept = -math.inf  # when those who do not wait any more were last looked for
         self._is_idle = True  # nothing is being computed, so that the model takes what comes at once
         self._company = 1  # calls in the last batch
         self.places = max_batch  # streams that an idle model lets begin at once
@@ -170,6 +183,7 @@ class Batcher:
         if self.waiting() < self._limit:
             return False
         with self._lock:
+            self._sweep()
             return self.waiting() - self._taken_at_once() >= self._limit
 
     def _taken_at_once(self) -> int:
@@ -216,7 +230,20 @@ class Batcher:
             slices = list(self._slices(self._calls[0])) or list(self._slices(self._calls[1]))
             if slices:
                 self._company, self._is_idle = len(slices), False
+            if self.waiting():  # whose turn may be far off
+                self._sweep()
             return slices
+
+    def _sweep(self) -> None:
+        """Drop what nobody waits for any more, wherever it stands: it would keep others out."""
+        now = self._clock()
+        if now < self._swept + SWEEP_S:
+            return
+        self._swept = now
+        for calls in self._calls:
+            self._inputs -= sum(len(call.inputs) - call.taken for call in _sift(calls, now))
+        for openings in self._openings:
+            _sift(openings, now)
 
     def _slices(self, queue: deque[Call]) -> Iterator[Slice]:
         room, now = self._max_batch, self._clock()
@@ -238,8 +265,26 @@ class Batcher:
         """The next streams to begin, `room` at most."""
         with self._lock:
             taken: list[Opening] = []
+            now = self._clock()
             for queue in self._openings:
                 while queue and len(taken) < room:
-                    taken.append(queue.popleft())
+                    opening = queue.popleft()
+                    if not opening.is_over(now):
+                        taken.append(opening)
             self._is_idle = self._is_idle and not taken
             return taken
+
+
+_Item = TypeVar("_Item", Call, Opening)
+
+
+def _sift(queue: deque[_Item], now: float) -> list[_Item]:
+    """Take those out that are over; returns them."""
+    kept: list[_Item] = []
+    over: list[_Item] = []
+    for item in queue:
+        (over if item.is_over(now) else kept).append(item)
+    if over:
+        queue.clear()
+        queue.extend(kept)
+    return over

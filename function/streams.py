@@ -88,9 +88,7 @@ class Stream:
             if not is_deadline:
                 raise
             self.close()
-            raise TimedOut(
-                f"no piece within {self.ask.timeout_s:g} s" + (" (FUNCTION_TIMEOUT_S)" if self.ask.is_own_deadline else "")
-            ) from None
+            raise self.ask.late("piece") from None
         if isinstance(piece, Exception):
             raise piece
         return piece
@@ -144,13 +142,7 @@ class Streams:
     def begin(self, opening: Opening) -> None:
         """Let one join."""
         stream: Stream = opening.stream
-        if not stream.is_wanted():
-            stream.end(ClientGone("the caller has hung up"))
-            return
         now, ask = time.monotonic(), opening.ask
-        if now >= opening.arrived + ask.timeout_s:
-            stream.end(TimedOut("it waited too long"))
-            return
         ask.timing.setdefault("queue", now - opening.arrived)
         if ask.spans is not None:
             ask.spans.append(Span("queue", opening.arrived, now))

@@ -130,6 +130,59 @@ def test_nobody_computes_for_callers_who_have_left_or_whose_time_is_up() -> None
         late.reply.result(0)
 
 
+class Clock:
+    """Shows what it is set to; calls and openings are of this world's time."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_openings_that_are_over_keep_nobody_out_although_there_is_no_place_for_them() -> None:
+    clock = Clock()
+    batcher = Batcher(max_batch=4, wait_s=0, limit=3, clock=clock)
+    assert accepted(batcher, (opening("running") for _ in range(4))) == 4
+    assert len(batcher.openings(4)) == 4
+    gone, late, kept = opening("gone"), opening("late", timeout_s=1, is_batch=True), opening("kept")
+    assert accepted(batcher, (gone, late, kept)) == 3
+    assert batcher.is_full()
+    gone.stream.close()
+    clock.now += 2
+    assert batcher.batch(may_wait=False) == []
+    assert batcher.openings(0) == []
+    assert batcher.waiting() == 1
+    with pytest.raises(ClientGone):
+        gone.stream.begin()
+    with pytest.raises(TimedOut, match="no piece within 1 s"):
+        late.stream.begin()
+
+
+def test_batch_work_that_is_over_keeps_nobody_out_while_interactive_callers_go_first() -> None:
+    clock = Clock()
+    batcher = Batcher(max_batch=1, wait_s=0, limit=4, clock=clock)
+    late, gone = call(1, 2, timeout_s=1, is_batch=True), call(3, is_batch=True, is_gone=lambda: True)
+    assert accepted(batcher, (late, gone, call("i1"), call("i2"))) == 4
+    clock.now += 2
+    assert [part.inputs for part in batcher.batch(may_wait=False)] == [("i1",)]
+    assert (batcher.waiting(), batcher.waiting_inputs()) == (1, 1)
+    with pytest.raises(TimedOut):
+        late.reply.result(0)
+    with pytest.raises(ClientGone):
+        gone.reply.result(0)
+
+
+def test_who_asks_for_a_full_queue_does_not_find_the_dead_in_it_while_a_long_batch_is_computed() -> None:
+    clock = Clock()
+    batcher = computing(Batcher(max_batch=1, wait_s=0, limit=2, clock=clock))
+    assert accepted(batcher, (call(1, timeout_s=1), opening("s", timeout_s=1))) == 2
+    assert batcher.is_full()
+    clock.now += 2
+    assert not batcher.is_full()
+    assert batcher.waiting() == 0
+
+
 def test_a_lone_call_is_not_held_up() -> None:
     batcher = queue(wait_s=5.0)
     for _ in range(2):
