@@ -21,7 +21,7 @@ from function.batcher import Ask, Batcher, Call, Opening, Reply, Slice, Span
 from function.breaker import Breaker
 from function.errors import CannotStream, ClientGone, FunctionError, TimedOut, Unavailable, told
 from function.settings import FunctionSettings
-from function.streams import Stream, Streams
+from function.streams import Made, Stream, Streams
 from weights_cache.environment import SettingsError
 from weights_cache.errors import WeightsError
 from weights_cache.reader import Weights
@@ -37,8 +37,8 @@ class Observer:
     def batch(self, inputs: int, seconds: float, waited_s: Sequence[float]) -> None:
         """The agent predicted. waited_s: each call's wait in the queue."""
 
-    def step(self, sequences: int, seconds: float) -> None:
-        """The agent made a piece of each of these."""
+    def step(self, made: Made, seconds: float) -> None:
+        """The agent went on with streams."""
 
 
 class Model:
@@ -226,10 +226,11 @@ class Model:
                 with self._calling():
                     streams.begin(opening)
             if streams.active:
-                began, active = time.monotonic(), streams.active
+                began = time.monotonic()
                 with self._calling():
-                    streams.step()
-                self.observer.step(active, time.monotonic() - began)
+                    made = streams.step()
+                if made.sequences:
+                    self.observer.step(made, time.monotonic() - began)
 
     def _bring_up(self) -> InferenceAgent:
         if self._settings.lean_torch:

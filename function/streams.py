@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from function.batcher import Ask, Opening, Span
 from function.errors import ClientGone, FunctionError, TimedOut, told
@@ -119,6 +119,22 @@ class Stream:
 _Entry = tuple[Stream, Any]  # with the agent's sequence, or the iterator that `stream` gave
 
 
+def is_empty(piece: Any) -> bool:
+    """Whether it is a text without any: a sign of life, while text is held back or a prompt is taken in."""
+    return isinstance(piece, str) and not piece
+
+
+def _is_for_caller(piece: Any) -> bool:
+    return piece is not None and not is_empty(piece) and not isinstance(piece, FunctionError)
+
+
+class Made(NamedTuple):
+    """What a step made."""
+
+    sequences: int  # that shared it
+    pieces: int  # for callers; neither an end nor an empty text is one
+
+
 class Streams:
     """The streams that are being made; used by the model's thread alone."""
 
@@ -155,27 +171,29 @@ class Streams:
         except Exception as error:  # noqa: BLE001  it is told apart there
             stream.end(told(error))
 
-    def step(self) -> None:
+    def step(self) -> Made:
         """One piece more for each whose reader keeps up."""
         self._drop_unwanted()
         due: list[_Entry] = []
         waiting: list[_Entry] = []
         for entry in self._active:
             (waiting if entry[0].is_ahead() else due).append(entry)
-        if due:
-            self._active = self._advance(due) + waiting
-        elif waiting:
-            time.sleep(PAUSE_S)
+        if not due:
+            if waiting:
+                time.sleep(PAUSE_S)
+            return Made(0, 0)
+        pieces = self._next(due)
+        self._active = self._hand_over(due, pieces) + waiting
+        return Made(len(due), sum(_is_for_caller(piece) for piece in pieces))
 
-    def _advance(self, entries: list[_Entry]) -> list[_Entry]:
-        """Make the next piece of these; returns those that go on."""
+    def _next(self, entries: list[_Entry]) -> Sequence[Any]:
+        """The next piece of each of these: None at its end, or why there is none."""
         if not self._shared:
-            return self._hand_over(entries, [self._next_of(entries[0][1])])
+            return [self._next_of(entries[0][1])]
         try:
-            pieces = self._step([sequence for _, sequence in entries])
+            return self._step([sequence for _, sequence in entries])
         except Exception as error:  # noqa: BLE001  see told
-            pieces = [told(error)] if len(entries) == 1 else self._step_apart(entries)
-        return self._hand_over(entries, pieces)
+            return [told(error)] if len(entries) == 1 else self._step_apart(entries)
 
     def _next_of(self, iterator: Iterator[Any]) -> Any:
         try:
@@ -201,6 +219,7 @@ class Streams:
         return pieces
 
     def _hand_over(self, entries: list[_Entry], pieces: Sequence[Any]) -> list[_Entry]:
+        """Returns those that go on."""
         going_on = []
         for (stream, made), piece in zip(entries, pieces, strict=True):
             if piece is None or isinstance(piece, FunctionError):

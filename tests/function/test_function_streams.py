@@ -12,9 +12,9 @@ import pytest
 from function.agent import BadInput, Weights
 from function.batcher import Ask
 from function.errors import AgentFailed, CannotStream, TimedOut, Unavailable
-from function.model import Model
+from function.model import Model, Observer
 from function.settings import FunctionSettings
-from function.streams import AHEAD
+from function.streams import AHEAD, Made
 from tests.support import wait_until
 from weights_cache.settings import WeightsSettings
 
@@ -62,7 +62,7 @@ class Plain:
 
     def stream(self, input: Any) -> Iterator[Any]:
         try:
-            for piece in count() if input == "endless" else range(input):
+            for piece in count() if input == "endless" else range(input) if isinstance(input, int) else input:
                 yield piece
                 time.sleep(0.001)
             if input == 3:
@@ -261,6 +261,52 @@ def test_one_who_is_slow_does_not_slow_down_the_others(make_model: MakeModel) ->
     wait_until("it is ahead", slow.is_ahead)
     assert list(model.stream(1000, ask()).pieces()) == list(range(1, 1001))
     slow.close()
+
+
+class Steps(Observer):
+    """Remembers what it is told of steps."""
+
+    def __init__(self) -> None:
+        self.seen: list[Made] = []
+
+    def step(self, made: Made, seconds: float) -> None:
+        self.seen.append(made)
+
+    def pieces(self) -> int:
+        return sum(made.pieces for made in self.seen)
+
+
+def test_a_step_is_told_with_who_shared_it_and_what_it_made_for_callers(make_model: MakeModel) -> None:
+    model = make_model()
+    model.observer = steps = Steps()
+    assert list(model.stream(3, ask()).pieces()) == [1, 2, 3]
+    wait_until("the end is told", lambda: len(steps.seen) == 4)
+    assert steps.seen == [Made(1, 1)] * 3 + [Made(1, 0)]
+    with pytest.raises(AgentFailed):
+        model.stream("crash", ask())
+    wait_until("the failure is told", lambda: len(steps.seen) == 5)
+    assert steps.seen[-1] == Made(1, 0)
+
+
+def test_waiting_for_a_reader_is_no_step_and_who_has_left_makes_no_piece(make_model: MakeModel) -> None:
+    model = make_model()
+    model.observer = steps = Steps()
+    stream = model.stream(10**9, ask())
+    wait_until("it is ahead", stream.is_ahead)
+    for _ in range(3):
+        model.predict(["a"], ask())  # the model's thread comes by
+    assert steps.seen == [Made(1, 1)] * (1 + AHEAD)  # one was read
+    stream.close()
+    wait_until("the place", lambda: model.active_streams() == 0)
+    assert steps.pieces() == 1 + AHEAD
+
+
+def test_a_text_that_is_held_back_is_no_piece_for_callers(make_model: MakeModel) -> None:
+    model = make_model("Plain")
+    model.observer = steps = Steps()
+    assert list(model.stream(["", "a", "", "b"], ask()).pieces()) == ["", "a", "", "b"]
+    wait_until("the end is told", lambda: len(steps.seen) == 5)
+    assert steps.pieces() == 2
 
 
 def test_time_outs_of_streams_trip_the_breaker_too(make_model: MakeModel) -> None:
