@@ -1,9 +1,9 @@
 """What waits for the model, and which of it is next.
 
 Calls wait in two classes, interactive and batch; a batch of inputs is made of one class only, interactive while there is any, so that
-batch work delays an interactive caller by the one batch that is running at most. A long call is taken in pieces of a batch each. Nobody
-is waited for unless company is likely: if the last batch held several calls, its callers are about to ask again (adaptive batching as
-in Clipper, NSDI 2017); and never for longer than a batch takes.
+batch work delays an interactive caller by the one batch that is running at most. A long call is taken in pieces of a batch each. Streams
+of the two classes share steps, see there. Nobody is waited for unless company is likely: if the last batch held several calls, its
+callers are about to ask again (adaptive batching as in Clipper, NSDI 2017); and never for longer than a batch takes.
 """
 
 import math
@@ -39,9 +39,9 @@ class Ask:
     timing: dict[str, float] = field(default_factory=dict)  # seconds in the queue and in the model, noted as they pass
     spans: list[Span] | None = None  # the same one by one; None if nobody wants to know
 
-    def late(self, lacking: str = "answer") -> TimedOut:
+    def late(self, lacking: str = "answer", kind: type[TimedOut] = TimedOut) -> TimedOut:
         """What the caller is told at the deadline."""
-        return TimedOut(f"no {lacking} within {self.timeout_s:g} s" + (" (FUNCTION_TIMEOUT_S)" if self.is_own_deadline else ""))
+        return kind(f"no {lacking} within {self.timeout_s:g} s" + (" (FUNCTION_TIMEOUT_S)" if self.is_own_deadline else ""))
 
 
 class Reply:
@@ -132,7 +132,7 @@ class Opening:
         if not self.stream.is_wanted():
             self.stream.end(ClientGone("the caller has hung up"))
         elif now >= self.arrived + self.ask.timeout_s:
-            self.stream.end(self.ask.late("piece"))
+            self.stream.end(self.stream.late())
         else:
             return False
         return True
@@ -261,16 +261,18 @@ class Batcher:
                 queue.popleft()
             yield Slice(call, inputs)
 
-    def openings(self, room: int) -> list[Opening]:
-        """The next streams to begin, `room` at most."""
+    def openings(self, interactive: int, batch: int) -> list[Opening]:
+        """The next streams to begin: so many at most, and if there is batch work among them no more than `batch`."""
         with self._lock:
             taken: list[Opening] = []
             now = self._clock()
-            for queue in self._openings:
+            for queue, room in zip(self._openings, (interactive, batch), strict=True):
                 while queue and len(taken) < room:
                     opening = queue.popleft()
                     if not opening.is_over(now):
                         taken.append(opening)
+                for opening in queue:
+                    opening.stream.is_held = True
             self._is_idle = self._is_idle and not taken
             return taken
 

@@ -19,7 +19,7 @@ from function import lean_torch
 from function.agent import InferenceAgent, TensorSpec, load_agent
 from function.batcher import Ask, Batcher, Call, Opening, Reply, Slice, Span
 from function.breaker import Breaker
-from function.errors import CannotStream, ClientGone, FunctionError, TimedOut, Unavailable, told
+from function.errors import CannotStream, ClientGone, FunctionError, NoPlace, TimedOut, Unavailable, told
 from function.settings import FunctionSettings
 from function.streams import Made, Stream, Streams
 from weights_cache.environment import SettingsError
@@ -216,13 +216,13 @@ class Model:
 
     def _serve(self, agent: InferenceAgent) -> None:
         streams = self._streams = Streams(agent, self._settings.max_batch)
-        self.batcher.places = streams.room
+        self.batcher.places, _ = streams.room()
         while True:
             if not streams.active:
                 self.batcher.wait()
             if slices := self.batcher.batch(may_wait=not streams.active):
                 self._predict(agent, slices)
-            for opening in self.batcher.openings(streams.room):
+            for opening in self.batcher.openings(*streams.room()):
                 with self._calling():
                     streams.begin(opening)
             if streams.active:
@@ -337,7 +337,7 @@ class Model:
 def _is_in_time(ask: Ask, error: BaseException | None) -> bool | None:
     """What a call that ended says about the model: it came back (if only to say no), it did not, or (None) neither."""
     if isinstance(error, TimedOut):
-        return False if ask.is_own_deadline else None
+        return False if ask.is_own_deadline and not isinstance(error, NoPlace) else None
     return True if error is None or (isinstance(error, FunctionError) and not isinstance(error, ClientGone | Unavailable)) else None
 
 

@@ -1,7 +1,9 @@
 """Answers that are made piece by piece, as the caller's thread and the model's see them.
 
 The model's thread runs all sequences together, a step at a time (iteration-level scheduling as in Orca, OSDI 2022): they join and leave
-between steps.
+between steps. When interactive ones want the places of batch work, that is left out of steps until there is a place again: its sequences
+stay as they are, with what memory they have (preemption as in Orca's successors, without recomputing or swapping). So there are at most
+twice as many sequences as share a step: batch work begins only where there is a place for it beside all others.
 """
 
 import logging
@@ -12,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from function.batcher import Ask, Opening, Span
-from function.errors import ClientGone, FunctionError, TimedOut, told
+from function.errors import ClientGone, FunctionError, NoPlace, TimedOut, told
 
 log = logging.getLogger("relight.function")
 
@@ -27,8 +29,9 @@ class Stream:
     """One answer; iterate over it for its pieces, and close it. The caller's side."""
 
     def __init__(self, ask: Ask, on_timeout: Callable[[], object] = lambda: None) -> None:
-        """on_timeout: is called when the server's own deadline ends it between two pieces."""
+        """on_timeout: is called when the server's own deadline ends it between two pieces, and not for want of a place."""
         self.ask = ask
+        self.is_held = False  # others have all the places; the model's thread says so
         self.sequence: Any = None  # the agent's own object, from its start on; None for an agent that streams one caller at a time
         self._pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -59,8 +62,8 @@ class Stream:
             else:
                 try:
                     piece = self._next(left_s)
-                except TimedOut:
-                    if self.ask.is_own_deadline:
+                except TimedOut as error:
+                    if self.ask.is_own_deadline and not isinstance(error, NoPlace):
                         self._on_timeout()
                     raise
 
@@ -88,10 +91,14 @@ class Stream:
             if not is_deadline:
                 raise
             self.close()
-            raise self.ask.late("piece") from None
+            raise self.late() from None
         if isinstance(piece, Exception):
             raise piece
         return piece
+
+    def late(self) -> TimedOut:
+        """What the caller is told at the deadline."""
+        return self.ask.late("place among the streams", NoPlace) if self.is_held else self.ask.late("piece")
 
     def close(self) -> None:
         """No more pieces are wanted; its place is free before the next step."""
@@ -145,10 +152,13 @@ class Streams:
         self._limit = limit if self._shared else 1
         self._active: list[_Entry] = []
 
-    @property
-    def room(self) -> int:
-        """How many more may begin."""
-        return self._limit - len(self._active)
+    def room(self) -> tuple[int, int]:
+        """How many more may begin, interactive ones and batch work; `step` holds batch work for the former.
+
+        An agent that streams one caller at a time goes on with that one to its end.
+        """
+        free = self._limit - len(self._active)
+        return (self._limit - sum(not stream.ask.is_batch for stream, _ in self._active) if self._shared else free), free
 
     @property
     def active(self) -> int:
@@ -158,6 +168,7 @@ class Streams:
     def begin(self, opening: Opening) -> None:
         """Let one join."""
         stream: Stream = opening.stream
+        stream.is_held = False
         now, ask = time.monotonic(), opening.ask
         ask.timing.setdefault("queue", now - opening.arrived)
         if ask.spans is not None:
@@ -172,18 +183,20 @@ class Streams:
             stream.end(told(error))
 
     def step(self) -> Made:
-        """One piece more for each whose reader keeps up."""
+        """One piece more for each whose reader keeps up; interactive ones first, if there are too many."""
         self._drop_unwanted()
-        due: list[_Entry] = []
-        waiting: list[_Entry] = []
-        for entry in self._active:
-            (waiting if entry[0].is_ahead() else due).append(entry)
+        due = [entry for entry in self._active if not entry[0].is_ahead()]
         if not due:
-            if waiting:
+            if self._active:
                 time.sleep(PAUSE_S)
             return Made(0, 0)
+        due.sort(key=lambda entry: entry[0].ask.is_batch)  # those of a class stay in the order they came in
+        for at, (stream, _) in enumerate(due):
+            stream.is_held = at >= self._limit
+        del due[self._limit :]
         pieces = self._next(due)
-        self._active = self._hand_over(due, pieces) + waiting
+        ended = self._hand_over(due, pieces)
+        self._active = [entry for entry in self._active if entry[0] not in ended]
         return Made(len(due), sum(_is_for_caller(piece) for piece in pieces))
 
     def _next(self, entries: list[_Entry]) -> Sequence[Any]:
@@ -218,21 +231,24 @@ class Streams:
             raise ValueError(f"step gave {len(pieces)} pieces for {len(sequences)} sequences")
         return pieces
 
-    def _hand_over(self, entries: list[_Entry], pieces: Sequence[Any]) -> list[_Entry]:
-        """Returns those that go on."""
-        going_on = []
-        for (stream, made), piece in zip(entries, pieces, strict=True):
+    def _hand_over(self, entries: list[_Entry], pieces: Sequence[Any]) -> set[Stream]:
+        """Returns those that have ended."""
+        ended: set[Stream] = set()
+        for (stream, _), piece in zip(entries, pieces, strict=True):
             if piece is None or isinstance(piece, FunctionError):
+                ended.add(stream)
                 stream.end(piece)
             else:
                 stream.put(piece)
-                going_on.append((stream, made))
-        return going_on
+        return ended
 
     def _drop_unwanted(self) -> None:
+        kept: list[_Entry] = []
         for stream, made in self._active:
-            if not stream.is_wanted():
-                stream.end(ClientGone("the caller has hung up"))
-                if close := getattr(made, "close", None):  # a generator's, so that what it holds is freed now
-                    close()
-        self._active = [(stream, made) for stream, made in self._active if stream.is_wanted()]
+            if stream.is_wanted():
+                kept.append((stream, made))
+                continue
+            stream.end(ClientGone("the caller has hung up"))
+            if close := getattr(made, "close", None):  # a generator's, so that what it holds is freed now
+                close()
+        self._active = kept

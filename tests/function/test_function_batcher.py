@@ -112,7 +112,7 @@ def test_an_idle_model_takes_streams_for_its_places() -> None:
     batcher = queue(max_batch=4, limit=2)
     batcher.places = 1
     assert accepted(batcher, map(opening, range(12))) == 3
-    assert len(batcher.openings(1)) == 1
+    assert len(batcher.openings(1, 1)) == 1
     assert not batcher.put(opening("while it is made"))
 
 
@@ -144,14 +144,14 @@ def test_openings_that_are_over_keep_nobody_out_although_there_is_no_place_for_t
     clock = Clock()
     batcher = Batcher(max_batch=4, wait_s=0, limit=3, clock=clock)
     assert accepted(batcher, (opening("running") for _ in range(4))) == 4
-    assert len(batcher.openings(4)) == 4
+    assert len(batcher.openings(4, 4)) == 4
     gone, late, kept = opening("gone"), opening("late", timeout_s=1, is_batch=True), opening("kept")
     assert accepted(batcher, (gone, late, kept)) == 3
     assert batcher.is_full()
     gone.stream.close()
     clock.now += 2
     assert batcher.batch(may_wait=False) == []
-    assert batcher.openings(0) == []
+    assert batcher.openings(0, 0) == []
     assert batcher.waiting() == 1
     with pytest.raises(ClientGone):
         gone.stream.begin()
@@ -245,10 +245,12 @@ def test_a_full_batch_is_not_held_up_either() -> None:
 
 def test_streams_begin_interactive_ones_first() -> None:
     batcher = queue()
-    for name in ("b1", "i1", "i2"):
+    for name in ("b1", "i1", "b2", "i2"):
         batcher.put(opening(name, is_batch=name.startswith("b")))
-    assert [found.input for found in batcher.openings(2)] == ["i1", "i2"]
-    assert [found.input for found in batcher.openings(2)] == ["b1"]
+    assert [found.input for found in batcher.openings(1, 1)] == ["i1"]
+    assert [found.input for found in batcher.openings(2, -1)] == ["i2"]
+    assert [found.input for found in batcher.openings(2, 1)] == ["b1"]
+    assert [found.input for found in batcher.openings(2, 2)] == ["b2"]
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), max_size=30), st.integers(1, 7))
