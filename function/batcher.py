@@ -44,6 +44,17 @@ class Ask:
         return kind(f"no {lacking} within {self.timeout_s:g} s" + (" (FUNCTION_TIMEOUT_S)" if self.is_own_deadline else ""))
 
 
+class Recent:
+    """The average of what was seen of late (exponentially weighted); 0 before anything was."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def add(self, seen: float) -> None:
+        """One more."""
+        self.value += (0.2 if self.value else 1.0) * (seen - self.value)
+
+
 class Reply:
     """What one thread waits for and another one gives, once. Half the price of a Future, which is felt in small calls."""
 
@@ -197,15 +208,19 @@ class Batcher:
             if room < 0:
                 break
             calls += 1
-        return calls or min(sum(map(len, self._openings)), self.places)
+        return calls or min(self.waiting_openings(), self.places)
 
     def waiting(self) -> int:
         """Calls and openings that wait."""
-        return sum(map(len, self._calls)) + sum(map(len, self._openings))
+        return sum(map(len, self._calls)) + self.waiting_openings()
 
     def waiting_inputs(self) -> int:
-        """Inputs of the calls that wait, and openings."""
-        return self._inputs + sum(map(len, self._openings))
+        """Inputs of the calls that wait."""
+        return self._inputs
+
+    def waiting_openings(self) -> int:
+        """Streams that wait for a place."""
+        return sum(map(len, self._openings))
 
     def wait(self) -> None:
         """Until something is there; the model is idle."""

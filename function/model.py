@@ -17,7 +17,7 @@ from typing import Any
 
 from function import lean_torch
 from function.agent import InferenceAgent, TensorSpec, load_agent
-from function.batcher import Ask, Batcher, Call, Opening, Reply, Slice, Span
+from function.batcher import Ask, Batcher, Call, Opening, Recent, Reply, Slice, Span
 from function.breaker import Breaker
 from function.errors import CannotStream, ClientGone, FunctionError, NoPlace, TimedOut, Unavailable, told
 from function.settings import FunctionSettings
@@ -60,7 +60,8 @@ class Model:
         self._streams: Streams | None = None
         self._calling_since: float | None = None  # the agent, after it became ready
         self._is_lost = False
-        self._seconds_per_input = 0.0  # of late
+        self._seconds_per_input = Recent()  # from the end of one batch to the end of the next, while inputs were waiting
+        self._computed_at = 0.0  # the last batch
         self._on_failure: Callable[[], object] = lambda: None
 
     def start(self, on_failure: Callable[[], object]) -> None:
@@ -127,9 +128,12 @@ class Model:
         return None
 
     def _full(self) -> Unavailable:
+        drained_s = self.batcher.waiting_inputs() * self._seconds_per_input.value
+        if self._streams:
+            drained_s += self._streams.wait_s(self.batcher.waiting_openings())
         return Unavailable(
             f"{self._settings.queue_limit} requests are waiting already (FUNCTION_QUEUE_LIMIT)",
-            retry_after_s=self.batcher.waiting_inputs() * self._seconds_per_input,
+            retry_after_s=min(drained_s, self._settings.timeout_s),  # by then nobody waits any more who does now
         )
 
     def predict(self, inputs: Sequence[Any], ask: Ask) -> list[Any]:
@@ -289,9 +293,11 @@ class Model:
 
     def _took(self, began: float, slices: Sequence[Slice], inputs: int) -> None:
         """Note how long a batch took: for its callers, for the metrics, for what is said to those who are refused."""
-        seconds = time.monotonic() - began
+        ended = time.monotonic()
+        seconds = ended - began
         self.batcher.computed(seconds, is_idle=not self.active_streams())
-        self._seconds_per_input += 0.2 * (seconds / inputs - self._seconds_per_input)
+        self._seconds_per_input.add((ended - max(self._computed_at, slices[0].call.arrived)) / inputs)
+        self._computed_at = ended
         for part in slices:
             timing, spans = part.call.ask.timing, part.call.ask.spans
             timing.setdefault("queue", began - part.call.arrived)

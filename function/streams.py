@@ -7,13 +7,14 @@ twice as many sequences as share a step: batch work begins only where there is a
 """
 
 import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from function.batcher import Ask, Opening, Span
+from function.batcher import Ask, Opening, Recent, Span
 from function.errors import ClientGone, FunctionError, NoPlace, TimedOut, told
 
 log = logging.getLogger("relight.function")
@@ -31,6 +32,7 @@ class Stream:
     def __init__(self, ask: Ask, on_timeout: Callable[[], object] = lambda: None) -> None:
         """on_timeout: is called when the server's own deadline ends it between two pieces, and not for want of a place."""
         self.ask = ask
+        self.began = math.inf  # to be made, on `time.monotonic`'s clock
         self.is_held = False  # others have all the places; the model's thread says so
         self.sequence: Any = None  # the agent's own object, from its start on; None for an agent that streams one caller at a time
         self._pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -143,14 +145,15 @@ class Made(NamedTuple):
 
 
 class Streams:
-    """The streams that are being made; used by the model's thread alone."""
+    """The streams that are being made; used by the model's thread, others only ask how many, and how long one more will wait."""
 
     def __init__(self, agent: Any, limit: int) -> None:
         """limit: of sequences that share a step."""
         self._agent = agent
         self._shared = hasattr(agent, "step")
         self._limit = limit if self._shared else 1
-        self._active: list[_Entry] = []
+        self._active: list[_Entry] = []  # in the order they began in
+        self._took_s = Recent()  # those that ended, from begin to end
 
     def room(self) -> tuple[int, int]:
         """How many more may begin, interactive ones and batch work; `step` holds batch work for the former.
@@ -165,11 +168,17 @@ class Streams:
         """How many are being made."""
         return len(self._active)
 
+    def wait_s(self, waiting: int) -> float:
+        """How long it will be until so many have found places: as places were left of late, or not left until now."""
+        oldest = next((stream.began for stream, _ in self._active), math.inf)
+        return waiting / self._limit * max(self._took_s.value, time.monotonic() - oldest)
+
     def begin(self, opening: Opening) -> None:
         """Let one join."""
         stream: Stream = opening.stream
         stream.is_held = False
-        now, ask = time.monotonic(), opening.ask
+        stream.began = now = time.monotonic()
+        ask = opening.ask
         ask.timing.setdefault("queue", now - opening.arrived)
         if ask.spans is not None:
             ask.spans.append(Span("queue", opening.arrived, now))
@@ -197,6 +206,8 @@ class Streams:
         pieces = self._next(due)
         ended = self._hand_over(due, pieces)
         self._active = [entry for entry in self._active if entry[0] not in ended]
+        for stream in ended:
+            self._took_s.add(time.monotonic() - stream.began)
         return Made(len(due), sum(_is_for_caller(piece) for piece in pieces))
 
     def _next(self, entries: list[_Entry]) -> Sequence[Any]:
@@ -249,6 +260,7 @@ class Streams:
                 kept.append((stream, made))
                 continue
             stream.end(ClientGone("the caller has hung up"))
+            self._took_s.add(time.monotonic() - stream.began)
             if close := getattr(made, "close", None):  # a generator's, so that what it holds is freed now
                 close()
         self._active = kept
