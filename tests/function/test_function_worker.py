@@ -188,6 +188,51 @@ def test_probes_answer_while_every_thread_waits_for_the_model(start: StartFuncti
     assert (statuses.count(200), statuses.count(503)) == (41, 19)
 
 
+def ended(connection: socket.socket) -> bytes:
+    """All that comes until the function closes the connection."""
+    data = b""
+    while piece := connection.recv(65536):
+        data += piece
+    return data
+
+
+ODD_PROBES = (
+    b"GET /healthz HTTP/1.1\r\nConnection: close\r\n\r\n",
+    b"GET /readyz HTTP/1.1\r\nContent-Length: 10\r\n\r\n",
+    b"GET /readyz HTTP/1.1\r\nTransfer-Encoding: chunked\r\nX_Y: \xff\r\n\r\n",
+    b"GET /healthz HTTP/1.0\r\n\r\n",
+    b"HEAD /healthz?verbose HTTP/1.1\r\nHost: x\r\nHost: y\r\nConnection: close\r\n\r\n",
+    b"GET /metrics HTTP/1.1\r\nContent-Length: 10\r\n\r\n",
+)
+
+
+def test_probes_that_are_odd_are_answered_at_once_whatever_others_do_to_those_who_answer(function: Server) -> None:
+    with ExitStack() as stack:
+        for _ in range(8):  # each of which announces a body that does not come
+            stack.enter_context(connected(function.port)).sendall(b"GET /metrics HTTP/1.1\r\nContent-Length: 10\r\n\r\n")
+        began = time.monotonic()
+        for sent in ODD_PROBES:
+            connection = stack.enter_context(connected(function.port))
+            connection.sendall(sent)
+            head, _, body = ended(connection).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert b"connection: close" in head.lower()
+            assert (body == b"") == sent.startswith(b"HEAD")
+        assert time.monotonic() - began < 4  # such a body is waited for for 5 s
+
+
+def test_a_head_probe_keeps_its_connection(function: Server) -> None:
+    with connected(function.port) as connection:
+        for _ in range(2):
+            connection.sendall(b"HEAD /readyz HTTP/1.1\r\nHost: x\r\n\r\n")
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                head += connection.recv(1)
+            assert b" 200 " in head
+        connection.sendall(post('"a"'))
+        assert answer(connection).json()["input"] == "a"
+
+
 def test_connections_that_send_nothing_take_no_threads(start: StartFunction) -> None:
     port = start(FUNCTION_MAX_BATCH=1, FUNCTION_QUEUE_LIMIT=1).port
     with ExitStack() as stack:
