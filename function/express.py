@@ -148,9 +148,9 @@ class Express:
             errand.failed = error
         return errand
 
-    def refused(self, head: bytes) -> None:
-        """A request was refused with no more than a look at its head, without the empty line at the end."""
-        self._access.refused(head)
+    def refused(self, head: bytes, began: float) -> tuple[Note, dict[str, str]]:
+        """A request is refused with no more than a look at its head, without the empty line at the end: see Access."""
+        return self._access.refused(head, began)
 
     def expire(self, now: float) -> None:
         """Fail the calls whose deadline has come."""

@@ -73,10 +73,6 @@ class Metrics(Observer):
         self._step_seconds.inc(seconds)
         self._pieces.inc(made.pieces)
 
-    def refused(self) -> None:
-        """A request was refused before anybody looked at it."""
-        self.requests.labels("*", "503").inc()
-
     def text(self) -> bytes:
         """The exposition in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -84,7 +84,7 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._polled: dict[int, Connection] = {}  # by file descriptor: those that are with the poller
-        self._refused: deque[tuple[Connection, Unavailable]] = deque()  # who is still to be told
+        self._refused: deque[tuple[Connection, Unavailable, float]] = deque()  # who is still to be told, and since when
         self._tellable = 0.0  # how many may be told now
         self._inbox: deque[Callable[[], object]] = deque()  # what other threads want the loop to do
         self._is_woken = False  # and will look into it
@@ -238,7 +238,7 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         elif _ASIDE.match(conn.head):
             self._aside.submit(self._serve, conn)
         elif refusal := self._refusal(conn):
-            self._refused.append((conn, refusal))
+            self._refused.append((conn, refusal, time.monotonic()))
         else:
             with self._lock:
                 self._busy += 1
@@ -323,25 +323,31 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
             self._tellable -= 1
             self._refuse(*self._refused.popleft())
 
-    def _refuse(self, conn: Connection, refusal: Unavailable) -> None:
+    def _refuse(self, conn: Connection, refusal: Unavailable, began: float) -> None:
         """Say no; the connection is used again if all of the request has come."""
         head, _, rest = conn.head.partition(b"\r\n\r\n")
         length = _LENGTH.search(head + b"\r\n")
         is_whole = self.alive and b"chunked" not in head.lower() and len(rest) == (int(length[1]) if length else 0)
-        path = head.split(b" ", 2)[1].decode("latin-1") if head.count(b" ") > 1 else "/"
         conn.head = b""
-        self.express.refused(head)
+        note, headers = self.express.refused(head, began)
+        wait_s = retry_after(refusal.retry_after_s or 1)
+        said = refusal_reply(str(refusal), wait_s, is_v2=note.path.startswith("/v2/"), close=not is_whole)
+        status, _, others = said.partition(b"\r\n")
+        own = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
         try:
             # It fits into the socket's buffer, which is empty: one request at a time.
-            said = refusal_reply(str(refusal), retry_after(refusal.retry_after_s or 1), is_v2=path.startswith("/v2/"), close=not is_whole)
-            conn.sock.send(said, socket.MSG_DONTWAIT)
+            conn.sock.send(status + b"\r\n" + own + others, socket.MSG_DONTWAIT)
         except OSError:
             self._drop(conn)
-            return
-        if is_whole:
-            self._poll(conn, self.cfg.keepalive)
         else:
-            self._linger(conn)
+            if is_whole:
+                self._poll(conn, self.cfg.keepalive)
+            else:
+                self._linger(conn)
+        if note.is_wanted:
+            if not self._stderr.poll(0):  # who reads the log is late; as many as are refused may not wait for that
+                note.line = None
+            access.finish(note)
 
     def _linger(self, conn: Connection) -> None:
         """Close so that the client can still read what it was told."""

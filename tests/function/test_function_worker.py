@@ -1,6 +1,8 @@
 """The function under load, in trouble and at its end: what `python -m function` does with connections."""
 
 import json
+import re
+import select
 import signal
 import socket
 import struct
@@ -110,6 +112,11 @@ def answer(connection: socket.socket) -> Reply:
     return Reply(int(status.split()[1]), headers, body)
 
 
+def lines(function: Server) -> list[dict[str, Any]]:
+    """Of its log, those about requests."""
+    return [json.loads(line) for line in function.said().splitlines() if line.startswith("{")]
+
+
 def gauge(port: int, name: str) -> float:
     lines = request(port, "GET", "/metrics").body.decode().splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
@@ -140,6 +147,34 @@ def test_beyond_the_queue_callers_are_told_at_once_and_when_to_come_back(
         assert time.monotonic() - began < 1
     gate.touch()
     assert [future.result().status for future in kept] == [200, 200, 200]
+
+
+def test_a_refused_caller_has_an_id_and_a_line_in_the_log_too(start: StartFunction, gate: Path, pool: ThreadPoolExecutor) -> None:
+    function = start(FUNCTION_MAX_BATCH=1, FUNCTION_QUEUE_LIMIT=1)
+    port = function.port
+    kept = [ask(pool, port, "wait")]
+    wait_until("the model is at it", lambda: gauge(port, "function_instances_total") == 1 and gauge(port, "function_waiting") == 0)
+    kept.append(ask(pool, port, "wait"))
+    wait_until("the queue", lambda: gauge(port, "function_waiting") == 1)
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    told = request(port, "POST", "/v2/models/m/infer?x=1", "a", {"X-Request-Id": "mine", "traceparent": trace})
+    assert (told.status, told.headers["x-request-id"]) == (503, "mine")
+    assert "FUNCTION_QUEUE_LIMIT" in told.json()["error"]
+    assert re.fullmatch(r"total;dur=[\d.]+", told.headers["server-timing"])
+    with connected(port) as connection:
+        connection.sendall(post('"a"', "X-Request-Id: not one\x07", "traceparent: " + "é" * 20_000, path="/" + "\x01" * 20_000))
+        made = answer(connection)
+    assert made.status == 503
+    assert re.fullmatch("[0-9a-f]{32}", made.headers["x-request-id"])
+    first, second = wait_until("both lines", lambda: len(found := lines(function)) == 2 and found)
+    about = {name: first[name] for name in ("request_id", "traceparent", "method", "path", "status")}
+    assert about == {"request_id": "mine", "traceparent": trace, "method": "POST", "path": "/v2/models/m/infer", "status": 503}
+    assert first["total_s"] >= 0
+    assert second["request_id"] == made.headers["x-request-id"]
+    assert max(map(len, function.log.read_bytes().splitlines())) < select.PIPE_BUF  # the loop would wait for a longer one
+    assert gauge(port, 'function_requests_total{code="503",route="*"}') == 2
+    gate.touch()
+    assert [future.result().status for future in kept] == [200, 200]
 
 
 def test_a_refused_caller_may_ask_again_over_the_same_connection(start: StartFunction, gate: Path, pool: ThreadPoolExecutor) -> None:
