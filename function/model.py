@@ -35,7 +35,7 @@ class Observer:
     """Is told what the model does, in the model's thread; this one does nothing with it."""
 
     def batch(self, inputs: int, seconds: float, waited_s: Sequence[float]) -> None:
-        """The agent predicted. waited_s: each call's wait in the queue."""
+        """The agent predicted. waited_s: in the queue, of each call that was taken up with it."""
 
     def step(self, made: Made, seconds: float) -> None:
         """The agent went on with streams."""
@@ -298,15 +298,19 @@ class Model:
         self.batcher.computed(seconds, is_idle=not self.active_streams())
         self._seconds_per_input.add((ended - max(self._computed_at, slices[0].call.arrived)) / inputs)
         self._computed_at = ended
+        waited_s: list[float] = []
         for part in slices:
             timing, spans = part.call.ask.timing, part.call.ask.spans
+            is_first = part.call.taken == len(part.inputs)  # of a call in several batches
+            if is_first:
+                waited_s.append(began - part.call.arrived)
             timing.setdefault("queue", began - part.call.arrived)
             timing["model"] = timing.get("model", 0.0) + seconds
             if spans is not None:
-                if part.call.taken == len(part.inputs):  # its first batch
+                if is_first:
                     spans.append(Span("queue", part.call.arrived, began))
                 spans.append(Span("model", began, began + seconds, inputs))
-        self.observer.batch(inputs, seconds, [began - part.call.arrived for part in slices])
+        self.observer.batch(inputs, seconds, waited_s)
 
     def _predict_apart(self, agent: InferenceAgent, slices: Sequence[Slice]) -> None:
         for part in slices:
