@@ -212,7 +212,8 @@ class Batcher:
 
     def waiting(self) -> int:
         """Calls and openings that wait."""
-        return sum(map(len, self._calls)) + self.waiting_openings()
+        (interactive, batch), (first, last) = self._calls, self._openings
+        return len(interactive) + len(batch) + len(first) + len(last)  # asked several times for each request
 
     def waiting_inputs(self) -> int:
         """Inputs of the calls that wait."""
@@ -278,8 +279,10 @@ class Batcher:
 
     def openings(self, interactive: int, batch: int) -> list[Opening]:
         """The next streams to begin: so many at most, and if there is batch work among them no more than `batch`."""
+        taken: list[Opening] = []
+        if not any(self._openings):
+            return taken
         with self._lock:
-            taken: list[Opening] = []
             now = self._clock()
             for queue, room in zip(self._openings, (interactive, batch), strict=True):
                 while queue and len(taken) < room:

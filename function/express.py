@@ -116,8 +116,8 @@ class Express:
 
     def probe(self, request: Request) -> Answer | None:
         """The answer to a probe; None if it is another request."""
-        path = request.path.partition("?")[0]
-        view = self._probes.get(path) if request.method != "POST" else None
+        path = request.path.partition("?")[0] if request.method != "POST" else ""
+        view = self._probes.get(path)
         if view is None:
             return None
         note = self._access.begin(request.method, path, request.headers)
