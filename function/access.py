@@ -19,6 +19,9 @@ _ID = re.compile(r"[!-~]{1,128}")
 # Asked every second; a line or a trace for each would bury what matters.
 _QUIET = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
 NO_ROUTE = "none"
+REFUSED = "*"  # any of them
+# A line of the log is to fit into any pipe that is ready (4096 bytes), even if each character is written as six.
+_MOST_PATH, _MOST_METHOD, _MOST_TRACEPARENT = 400, 20, 64
 
 
 class Headers(Protocol):
@@ -94,7 +97,8 @@ class Access:
         """The answer is known; returns headers for it. When it is out, `finish` the note, if it is wanted."""
         seconds = time.monotonic() - note.began
         self._metrics.requests.labels(route, str(status)).inc()
-        self._metrics.seconds.labels(route).observe(seconds)
+        if route != REFUSED:  # those take no time, and may be many
+            self._metrics.seconds.labels(route).observe(seconds)
         if self._is_logged and route not in _QUIET:
             note.line = {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -113,16 +117,16 @@ class Access:
             "Server-Timing": ", ".join(f"{name};dur={found * 1000:.2f}" for name, found in timing.items()),
         }
 
-    def refused(self, head: bytes) -> None:
-        """A request was answered 503 before anybody looked at it. It has no line, as there may be a thousand a second."""
-        self._metrics.refused()
-        if self._trace:
-            first, *lines = head.decode("latin-1").split("\r\n")
-            method, path, *_ = *first.split(" "), "", ""
-            headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-            note = self.begin(method, path.partition("?")[0], headers)
-            note.status = 503
-            self._trace(note)
+    def refused(self, head: bytes, began: float) -> tuple[Note, dict[str, str]]:
+        """A request is answered 503 before anybody has looked at more than its head; returns what `begin` and `end` do."""
+        first, *lines = head.decode("latin-1").split("\r\n")
+        method, path, *_ = *first.split(" "), "", ""
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        note = self.begin(method[:_MOST_METHOD], path.partition("?")[0][:_MOST_PATH], headers)
+        note.began, note.traceparent = began, note.traceparent and note.traceparent[:_MOST_TRACEPARENT]
+        said = self.end(note, REFUSED, 503)
+        note.route = NO_ROUTE  # to a trace that is none
+        return note, said
 
 
 def finish(note: Note) -> None:

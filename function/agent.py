@@ -46,7 +46,8 @@ class InferenceAgent(Protocol):
     - `warm_up(self) -> None`: called once after `load` and before the first request;
     - `stream(self, input) -> Iterator`: the pieces of one answer as they are made; or, better,
     - `start(self, input) -> sequence` and `step(self, sequences) -> list`: a sequence is an answer being made, an object of the agent's
-      own; `step` makes the next piece of each, None at its end, so that all share a forward pass. Sequences come and go between steps. Of
+      own; `step` makes the next piece of each, None at its end, so that all share a forward pass. Sequences come and go between steps, and
+      one may be left out of some (batch work, when interactive callers want its place): twice FUNCTION_MAX_BATCH may be held at once. Of
       a sequence that has them, `prompt_tokens`, `completion_tokens` and `finish_reason` ("stop", "length") are told to the caller;
     - `inputs` and `outputs`, lists of TensorSpec: what `/v2/models/<name>` says; without them one BYTES tensor each, one row an input.
     """

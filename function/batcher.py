@@ -1,9 +1,9 @@
 """What waits for the model, and which of it is next.
 
 Calls wait in two classes, interactive and batch; a batch of inputs is made of one class only, interactive while there is any, so that
-batch work delays an interactive caller by the one batch that is running at most. A long call is taken in pieces of a batch each. Nobody
-is waited for unless company is likely: if the last batch held several calls, its callers are about to ask again (adaptive batching as
-in Clipper, NSDI 2017); and never for longer than a batch takes.
+batch work delays an interactive caller by the one batch that is running at most. A long call is taken in pieces of a batch each. Streams
+of the two classes share steps, see there. Nobody is waited for unless company is likely: if the last batch held several calls, its
+callers are about to ask again (adaptive batching as in Clipper, NSDI 2017); and never for longer than a batch takes.
 """
 
 import math
@@ -12,9 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from function.errors import ClientGone, TimedOut
+
+SWEEP_S = 0.02  # between two looks at all that wait for those who do not any more
 
 
 class Span(NamedTuple):
@@ -37,9 +39,20 @@ class Ask:
     timing: dict[str, float] = field(default_factory=dict)  # seconds in the queue and in the model, noted as they pass
     spans: list[Span] | None = None  # the same one by one; None if nobody wants to know
 
-    def late(self) -> TimedOut:
+    def late(self, lacking: str = "answer", kind: type[TimedOut] = TimedOut) -> TimedOut:
         """What the caller is told at the deadline."""
-        return TimedOut(f"no answer within {self.timeout_s:g} s" + (" (FUNCTION_TIMEOUT_S)" if self.is_own_deadline else ""))
+        return kind(f"no {lacking} within {self.timeout_s:g} s" + (" (FUNCTION_TIMEOUT_S)" if self.is_own_deadline else ""))
+
+
+class Recent:
+    """The average of what was seen of late (exponentially weighted); 0 before anything was."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def add(self, seen: float) -> None:
+        """One more."""
+        self.value += (0.2 if self.value else 1.0) * (seen - self.value)
 
 
 class Reply:
@@ -125,6 +138,16 @@ class Opening:
     arrived: float
     stream: Any
 
+    def is_over(self, now: float) -> bool:
+        """Whether nobody waits for it any more; says so to whoever does."""
+        if not self.stream.is_wanted():
+            self.stream.end(ClientGone("the caller has hung up"))
+        elif now >= self.arrived + self.ask.timeout_s:
+            self.stream.end(self.stream.late())
+        else:
+            return False
+        return True
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -138,7 +161,7 @@ class Batcher:
     """The queue in front of one model: filled from any thread, emptied by the model's."""
 
     def __init__(self, *, max_batch: int, wait_s: float, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """max_batch: inputs; wait_s: the longest wait for company; limit: calls and openings that may wait."""
+        """max_batch: inputs; wait_s: the longest wait for company; limit: calls and openings that may wait, beside what is computed."""
         self._max_batch = max_batch
         self._wait_s = wait_s
         self._limit = limit
@@ -147,7 +170,10 @@ class Batcher:
         self._calls: tuple[deque[Call], deque[Call]] = deque(), deque()  # interactive, batch
         self._openings: tuple[deque[Opening], deque[Opening]] = deque(), deque()
         self._inputs = 0  # that wait
+        self._swept = -math.inf  # when those who do not wait any more were last looked for
+        self._is_idle = True  # nothing is being computed, so that the model takes what comes at once
         self._company = 1  # calls in the last batch
+        self.places = max_batch  # streams that an idle model lets begin at once
         self.took_s = math.inf  # the last batch, in the model; a wait is never worth more than that
 
     def put(self, item: Call | Opening) -> bool:
@@ -164,21 +190,48 @@ class Batcher:
             return True
 
     def is_full(self) -> bool:
-        """Whether no more may wait."""
-        return self.waiting() >= self._limit
+        """Whether no more may wait. What an idle model takes at once does not count, although on a busy machine its thread comes late."""
+        if self.waiting() < self._limit:
+            return False
+        with self._lock:
+            self._sweep()
+            return self.waiting() - self._taken_at_once() >= self._limit
+
+    def _taken_at_once(self) -> int:
+        """How many of those that wait an idle model takes together: those that fit into its next batch, or else the streams there is a
+        place for."""
+        if not self._is_idle:
+            return 0
+        room, calls = self._max_batch, 0
+        for call in self._calls[0] or self._calls[1]:
+            room -= len(call.inputs) - call.taken
+            if room < 0:
+                break
+            calls += 1
+        return calls or min(self.waiting_openings(), self.places)
 
     def waiting(self) -> int:
         """Calls and openings that wait."""
-        return sum(map(len, self._calls)) + sum(map(len, self._openings))
+        (interactive, batch), (first, last) = self._calls, self._openings
+        return len(interactive) + len(batch) + len(first) + len(last)  # asked several times for each request
 
     def waiting_inputs(self) -> int:
-        """Inputs of the calls that wait, and openings."""
-        return self._inputs + sum(map(len, self._openings))
+        """Inputs of the calls that wait."""
+        return self._inputs
+
+    def waiting_openings(self) -> int:
+        """Streams that wait for a place."""
+        return sum(map(len, self._openings))
 
     def wait(self) -> None:
-        """Until something is there."""
+        """Until something is there; the model is idle."""
         with self._lock:
+            self._is_idle = True
             self._lock.wait_for(lambda: any(self._calls) or any(self._openings))
+
+    def computed(self, seconds: float, *, is_idle: bool) -> None:
+        """A batch is done; its callers are about to be told. is_idle: the model takes the next at once."""
+        self.took_s, self._is_idle = seconds, is_idle
 
     def batch(self, *, may_wait: bool) -> list[Slice]:
         """The next inputs for the model, empty if none wait. may_wait: for company, if it is likely."""
@@ -192,8 +245,21 @@ class Batcher:
                 )
             slices = list(self._slices(self._calls[0])) or list(self._slices(self._calls[1]))
             if slices:
-                self._company = len(slices)
+                self._company, self._is_idle = len(slices), False
+            if self.waiting():  # whose turn may be far off
+                self._sweep()
             return slices
+
+    def _sweep(self) -> None:
+        """Drop what nobody waits for any more, wherever it stands: it would keep others out."""
+        now = self._clock()
+        if now < self._swept + SWEEP_S:
+            return
+        self._swept = now
+        for calls in self._calls:
+            self._inputs -= sum(len(call.inputs) - call.taken for call in _sift(calls, now))
+        for openings in self._openings:
+            _sift(openings, now)
 
     def _slices(self, queue: deque[Call]) -> Iterator[Slice]:
         room, now = self._max_batch, self._clock()
@@ -211,11 +277,34 @@ class Batcher:
                 queue.popleft()
             yield Slice(call, inputs)
 
-    def openings(self, room: int) -> list[Opening]:
-        """The next streams to begin, `room` at most."""
-        with self._lock:
-            taken: list[Opening] = []
-            for queue in self._openings:
-                while queue and len(taken) < room:
-                    taken.append(queue.popleft())
+    def openings(self, interactive: int, batch: int) -> list[Opening]:
+        """The next streams to begin: so many at most, and if there is batch work among them no more than `batch`."""
+        taken: list[Opening] = []
+        if not any(self._openings):
             return taken
+        with self._lock:
+            now = self._clock()
+            for queue, room in zip(self._openings, (interactive, batch), strict=True):
+                while queue and len(taken) < room:
+                    opening = queue.popleft()
+                    if not opening.is_over(now):
+                        taken.append(opening)
+                for opening in queue:
+                    opening.stream.is_held = True
+            self._is_idle = self._is_idle and not taken
+            return taken
+
+
+_Item = TypeVar("_Item", Call, Opening)
+
+
+def _sift(queue: deque[_Item], now: float) -> list[_Item]:
+    """Take those out that are over; returns them."""
+    kept: list[_Item] = []
+    over: list[_Item] = []
+    for item in queue:
+        (over if item.is_over(now) else kept).append(item)
+    if over:
+        queue.clear()
+        queue.extend(kept)
+    return over

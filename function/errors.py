@@ -104,6 +104,10 @@ class TimedOut(FunctionError):
     type = "timed_out"
 
 
+class NoPlace(TimedOut):
+    """The same for a stream that others left no place until then: the model itself is well."""
+
+
 def told(error: Exception) -> FunctionError:
     """What the caller is told of what the agent raised; the log has the rest."""
     if isinstance(error, FunctionError):

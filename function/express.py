@@ -22,11 +22,15 @@ MOST_BYTES = 16 * 1024  # of head and body together; more than that would keep t
 
 # A subset of what gunicorn accepts, with the same meaning. Names with `_`, values with anything but printable ASCII and other line ends
 # are for gunicorn to judge.
-_HEAD = re.compile(rb"(GET|POST) (/[!-~]*) HTTP/1\.1\r\n((?:[A-Za-z0-9-]+:[ -~]*\r\n)*)\r\n")
+_HEAD = re.compile(rb"(GET|HEAD|POST) (/[!-~]*) HTTP/1\.1\r\n((?:[A-Za-z0-9-]+:[ -~]*\r\n)*)\r\n")
 _MOST_HEAD_BYTES, _MOST_HEADERS = 4000, 100  # within gunicorn's limits; and a line of the log fits into any pipe that is ready
 _EXTRAORDINARY = {"content-encoding", "expect", "te", "trailer", "transfer-encoding", "upgrade"}
 _EXTRAORDINARY |= {"x-forwarded-protocol", "x-forwarded-ssl"}  # which gunicorn compares with x-forwarded-proto
 _EVENT = "ce-"  # begins the headers of one
+# What is enough of any other GET or HEAD
+_FIRST_LINE = re.compile(rb"(GET|HEAD) (/[!-~]*) HTTP/1\.([01])\r\n")
+_LINE = re.compile(r"[A-Za-z0-9_-]+:[^\r\n]*")
+_ENDING = {"connection", "content-length", "expect", "transfer-encoding", "upgrade"}  # say where a request ends, or what follows
 
 
 class Request(NamedTuple):
@@ -37,6 +41,7 @@ class Request(NamedTuple):
     headers: Mapping[str, str]  # by name, in lower case
     body: bytes
     rest: bytes  # what came behind it
+    is_last: bool = False  # no other can follow, as nobody has looked where it ends
 
 
 class Answer(NamedTuple):
@@ -64,12 +69,23 @@ def read(data: bytes) -> Request | None:
     if headers.get("connection", "keep-alive").lower() != "keep-alive":
         return None
     method, size = found[1].decode(), headers.get("content-length")
-    if (size is None) != (method == "GET") or not (size or "0").isdecimal():  # a GET has no body, a POST says how long its is
+    if (size is None) != (method != "POST") or not (size or "0").isdecimal():  # a GET has no body, a POST says how long its is
         return None
     begin, end = found.end(), found.end() + int(size or 0)
     if end > len(data):
         return None
     return Request(method, found[2].decode(), headers, data[begin:end], data[end:])
+
+
+def glance(data: bytes) -> Request | None:
+    """The same of a GET or HEAD that is not ordinary, for answers that depend on nothing else of it. Its body, if it has one, is left."""
+    found, end = _FIRST_LINE.match(data), data.find(b"\r\n\r\n")
+    if not found or end < 0:
+        return None
+    lines = [line for line in data[found.end() : end].decode("latin-1").split("\r\n") if line]
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    is_last = found[3] == b"0" or not _ENDING.isdisjoint(headers) or not all(map(_LINE.fullmatch, lines))
+    return Request(found[1].decode(), found[2].decode(), headers, b"", b"" if is_last else data[end + 4 :], is_last)
 
 
 class Errand:
@@ -90,7 +106,7 @@ class Express:
     """Answers for one function; used by the worker's loop alone."""
 
     def __init__(self, function: Function, access: Access, gate: Gate, probes: Mapping[str, Callable[[], flask.Response]]) -> None:
-        """probes: by path, what answers a GET at once."""
+        """probes: by path, what answers a GET or HEAD at once, whoever asks."""
         self._function = function
         self._access = access
         self._gate = gate
@@ -100,15 +116,17 @@ class Express:
 
     def probe(self, request: Request) -> Answer | None:
         """The answer to a probe; None if it is another request."""
-        view = self._probes.get(request.path) if request.method == "GET" else None
+        path = request.path.partition("?")[0] if request.method != "POST" else ""
+        view = self._probes.get(path)
         if view is None:
             return None
-        note = self._access.begin(request.method, request.path, request.headers)
+        note = self._access.begin(request.method, path, request.headers)
         try:
             response = view()
         except Exception as error:  # noqa: BLE001  see `failure`
-            response = failure(error, request.method, request.path)
-        return self._answer(response, note, request.path)
+            response = failure(error, request.method, path)
+        answer = self._answer(response, note, path)
+        return answer._replace(body=b"") if request.method == "HEAD" else answer
 
     def begin(self, request: Request, sock: Any, then: Callable[[Errand], object]) -> Errand | None:
         """Begin a prediction; None if the request is no ordinary one. `then` is called from any thread, unless it has failed already."""
@@ -130,9 +148,9 @@ class Express:
             errand.failed = error
         return errand
 
-    def refused(self, head: bytes) -> None:
-        """A request was refused with no more than a look at its head, without the empty line at the end."""
-        self._access.refused(head)
+    def refused(self, head: bytes, began: float) -> tuple[Note, dict[str, str]]:
+        """A request is refused with no more than a look at its head, without the empty line at the end: see Access."""
+        return self._access.refused(head, began)
 
     def expire(self, now: float) -> None:
         """Fail the calls whose deadline has come."""

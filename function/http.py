@@ -29,7 +29,7 @@ from function.errors import (
 from function.metrics import Metrics
 from function.model import Model
 from function.settings import FunctionSettings
-from function.streams import Stream
+from function.streams import Stream, is_empty
 
 log = logging.getLogger("relight.function")
 
@@ -229,7 +229,7 @@ def events(
         try:
             yield from first
             for piece in stream.pieces(HEARTBEAT_S):
-                if piece != "":  # a sign of life, of text that is held back
+                if not is_empty(piece):
                     yield b": still working\n\n" if piece is None else event(shape(piece))
             yield from last()
         except Exception as error:  # noqa: BLE001  `told` logs it

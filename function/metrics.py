@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from function.model import Model, Observer
+from function.streams import Made
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -51,7 +52,7 @@ class Metrics(Observer):
         )
         self._steps = Histogram("function_step_sequences", "Streams that shared a step.", buckets=_SIZES, registry=self.registry)
         self._step_seconds = Counter("function_step_seconds", "Seconds spent in steps.", registry=self.registry)
-        self._pieces = Counter("function_pieces", "Pieces of streams that were made.", registry=self.registry)
+        self._pieces = Counter("function_pieces", "Pieces of streams that were made for callers.", registry=self.registry)
         model.observer = self
 
     def watch_memory(self, kept: Callable[[], tuple[int, int]]) -> None:
@@ -66,15 +67,11 @@ class Metrics(Observer):
         for wait_s in waited_s:
             self._queue_seconds.observe(wait_s)
 
-    def step(self, sequences: int, seconds: float) -> None:
-        """The model made a piece of each of these streams."""
-        self._steps.observe(sequences)
+    def step(self, made: Made, seconds: float) -> None:
+        """The model went on with streams."""
+        self._steps.observe(made.sequences)
         self._step_seconds.inc(seconds)
-        self._pieces.inc(sequences)
-
-    def refused(self) -> None:
-        """A request was refused before anybody looked at it."""
-        self.requests.labels("*", "503").inc()
+        self._pieces.inc(made.pieces)
 
     def text(self) -> bytes:
         """The exposition in Prometheus' text format."""

@@ -17,11 +17,11 @@ from typing import Any
 
 from function import lean_torch
 from function.agent import InferenceAgent, TensorSpec, load_agent
-from function.batcher import Ask, Batcher, Call, Opening, Reply, Slice, Span
+from function.batcher import Ask, Batcher, Call, Opening, Recent, Reply, Slice, Span
 from function.breaker import Breaker
-from function.errors import CannotStream, ClientGone, FunctionError, TimedOut, Unavailable, told
+from function.errors import CannotStream, ClientGone, FunctionError, NoPlace, TimedOut, Unavailable, told
 from function.settings import FunctionSettings
-from function.streams import Stream, Streams
+from function.streams import Made, Stream, Streams
 from weights_cache.environment import SettingsError
 from weights_cache.errors import WeightsError
 from weights_cache.reader import Weights
@@ -35,10 +35,10 @@ class Observer:
     """Is told what the model does, in the model's thread; this one does nothing with it."""
 
     def batch(self, inputs: int, seconds: float, waited_s: Sequence[float]) -> None:
-        """The agent predicted. waited_s: each call's wait in the queue."""
+        """The agent predicted. waited_s: in the queue, of each call that was taken up with it."""
 
-    def step(self, sequences: int, seconds: float) -> None:
-        """The agent made a piece of each of these."""
+    def step(self, made: Made, seconds: float) -> None:
+        """The agent went on with streams."""
 
 
 class Model:
@@ -60,7 +60,8 @@ class Model:
         self._streams: Streams | None = None
         self._calling_since: float | None = None  # the agent, after it became ready
         self._is_lost = False
-        self._seconds_per_input = 0.0  # of late
+        self._seconds_per_input = Recent()  # from the end of one batch to the end of the next, while inputs were waiting
+        self._computed_at = 0.0  # the last batch
         self._on_failure: Callable[[], object] = lambda: None
 
     def start(self, on_failure: Callable[[], object]) -> None:
@@ -127,9 +128,12 @@ class Model:
         return None
 
     def _full(self) -> Unavailable:
+        drained_s = self.batcher.waiting_inputs() * self._seconds_per_input.value
+        if self._streams:
+            drained_s += self._streams.wait_s(self.batcher.waiting_openings())
         return Unavailable(
             f"{self._settings.queue_limit} requests are waiting already (FUNCTION_QUEUE_LIMIT)",
-            retry_after_s=self.batcher.waiting_inputs() * self._seconds_per_input,
+            retry_after_s=min(drained_s, self._settings.timeout_s),  # by then nobody waits any more who does now
         )
 
     def predict(self, inputs: Sequence[Any], ask: Ask) -> list[Any]:
@@ -216,19 +220,21 @@ class Model:
 
     def _serve(self, agent: InferenceAgent) -> None:
         streams = self._streams = Streams(agent, self._settings.max_batch)
+        self.batcher.places, _ = streams.room()
         while True:
             if not streams.active:
                 self.batcher.wait()
             if slices := self.batcher.batch(may_wait=not streams.active):
                 self._predict(agent, slices)
-            for opening in self.batcher.openings(streams.room):
+            for opening in self.batcher.openings(*streams.room()):
                 with self._calling():
                     streams.begin(opening)
             if streams.active:
-                began, active = time.monotonic(), streams.active
+                began = time.monotonic()
                 with self._calling():
-                    streams.step()
-                self.observer.step(active, time.monotonic() - began)
+                    made = streams.step()
+                if made.sequences:
+                    self.observer.step(made, time.monotonic() - began)
 
     def _bring_up(self) -> InferenceAgent:
         if self._settings.lean_torch:
@@ -287,17 +293,24 @@ class Model:
 
     def _took(self, began: float, slices: Sequence[Slice], inputs: int) -> None:
         """Note how long a batch took: for its callers, for the metrics, for what is said to those who are refused."""
-        seconds = self.batcher.took_s = time.monotonic() - began
-        self._seconds_per_input += 0.2 * (seconds / inputs - self._seconds_per_input)
+        ended = time.monotonic()
+        seconds = ended - began
+        self.batcher.computed(seconds, is_idle=not self.active_streams())
+        self._seconds_per_input.add((ended - max(self._computed_at, slices[0].call.arrived)) / inputs)
+        self._computed_at = ended
+        waited_s: list[float] = []
         for part in slices:
             timing, spans = part.call.ask.timing, part.call.ask.spans
+            is_first = part.call.taken == len(part.inputs)  # of a call in several batches
+            if is_first:
+                waited_s.append(began - part.call.arrived)
             timing.setdefault("queue", began - part.call.arrived)
             timing["model"] = timing.get("model", 0.0) + seconds
             if spans is not None:
-                if part.call.taken == len(part.inputs):  # its first batch
+                if is_first:
                     spans.append(Span("queue", part.call.arrived, began))
                 spans.append(Span("model", began, began + seconds, inputs))
-        self.observer.batch(inputs, seconds, [began - part.call.arrived for part in slices])
+        self.observer.batch(inputs, seconds, waited_s)
 
     def _predict_apart(self, agent: InferenceAgent, slices: Sequence[Slice]) -> None:
         for part in slices:
@@ -334,7 +347,7 @@ class Model:
 def _is_in_time(ask: Ask, error: BaseException | None) -> bool | None:
     """What a call that ended says about the model: it came back (if only to say no), it did not, or (None) neither."""
     if isinstance(error, TimedOut):
-        return False if ask.is_own_deadline else None
+        return False if ask.is_own_deadline and not isinstance(error, NoPlace) else None
     return True if error is None or (isinstance(error, FunctionError) and not isinstance(error, ClientGone | Unavailable)) else None
 
 

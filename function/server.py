@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gunicorn import sock
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from prometheus_client import start_http_server
@@ -33,7 +34,28 @@ log = logging.getLogger("relight.function")
 # When this process was asked for, on `time.monotonic`'s clock; None if that is when the kernel started it. See fork_server.
 asked_at: float | None = None
 
+_HURRY_S = 2.0  # for a worker to leave that is told to a second time
 _AFTERTHOUGHTS = ("Shutting down: Master", "Reason: Worker failed to boot.")
+
+
+class _Master(Arbiter):  # type: ignore[misc]  # gunicorn has no types
+    """gunicorn's own, but for its end: it looks for the worker's ten times a second, and waits once more after that."""
+
+    LISTENERS: list[Any]
+
+    def stop(self, graceful: bool = True) -> None:
+        """End the worker, and wait for that for the grace time at most. Called by gunicorn."""
+        sock.close_sockets(self.LISTENERS, unlink=False)
+        self.LISTENERS = []
+        self.kill_workers(signal.SIGTERM if graceful else signal.SIGQUIT)
+        ends = time.monotonic() + self.cfg.graceful_timeout
+        while self.WORKERS and (left_s := ends - time.monotonic()) > 0:
+            if not {signal.SIGINT, signal.SIGQUIT}.isdisjoint(self.wait_for_signals(left_s)):  # SIGCHLD is one, too
+                self.kill_workers(signal.SIGQUIT)
+                ends = min(ends, time.monotonic() + _HURRY_S)
+            self.reap_workers()
+        self.kill_workers(signal.SIGKILL)
+        self.reap_workers()
 
 
 class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
@@ -45,6 +67,10 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
         self._started_at = started_at
         self._model: Model | None = None
         super().__init__()
+
+    def run(self) -> None:
+        """Serve until told to end; then SystemExit."""
+        _Master(self).run()
 
     def load_config(self) -> None:
         """Called by gunicorn."""

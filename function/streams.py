@@ -1,18 +1,21 @@
 """Answers that are made piece by piece, as the caller's thread and the model's see them.
 
 The model's thread runs all sequences together, a step at a time (iteration-level scheduling as in Orca, OSDI 2022): they join and leave
-between steps.
+between steps. When interactive ones want the places of batch work, that is left out of steps until there is a place again: its sequences
+stay as they are, with what memory they have (preemption as in Orca's successors, without recomputing or swapping). So there are at most
+twice as many sequences as share a step: batch work begins only where there is a place for it beside all others.
 """
 
 import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from function.batcher import Ask, Opening, Span
-from function.errors import ClientGone, FunctionError, TimedOut, told
+from function.batcher import Ask, Opening, Recent, Span
+from function.errors import ClientGone, FunctionError, NoPlace, TimedOut, told
 
 log = logging.getLogger("relight.function")
 
@@ -27,8 +30,10 @@ class Stream:
     """One answer; iterate over it for its pieces, and close it. The caller's side."""
 
     def __init__(self, ask: Ask, on_timeout: Callable[[], object] = lambda: None) -> None:
-        """on_timeout: is called when the server's own deadline ends it between two pieces."""
+        """on_timeout: is called when the server's own deadline ends it between two pieces, and not for want of a place."""
         self.ask = ask
+        self.began = math.inf  # to be made, on `time.monotonic`'s clock
+        self.is_held = False  # others have all the places; the model's thread says so
         self.sequence: Any = None  # the agent's own object, from its start on; None for an agent that streams one caller at a time
         self._pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -59,8 +64,8 @@ class Stream:
             else:
                 try:
                     piece = self._next(left_s)
-                except TimedOut:
-                    if self.ask.is_own_deadline:
+                except TimedOut as error:
+                    if self.ask.is_own_deadline and not isinstance(error, NoPlace):
                         self._on_timeout()
                     raise
 
@@ -88,12 +93,14 @@ class Stream:
             if not is_deadline:
                 raise
             self.close()
-            raise TimedOut(
-                f"no piece within {self.ask.timeout_s:g} s" + (" (FUNCTION_TIMEOUT_S)" if self.ask.is_own_deadline else "")
-            ) from None
+            raise self.late() from None
         if isinstance(piece, Exception):
             raise piece
         return piece
+
+    def late(self) -> TimedOut:
+        """What the caller is told at the deadline."""
+        return self.ask.late("place among the streams", NoPlace) if self.is_held else self.ask.late("piece")
 
     def close(self) -> None:
         """No more pieces are wanted; its place is free before the next step."""
@@ -121,36 +128,57 @@ class Stream:
 _Entry = tuple[Stream, Any]  # with the agent's sequence, or the iterator that `stream` gave
 
 
+def is_empty(piece: Any) -> bool:
+    """Whether it is a text without any: a sign of life, while text is held back or a prompt is taken in."""
+    return isinstance(piece, str) and not piece
+
+
+def _is_for_caller(piece: Any) -> bool:
+    return piece is not None and not is_empty(piece) and not isinstance(piece, FunctionError)
+
+
+class Made(NamedTuple):
+    """What a step made."""
+
+    sequences: int  # that shared it
+    pieces: int  # for callers; neither an end nor an empty text is one
+
+
 class Streams:
-    """The streams that are being made; used by the model's thread alone."""
+    """The streams that are being made; used by the model's thread, others only ask how many, and how long one more will wait."""
 
     def __init__(self, agent: Any, limit: int) -> None:
         """limit: of sequences that share a step."""
         self._agent = agent
         self._shared = hasattr(agent, "step")
         self._limit = limit if self._shared else 1
-        self._active: list[_Entry] = []
+        self._active: list[_Entry] = []  # in the order they began in
+        self._took_s = Recent()  # those that ended, from begin to end
 
-    @property
-    def room(self) -> int:
-        """How many more may begin."""
-        return self._limit - len(self._active)
+    def room(self) -> tuple[int, int]:
+        """How many more may begin, interactive ones and batch work; `step` holds batch work for the former.
+
+        An agent that streams one caller at a time goes on with that one to its end.
+        """
+        free = self._limit - len(self._active)
+        return (self._limit - sum(not stream.ask.is_batch for stream, _ in self._active) if self._shared else free), free
 
     @property
     def active(self) -> int:
         """How many are being made."""
         return len(self._active)
 
+    def wait_s(self, waiting: int) -> float:
+        """How long it will be until so many have found places: as places were left of late, or not left until now."""
+        oldest = next((stream.began for stream, _ in self._active), math.inf)
+        return waiting / self._limit * max(self._took_s.value, time.monotonic() - oldest)
+
     def begin(self, opening: Opening) -> None:
         """Let one join."""
         stream: Stream = opening.stream
-        if not stream.is_wanted():
-            stream.end(ClientGone("the caller has hung up"))
-            return
-        now, ask = time.monotonic(), opening.ask
-        if now >= opening.arrived + ask.timeout_s:
-            stream.end(TimedOut("it waited too long"))
-            return
+        stream.is_held = False
+        stream.began = now = time.monotonic()
+        ask = opening.ask
         ask.timing.setdefault("queue", now - opening.arrived)
         if ask.spans is not None:
             ask.spans.append(Span("queue", opening.arrived, now))
@@ -163,27 +191,33 @@ class Streams:
         except Exception as error:  # noqa: BLE001  it is told apart there
             stream.end(told(error))
 
-    def step(self) -> None:
-        """One piece more for each whose reader keeps up."""
+    def step(self) -> Made:
+        """One piece more for each whose reader keeps up; interactive ones first, if there are too many."""
         self._drop_unwanted()
-        due: list[_Entry] = []
-        waiting: list[_Entry] = []
-        for entry in self._active:
-            (waiting if entry[0].is_ahead() else due).append(entry)
-        if due:
-            self._active = self._advance(due) + waiting
-        elif waiting:
-            time.sleep(PAUSE_S)
+        due = [entry for entry in self._active if not entry[0].is_ahead()]
+        if not due:
+            if self._active:
+                time.sleep(PAUSE_S)
+            return Made(0, 0)
+        due.sort(key=lambda entry: entry[0].ask.is_batch)  # those of a class stay in the order they came in
+        for at, (stream, _) in enumerate(due):
+            stream.is_held = at >= self._limit
+        del due[self._limit :]
+        pieces = self._next(due)
+        ended = self._hand_over(due, pieces)
+        self._active = [entry for entry in self._active if entry[0] not in ended]
+        for stream in ended:
+            self._took_s.add(time.monotonic() - stream.began)
+        return Made(len(due), sum(_is_for_caller(piece) for piece in pieces))
 
-    def _advance(self, entries: list[_Entry]) -> list[_Entry]:
-        """Make the next piece of these; returns those that go on."""
+    def _next(self, entries: list[_Entry]) -> Sequence[Any]:
+        """The next piece of each of these: None at its end, or why there is none."""
         if not self._shared:
-            return self._hand_over(entries, [self._next_of(entries[0][1])])
+            return [self._next_of(entries[0][1])]
         try:
-            pieces = self._step([sequence for _, sequence in entries])
+            return self._step([sequence for _, sequence in entries])
         except Exception as error:  # noqa: BLE001  see told
-            pieces = [told(error)] if len(entries) == 1 else self._step_apart(entries)
-        return self._hand_over(entries, pieces)
+            return [told(error)] if len(entries) == 1 else self._step_apart(entries)
 
     def _next_of(self, iterator: Iterator[Any]) -> Any:
         try:
@@ -208,20 +242,25 @@ class Streams:
             raise ValueError(f"step gave {len(pieces)} pieces for {len(sequences)} sequences")
         return pieces
 
-    def _hand_over(self, entries: list[_Entry], pieces: Sequence[Any]) -> list[_Entry]:
-        going_on = []
-        for (stream, made), piece in zip(entries, pieces, strict=True):
+    def _hand_over(self, entries: list[_Entry], pieces: Sequence[Any]) -> set[Stream]:
+        """Returns those that have ended."""
+        ended: set[Stream] = set()
+        for (stream, _), piece in zip(entries, pieces, strict=True):
             if piece is None or isinstance(piece, FunctionError):
+                ended.add(stream)
                 stream.end(piece)
             else:
                 stream.put(piece)
-                going_on.append((stream, made))
-        return going_on
+        return ended
 
     def _drop_unwanted(self) -> None:
+        kept: list[_Entry] = []
         for stream, made in self._active:
-            if not stream.is_wanted():
-                stream.end(ClientGone("the caller has hung up"))
-                if close := getattr(made, "close", None):  # a generator's, so that what it holds is freed now
-                    close()
-        self._active = [(stream, made) for stream, made in self._active if stream.is_wanted()]
+            if stream.is_wanted():
+                kept.append((stream, made))
+                continue
+            stream.end(ClientGone("the caller has hung up"))
+            self._took_s.add(time.monotonic() - stream.began)
+            if close := getattr(made, "close", None):  # a generator's, so that what it holds is freed now
+                close()
+        self._active = kept

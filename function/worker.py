@@ -4,7 +4,7 @@ Where gunicorn's gthread falls short for a model function:
 
 - Ordinary predictions and probes take no thread at all: the loop reads them and answers (see `express`), the model's thread computes.
 - Any other connection takes a thread only once a request's head is there; slow clients wait with the kernel's poller.
-- Probes that are not ordinary, and metrics, have threads of their own: they answer however many callers wait for the model.
+- Probes are answered by the loop however odd they are, metrics by threads of their own: at once, however many callers wait for the model.
 - What would be refused anyway is refused from the loop, before a thread is taken and without looking at the body: at once, but not more
   than a thousand a second, since who is refused and asks again at once takes the processor from those who are served.
 - A thread that has answered hands its connection back to the poller itself, and looks for the next request for a moment before: a thread
@@ -50,7 +50,7 @@ TICK_S = 1.0
 ACCEPT_AT_ONCE = 64
 _READ_BYTES = 64 * 1024
 _ONCE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
-_PROBES = re.compile(rb"(?:GET|HEAD) /(?:healthz|readyz|metrics|v2/health/live|v2/health/ready)[ ?]")
+_ASIDE = re.compile(rb"(?:GET|HEAD) /(?:metrics|v2/health/live|v2/health/ready)[ ?]")
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)[ \t]*\r\n", re.IGNORECASE)
 _STATUSES = {http.errors.LimitRequestLine: 414, http.errors.ExpectationFailed: 417, http.errors.LimitRequestHeaders: 431}
 
@@ -66,6 +66,7 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
         self.head = b""  # what has come of the next request while the poller had it
         self.note: access.Note | None = None  # of the prediction that the loop is answering
         self.is_registered = False
+        self.is_last = False  # no request can follow the one that is being answered
         self.is_ending = False  # whatever still comes is thrown away
         self.expires = 0.0
 
@@ -79,11 +80,11 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._probes = ThreadPoolExecutor(2, "probe")
+        self._aside = ThreadPoolExecutor(2, "aside")  # for what is answered without the model, and without waiting for its callers
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._polled: dict[int, Connection] = {}  # by file descriptor: those that are with the poller
-        self._refused: deque[tuple[Connection, Unavailable]] = deque()  # who is still to be told
+        self._refused: deque[tuple[Connection, Unavailable, float]] = deque()  # who is still to be told, and since when
         self._tellable = 0.0  # how many may be told now
         self._inbox: deque[Callable[[], object]] = deque()  # what other threads want the loop to do
         self._is_woken = False  # and will look into it
@@ -231,10 +232,13 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         if request and (answer := self.express.probe(request)):
             conn.head = request.rest
             self._reply(conn, answer)
-        elif _PROBES.match(conn.head):
-            self._probes.submit(self._serve, conn)
+        elif not request and (asked := express.glance(conn.head)) and (answer := self.express.probe(asked)):
+            conn.head, conn.is_last = asked.rest, asked.is_last
+            self._reply(conn, answer)
+        elif _ASIDE.match(conn.head):
+            self._aside.submit(self._serve, conn)
         elif refusal := self._refusal(conn):
-            self._refused.append((conn, refusal))
+            self._refused.append((conn, refusal, time.monotonic()))
         else:
             with self._lock:
                 self._busy += 1
@@ -261,7 +265,7 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         if self._date[0] != second:
             self._date = second, util.http_date()
         headers = [("Server", SERVER), ("Date", self._date[1]), *answer.headers]
-        data = wire(answer.status, headers, answer.body, close=not self.alive)
+        data = wire(answer.status, headers, answer.body, close=conn.is_last or not self.alive)
         try:
             sent = conn.sock.send(data, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -294,7 +298,7 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
                 access.finish(note)
             elif note.is_wanted:  # who reads the log is late; that is not to stop the loop
                 self.tpool.submit(access.finish, note)
-        self._go_on(conn, is_open=is_whole and self.alive)
+        self._go_on(conn, is_open=is_whole and self.alive and not conn.is_last)
 
     def _go_on(self, conn: Connection, *, is_open: bool) -> None:
         """After an answer: the next request, if there is to be one."""
@@ -319,25 +323,31 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
             self._tellable -= 1
             self._refuse(*self._refused.popleft())
 
-    def _refuse(self, conn: Connection, refusal: Unavailable) -> None:
+    def _refuse(self, conn: Connection, refusal: Unavailable, began: float) -> None:
         """Say no; the connection is used again if all of the request has come."""
         head, _, rest = conn.head.partition(b"\r\n\r\n")
         length = _LENGTH.search(head + b"\r\n")
         is_whole = self.alive and b"chunked" not in head.lower() and len(rest) == (int(length[1]) if length else 0)
-        path = head.split(b" ", 2)[1].decode("latin-1") if head.count(b" ") > 1 else "/"
         conn.head = b""
-        self.express.refused(head)
+        note, headers = self.express.refused(head, began)
+        wait_s = retry_after(refusal.retry_after_s or 1)
+        said = refusal_reply(str(refusal), wait_s, is_v2=note.path.startswith("/v2/"), close=not is_whole)
+        status, _, others = said.partition(b"\r\n")
+        own = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
         try:
             # It fits into the socket's buffer, which is empty: one request at a time.
-            said = refusal_reply(str(refusal), retry_after(refusal.retry_after_s or 1), is_v2=path.startswith("/v2/"), close=not is_whole)
-            conn.sock.send(said, socket.MSG_DONTWAIT)
+            conn.sock.send(status + b"\r\n" + own + others, socket.MSG_DONTWAIT)
         except OSError:
             self._drop(conn)
-            return
-        if is_whole:
-            self._poll(conn, self.cfg.keepalive)
         else:
-            self._linger(conn)
+            if is_whole:
+                self._poll(conn, self.cfg.keepalive)
+            else:
+                self._linger(conn)
+        if note.is_wanted:
+            if not self._stderr.poll(0):  # who reads the log is late; as many as are refused may not wait for that
+                note.line = None
+            access.finish(note)
 
     def _linger(self, conn: Connection) -> None:
         """Close so that the client can still read what it was told."""
@@ -368,10 +378,10 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
 
     def _serve(self, conn: Connection) -> None:
         """Answer the connection's request, and more for as long as they come at once; then leave it to the poller."""
-        is_call = not _PROBES.match(conn.head)
+        is_call = not _ASIDE.match(conn.head)
         poll: select.poll | None = None
         while True:
-            is_open = self._answer(conn) and self.alive
+            is_open = self._answer(conn, may_wait=is_call) and self.alive
             conn.head = conn.parser.unreader.take_buffered()  # the next request's, if it came with the last
             if is_open and not conn.head and is_call and self._busy <= 1:
                 if poll is None:
@@ -385,8 +395,8 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
                 self._busy -= 1
         self._go_on(conn, is_open=is_open)
 
-    def _answer(self, conn: Connection) -> bool:
-        """One request, whose head may be in `conn.head`; returns whether another one can follow."""
+    def _answer(self, conn: Connection, *, may_wait: bool) -> bool:
+        """One request, whose head may be in `conn.head`; returns whether another one can follow. may_wait: for a body that nobody read."""
         request = None
         try:
             if conn.parser is None:
@@ -395,10 +405,11 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
                 conn.parser.unreader.unread(conn.head)
                 conn.head = b""
             request = next(conn.parser)
+            if request and not may_wait and _is_left(request):
+                request.force_close()
             if not (request and self.handle_request(request, conn)):
                 return False
-            body = request.body.reader
-            return getattr(body, "length", None) == 0 or self._keepalive_after(conn, True)
+            return not _is_left(request) or self._keepalive_after(conn, True)
         except StopIteration:
             return False
         except OSError as error:  # gunicorn's NoMoreData is one, too
@@ -420,6 +431,11 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
             client.sendall(wire(said.status, said.headers, said.get_data(), close=True))
         except OSError:
             pass  # it is not there any more
+
+
+def _is_left(request: Any) -> bool:
+    """Whether there may be something of its body that nobody has read."""
+    return getattr(request.body.reader, "length", None) != 0
 
 
 @functools.lru_cache(64)

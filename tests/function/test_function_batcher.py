@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from function.batcher import Ask, Batcher, Call, Opening
 from function.errors import ClientGone, TimedOut
+from function.streams import Stream
 from tests.support import wait_until
 
 
@@ -20,6 +21,11 @@ def queue(max_batch: int = 4, wait_s: float = 0.0, limit: int = 1000) -> Batcher
 
 def call(*inputs: Any, timeout_s: float = 60.0, **ask: Any) -> Call:
     return Call(inputs, Ask(timeout_s, **ask), time.monotonic())
+
+
+def opening(name: Any, timeout_s: float = 60.0, **ask: Any) -> Opening:
+    found = Ask(timeout_s, **ask)
+    return Opening(name, found, time.monotonic(), Stream(found))
 
 
 def batches(batcher: Batcher) -> list[list[Any]]:
@@ -62,13 +68,52 @@ def test_an_interactive_caller_waits_for_one_batch_of_a_long_batch_call_at_most(
     assert batches(batcher)[0] == ["i"]
 
 
+def computing(batcher: Batcher) -> Batcher:
+    """It, while the model is at a batch."""
+    batcher.put(call("running"))
+    assert batcher.batch(may_wait=False)
+    return batcher
+
+
 def test_what_waits_is_bounded() -> None:
-    batcher = queue(limit=2)
+    batcher = computing(queue(limit=2))
     assert batcher.put(call(1))
-    assert batcher.put(Opening("s", Ask(1), time.monotonic(), None))
+    assert batcher.put(opening("s"))
     assert batcher.is_full()
     assert not batcher.put(call(2))
     assert batcher.waiting() == 2
+
+
+def accepted(batcher: Batcher, items: Iterable[Call | Opening]) -> int:
+    return [batcher.put(item) for item in items].count(True)
+
+
+def test_what_an_idle_model_takes_at_once_does_not_count_however_late_its_thread_is() -> None:
+    batcher = queue(max_batch=1, limit=2)
+    assert accepted(batcher, map(call, range(12))) == 3
+    assert batcher.batch(may_wait=False)
+    assert batcher.is_full()
+    assert not batcher.put(call("while the first is computed"))
+    batcher.computed(0.1, is_idle=True)  # and its caller, who hears of it now, may come again before the thread goes on
+    assert accepted(batcher, map(call, range(12))) == 1
+    batcher.computed(0.1, is_idle=False)
+    assert not batcher.put(call("before the next step of the streams"))
+
+
+def test_an_idle_model_takes_as_many_rows_as_fit_and_whole_calls_only() -> None:
+    batcher = queue(max_batch=4, limit=2)
+    assert accepted(batcher, (call(*range(3)) for _ in range(12))) == 3
+    assert accepted(queue(max_batch=4, limit=2), (call(*range(5)) for _ in range(12))) == 2
+
+
+def test_an_idle_model_takes_streams_for_its_places() -> None:
+    batcher = queue(max_batch=4, limit=2)
+    assert accepted(batcher, map(opening, range(12))) == 6
+    batcher = queue(max_batch=4, limit=2)
+    batcher.places = 1
+    assert accepted(batcher, map(opening, range(12))) == 3
+    assert len(batcher.openings(1, 1)) == 1
+    assert not batcher.put(opening("while it is made"))
 
 
 def test_nobody_computes_for_callers_who_have_left_or_whose_time_is_up() -> None:
@@ -83,6 +128,59 @@ def test_nobody_computes_for_callers_who_have_left_or_whose_time_is_up() -> None
         gone.reply.result(0)
     with pytest.raises(TimedOut):
         late.reply.result(0)
+
+
+class Clock:
+    """Shows what it is set to; calls and openings are of this world's time."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_openings_that_are_over_keep_nobody_out_although_there_is_no_place_for_them() -> None:
+    clock = Clock()
+    batcher = Batcher(max_batch=4, wait_s=0, limit=3, clock=clock)
+    assert accepted(batcher, (opening("running") for _ in range(4))) == 4
+    assert len(batcher.openings(4, 4)) == 4
+    gone, late, kept = opening("gone"), opening("late", timeout_s=1, is_batch=True), opening("kept")
+    assert accepted(batcher, (gone, late, kept)) == 3
+    assert batcher.is_full()
+    gone.stream.close()
+    clock.now += 2
+    assert batcher.batch(may_wait=False) == []
+    assert batcher.openings(0, 0) == []
+    assert batcher.waiting() == 1
+    with pytest.raises(ClientGone):
+        gone.stream.begin()
+    with pytest.raises(TimedOut, match="no piece within 1 s"):
+        late.stream.begin()
+
+
+def test_batch_work_that_is_over_keeps_nobody_out_while_interactive_callers_go_first() -> None:
+    clock = Clock()
+    batcher = Batcher(max_batch=1, wait_s=0, limit=4, clock=clock)
+    late, gone = call(1, 2, timeout_s=1, is_batch=True), call(3, is_batch=True, is_gone=lambda: True)
+    assert accepted(batcher, (late, gone, call("i1"), call("i2"))) == 4
+    clock.now += 2
+    assert [part.inputs for part in batcher.batch(may_wait=False)] == [("i1",)]
+    assert (batcher.waiting(), batcher.waiting_inputs()) == (1, 1)
+    with pytest.raises(TimedOut):
+        late.reply.result(0)
+    with pytest.raises(ClientGone):
+        gone.reply.result(0)
+
+
+def test_who_asks_for_a_full_queue_does_not_find_the_dead_in_it_while_a_long_batch_is_computed() -> None:
+    clock = Clock()
+    batcher = computing(Batcher(max_batch=1, wait_s=0, limit=2, clock=clock))
+    assert accepted(batcher, (call(1, timeout_s=1), opening("s", timeout_s=1))) == 2
+    assert batcher.is_full()
+    clock.now += 2
+    assert not batcher.is_full()
+    assert batcher.waiting() == 0
 
 
 def test_a_lone_call_is_not_held_up() -> None:
@@ -147,11 +245,12 @@ def test_a_full_batch_is_not_held_up_either() -> None:
 
 def test_streams_begin_interactive_ones_first() -> None:
     batcher = queue()
-    openings = [Opening(name, Ask(1, is_batch=name.startswith("b")), time.monotonic(), None) for name in ("b1", "i1", "i2")]
-    for opening in openings:
-        batcher.put(opening)
-    assert [opening.input for opening in batcher.openings(2)] == ["i1", "i2"]
-    assert [opening.input for opening in batcher.openings(2)] == ["b1"]
+    for name in ("b1", "i1", "b2", "i2"):
+        batcher.put(opening(name, is_batch=name.startswith("b")))
+    assert [found.input for found in batcher.openings(1, 1)] == ["i1"]
+    assert [found.input for found in batcher.openings(2, -1)] == ["i2"]
+    assert [found.input for found in batcher.openings(2, 1)] == ["b1"]
+    assert [found.input for found in batcher.openings(2, 2)] == ["b2"]
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), max_size=30), st.integers(1, 7))

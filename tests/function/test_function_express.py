@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from function.express import Request, read
+from function.express import Request, glance, read
 from tests.support import BIN, ROOT, Reply, Server, clean_environment, free_port, request, running, wait_until
 
 AGENT = """
@@ -39,6 +39,7 @@ def test_an_ordinary_request_is_read_and_what_follows_it_is_kept() -> None:
     found = read(sent("Host: x", "X-Request-Id:  mine ") + b"POST / HT")
     assert found == Request("POST", "/", {"host": "x", "x-request-id": "mine", "content-length": "3"}, b'"a"', b"POST / HT")
     assert read(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n") == Request("GET", "/readyz", {"host": "x"}, b"", b"")
+    assert read(b"HEAD /readyz HTTP/1.1\r\n\r\n") == Request("HEAD", "/readyz", {}, b"", b"")
     assert read(sent("Connection: Keep-Alive")) is not None
 
 
@@ -81,7 +82,39 @@ def test_what_needs_a_second_look_is_left_to_others(data: bytes) -> None:
 def test_no_junk_is_taken_for_a_request(junk: bytes, at: int) -> None:
     data = sent("Host: x")
     for found in (read(junk), read(data[:at] + junk + data[at:])):
-        assert found is None or (found.method, found.path[:1]) in (("POST", "/"), ("GET", "/"))
+        assert found is None or (found.method, found.path[:1]) in (("POST", "/"), ("GET", "/"), ("HEAD", "/"))
+
+
+def test_a_probe_is_known_at_a_glance_however_odd_the_rest_of_it_is() -> None:
+    odd = b"HEAD /healthz?x HTTP/1.0\r\nConnection: close\r\nX_Y: \xff\r\nX-Request-Id: mine\r\nContent-Length: 10\r\n\r\nabc"
+    found = glance(odd)
+    assert found
+    assert (found.method, found.path, found.headers["x-request-id"], found.rest) == ("HEAD", "/healthz?x", "mine", b"")
+    assert found.is_last
+    for data in (b"GET /healthz HTTP/9.9\r\n\r\n", b"GET  /healthz HTTP/1.1\r\n\r\n", b"GET /healthz HTTP/1.1\r\nHost: x\r\n", sent()):
+        assert glance(data) is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "is_last"),
+    [
+        (b"", False),
+        (b"TE: trailers\r\nHost: x\r\nHost: y\r\nX_Y: \xff\r\n", False),
+        (b"connection: close\r\n", True),
+        (b"Content-Length: 3\r\n", True),
+        (b"Transfer-Encoding: chunked\r\n", True),
+        (b"Transfer-Encoding : chunked\r\n", True),
+        (b"X: y\r\n Transfer-Encoding: chunked\r\n", True),
+        (b"X: y\rContent-Length: 3\r\n", True),
+        (b"X: y\nContent-Length: 3\r\n", True),
+        (b"nonsense\r\n", True),
+        (b"\xc3\xa9: x\r\n", True),
+    ],
+)
+def test_after_a_glance_another_request_follows_only_where_it_is_clear_where_this_one_ends(lines: bytes, is_last: bool) -> None:
+    found = glance(b"GET /readyz HTTP/1.1\r\n" + lines + b"\r\n" + b"GET / HT")
+    assert found
+    assert (found.is_last, found.rest) == (is_last, b"" if is_last else b"GET / HT")
 
 
 @pytest.fixture(scope="module")

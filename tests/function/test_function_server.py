@@ -119,6 +119,35 @@ def test_sigterm_lets_a_running_request_finish_and_exits_with_0(start: StartFunc
     assert function.wait() == 0
 
 
+def test_it_is_gone_within_a_fifth_of_a_second_of_the_last_answer(start: StartFunction) -> None:
+    def took_s() -> float:
+        function = start().ready()
+        with ThreadPoolExecutor(1) as pool:
+            in_flight = pool.submit(request, function.port, "POST", "/", 0.5)
+            time.sleep(0.19)  # so that a master that looked every 0.1 s would have looked just before
+            function.signal(signal.SIGTERM)
+            assert in_flight.result().status == 200
+        began = time.monotonic()
+        assert function.wait() == 0
+        return time.monotonic() - began
+
+    # Mostly the first time, in half of it; a busy machine may need another.
+    assert any(took_s() < 0.2 for _ in range(5))
+
+
+def test_a_second_signal_does_not_wait_for_what_is_running(start: StartFunction) -> None:
+    function = start().ready()
+    with ThreadPoolExecutor(1) as pool:
+        in_flight = pool.submit(request, function.port, "POST", "/", 40)
+        wait_until("it is in", lambda: b"function_instances_total 1.0" in request(function.port, "GET", "/metrics").body)
+        function.signal(signal.SIGTERM)
+        wait_until("draining", lambda: request(function.port, "GET", "/readyz").json()["phase"] == "draining", 5)
+        function.signal(signal.SIGINT)
+        function.wait(20)
+        with pytest.raises((OSError, HTTPException)):
+            in_flight.result()
+
+
 def chunked(port: int, *pieces: bytes) -> bytes:
     """The whole reply to a POST whose body is sent as these chunks."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,10 +12,10 @@ import pytest
 
 from function.agent import BadInput, Weights
 from function.batcher import Ask
-from function.errors import AgentFailed, CannotStream, TimedOut, Unavailable
-from function.model import Model
+from function.errors import AgentFailed, CannotStream, ClientGone, NoPlace, TimedOut, Unavailable
+from function.model import Model, Observer
 from function.settings import FunctionSettings
-from function.streams import AHEAD
+from function.streams import AHEAD, Made, Stream
 from tests.support import wait_until
 from weights_cache.settings import WeightsSettings
 
@@ -23,10 +24,12 @@ class Counter:
     """Counts up to what it is given, all together; a step waits for its turn if somebody holds the gate."""
 
     gate = threading.Event()
+    pace_s = 0.0  # of a step
     together: ClassVar[list[int]] = []
 
     def load(self, weights: Weights, device: str) -> None:
         type(self).together = []
+        type(self).pace_s = 0.0
         type(self).gate.set()
 
     def predict(self, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -39,6 +42,7 @@ class Counter:
 
     def step(self, sequences: list[list[Any]]) -> list[Any]:
         self.gate.wait(10)
+        time.sleep(self.pace_s)
         self.together.append(len(sequences))
         pieces: list[Any] = []
         for sequence in sequences:
@@ -62,7 +66,7 @@ class Plain:
 
     def stream(self, input: Any) -> Iterator[Any]:
         try:
-            for piece in count() if input == "endless" else range(input):
+            for piece in count() if input == "endless" else range(input) if isinstance(input, int) else input:
                 yield piece
                 time.sleep(0.001)
             if input == 3:
@@ -154,6 +158,84 @@ def test_no_more_share_a_step_than_fit_and_the_others_wait(make_model: MakeModel
     found = together([lambda: list(model.stream(4, ask()).pieces()) for _ in range(5)])
     assert found == [[1, 2, 3, 4]] * 5
     assert max(Counter.together) <= 2
+
+
+@contextmanager
+def reading(stream: Stream) -> Iterator[None]:
+    """Somebody reads it meanwhile, and closes it."""
+
+    def read() -> None:
+        with suppress(ClientGone):
+            for _ in stream.pieces():
+                pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield
+    finally:
+        stream.close()
+        reader.join(20)
+
+
+def test_batch_work_gives_its_places_to_interactive_streams(make_model: MakeModel) -> None:
+    model = make_model(max_batch=2)
+    held = [model.stream(10**9, ask(is_batch=True)) for _ in range(2)]
+    for _ in range(3):
+        assert together([lambda: list(model.stream(4, ask()).pieces()) for _ in range(2)]) == [[1, 2, 3, 4]] * 2
+    assert max(Counter.together) == 2
+    assert model.active_streams() == 2
+    for stream in held:
+        stream.close()
+
+
+def test_a_held_stream_goes_on_where_it_was_once_there_is_a_place(make_model: MakeModel) -> None:
+    model = make_model(max_batch=1)
+    Counter.pace_s = 0.002
+    pieces = model.stream(500, ask(is_batch=True)).pieces(0.1)
+    found = [next(pieces)]
+    with reading(model.stream(10**9, ask())):
+        for piece in pieces:
+            if piece is None:  # it has stopped
+                break
+            found.append(piece)
+        assert len(found) < 500
+        assert model.active_streams() == 2
+    Counter.pace_s = 0.0
+    assert found + [piece for piece in pieces if piece is not None] == list(range(1, 501))
+
+
+def test_no_batch_work_begins_before_there_is_a_place_beside_what_is_held(make_model: MakeModel) -> None:
+    model = make_model(max_batch=1)
+    streams = [model.stream(10**9, ask(is_batch=True)), model.stream(10**9, ask())]
+    with pytest.raises(NoPlace, match=r"no place among the streams within 0\.2 s"):
+        model.stream(1, ask(0.2, is_batch=True))
+    with pytest.raises(NoPlace):
+        model.stream(1, ask(0.2))
+    assert model.active_streams() == 2
+    for stream in streams:
+        stream.close()
+
+
+def test_an_agent_that_streams_one_caller_at_a_time_is_not_interrupted(make_model: MakeModel) -> None:
+    model = make_model("Plain")
+    stream = model.stream("endless", ask(is_batch=True))
+    with pytest.raises(NoPlace):
+        model.stream(1, ask(0.2))
+    stream.close()
+
+
+def test_time_outs_for_want_of_a_place_say_nothing_about_the_model(make_model: MakeModel) -> None:
+    model = make_model(max_batch=1, breaker_threshold=1)
+    Counter.pace_s = 0.002
+    held = model.stream(10**9, ask(0.3, is_batch=True))
+    with reading(model.stream(10**9, ask())):
+        with pytest.raises(NoPlace):
+            list(held.pieces())
+        with pytest.raises(NoPlace):
+            model.stream(1, ask(0.3))
+        assert model.phase == "ready"
+    assert list(model.stream(1, ask()).pieces()) == [1]
 
 
 def test_predictions_go_on_between_the_steps(make_model: MakeModel) -> None:
@@ -261,6 +343,52 @@ def test_one_who_is_slow_does_not_slow_down_the_others(make_model: MakeModel) ->
     wait_until("it is ahead", slow.is_ahead)
     assert list(model.stream(1000, ask()).pieces()) == list(range(1, 1001))
     slow.close()
+
+
+class Steps(Observer):
+    """Remembers what it is told of steps."""
+
+    def __init__(self) -> None:
+        self.seen: list[Made] = []
+
+    def step(self, made: Made, seconds: float) -> None:
+        self.seen.append(made)
+
+    def pieces(self) -> int:
+        return sum(made.pieces for made in self.seen)
+
+
+def test_a_step_is_told_with_who_shared_it_and_what_it_made_for_callers(make_model: MakeModel) -> None:
+    model = make_model()
+    model.observer = steps = Steps()
+    assert list(model.stream(3, ask()).pieces()) == [1, 2, 3]
+    wait_until("the end is told", lambda: len(steps.seen) == 4)
+    assert steps.seen == [Made(1, 1)] * 3 + [Made(1, 0)]
+    with pytest.raises(AgentFailed):
+        model.stream("crash", ask())
+    wait_until("the failure is told", lambda: len(steps.seen) == 5)
+    assert steps.seen[-1] == Made(1, 0)
+
+
+def test_waiting_for_a_reader_is_no_step_and_who_has_left_makes_no_piece(make_model: MakeModel) -> None:
+    model = make_model()
+    model.observer = steps = Steps()
+    stream = model.stream(10**9, ask())
+    wait_until("it is ahead", stream.is_ahead)
+    for _ in range(3):
+        model.predict(["a"], ask())  # the model's thread comes by
+    assert steps.seen == [Made(1, 1)] * (1 + AHEAD)  # one was read
+    stream.close()
+    wait_until("the place", lambda: model.active_streams() == 0)
+    assert steps.pieces() == 1 + AHEAD
+
+
+def test_a_text_that_is_held_back_is_no_piece_for_callers(make_model: MakeModel) -> None:
+    model = make_model("Plain")
+    model.observer = steps = Steps()
+    assert list(model.stream(["", "a", "", "b"], ask()).pieces()) == ["", "a", "", "b"]
+    wait_until("the end is told", lambda: len(steps.seen) == 5)
+    assert steps.pieces() == 2
 
 
 def test_time_outs_of_streams_trip_the_breaker_too(make_model: MakeModel) -> None:

@@ -103,6 +103,17 @@ class Talks(Gives):
         return pieces
 
 
+class Pauses(Gives):
+    """Streams two words, the second one when it is told to."""
+
+    may_go_on = threading.Event()
+
+    def stream(self, item: Any) -> Iterator[str]:
+        yield "a"
+        assert self.may_go_on.wait(10)
+        yield "b"
+
+
 class Slow(Gives):
     """Takes its time to load."""
 
@@ -725,6 +736,21 @@ def test_a_stream_is_one_event_a_piece(make_client: MakeClient) -> None:
     assert [json.loads(line.removeprefix("data: ")) for line in reply.text.split("\n\n")[:-1]] == [
         {"model_name": "m", "model_version": "1", "text_output": piece} for piece in ("a", {"n": 1})
     ]
+
+
+def test_while_the_model_is_silent_a_comment_line_keeps_the_connection_alive(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("function.http.HEARTBEAT_S", 0.02)
+    Pauses.may_go_on.clear()
+    lines = make_client("Pauses").post("/v2/models/m/generate_stream", json={"text_input": ""}).iter_encoded()
+    found = [next(lines) for _ in range(4)]
+    Pauses.may_go_on.set()
+    found += lines
+    words = [line for line in found if line.startswith(b"data: ")]
+    assert [json.loads(word.removeprefix(b"data: "))["text_output"] for word in words] == ["a", "b"]
+    assert found[1:4] == [b": still working\n\n"] * 3
+    assert {*found} - {*words} == {b": still working\n\n"}
 
 
 def test_an_error_half_way_is_an_event_in_the_protocols_shape(make_client: MakeClient) -> None:

@@ -1,6 +1,8 @@
 """The function under load, in trouble and at its end: what `python -m function` does with connections."""
 
 import json
+import re
+import select
 import signal
 import socket
 import struct
@@ -21,19 +23,30 @@ AGENT = """
 import os, time
 
 class Gated:
-    # Answers when a file appears; "hang" never comes back.
+    # Answers when a file appears; "hang" never comes back. A stream counts its steps; the third waits for the file, too.
     def load(self, weights, device):
         self.seen = []
+        self.steps = 0
     def predict(self, inputs):
         self.seen += inputs
         if inputs == ["seen"]:
             return [self.seen[:-1]]
+        if inputs == ["steps"]:
+            return [self.steps]
         if "hang" in inputs:
             time.sleep(3600)
         while "wait" in inputs and not os.path.exists(os.environ["GATE"]):
             time.sleep(0.005)
         return [{"input": item, "batch": len(inputs)} for item in inputs]
+    def start(self, input):
+        return iter(range(1, 1 + int(input["text_input"])))
+    def step(self, sequences):
+        self.steps += 1
+        while self.steps == 3 and not os.path.exists(os.environ["GATE"]):
+            time.sleep(0.005)
+        return [next(sequence, None) for sequence in sequences]
 """
+STREAM = "/v2/models/m/generate_stream"
 
 StartFunction = Callable[..., Server]
 
@@ -110,6 +123,11 @@ def answer(connection: socket.socket) -> Reply:
     return Reply(int(status.split()[1]), headers, body)
 
 
+def lines(function: Server) -> list[dict[str, Any]]:
+    """Of its log, those about requests."""
+    return [json.loads(line) for line in function.said().splitlines() if line.startswith("{")]
+
+
 def gauge(port: int, name: str) -> float:
     lines = request(port, "GET", "/metrics").body.decode().splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
@@ -140,6 +158,34 @@ def test_beyond_the_queue_callers_are_told_at_once_and_when_to_come_back(
         assert time.monotonic() - began < 1
     gate.touch()
     assert [future.result().status for future in kept] == [200, 200, 200]
+
+
+def test_a_refused_caller_has_an_id_and_a_line_in_the_log_too(start: StartFunction, gate: Path, pool: ThreadPoolExecutor) -> None:
+    function = start(FUNCTION_MAX_BATCH=1, FUNCTION_QUEUE_LIMIT=1)
+    port = function.port
+    kept = [ask(pool, port, "wait")]
+    wait_until("the model is at it", lambda: gauge(port, "function_instances_total") == 1 and gauge(port, "function_waiting") == 0)
+    kept.append(ask(pool, port, "wait"))
+    wait_until("the queue", lambda: gauge(port, "function_waiting") == 1)
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    told = request(port, "POST", "/v2/models/m/infer?x=1", "a", {"X-Request-Id": "mine", "traceparent": trace})
+    assert (told.status, told.headers["x-request-id"]) == (503, "mine")
+    assert "FUNCTION_QUEUE_LIMIT" in told.json()["error"]
+    assert re.fullmatch(r"total;dur=[\d.]+", told.headers["server-timing"])
+    with connected(port) as connection:
+        connection.sendall(post('"a"', "X-Request-Id: not one\x07", "traceparent: " + "é" * 20_000, path="/" + "\x01" * 20_000))
+        made = answer(connection)
+    assert made.status == 503
+    assert re.fullmatch("[0-9a-f]{32}", made.headers["x-request-id"])
+    first, second = wait_until("both lines", lambda: len(found := lines(function)) == 2 and found)
+    about = {name: first[name] for name in ("request_id", "traceparent", "method", "path", "status")}
+    assert about == {"request_id": "mine", "traceparent": trace, "method": "POST", "path": "/v2/models/m/infer", "status": 503}
+    assert first["total_s"] >= 0
+    assert second["request_id"] == made.headers["x-request-id"]
+    assert max(map(len, function.log.read_bytes().splitlines())) < select.PIPE_BUF  # the loop would wait for a longer one
+    assert gauge(port, 'function_requests_total{code="503",route="*"}') == 2
+    gate.touch()
+    assert [future.result().status for future in kept] == [200, 200]
 
 
 def test_a_refused_caller_may_ask_again_over_the_same_connection(start: StartFunction, gate: Path, pool: ThreadPoolExecutor) -> None:
@@ -188,6 +234,51 @@ def test_probes_answer_while_every_thread_waits_for_the_model(start: StartFuncti
     assert (statuses.count(200), statuses.count(503)) == (41, 19)
 
 
+def ended(connection: socket.socket) -> bytes:
+    """All that comes until the function closes the connection."""
+    data = b""
+    while piece := connection.recv(65536):
+        data += piece
+    return data
+
+
+ODD_PROBES = (
+    b"GET /healthz HTTP/1.1\r\nConnection: close\r\n\r\n",
+    b"GET /readyz HTTP/1.1\r\nContent-Length: 10\r\n\r\n",
+    b"GET /readyz HTTP/1.1\r\nTransfer-Encoding: chunked\r\nX_Y: \xff\r\n\r\n",
+    b"GET /healthz HTTP/1.0\r\n\r\n",
+    b"HEAD /healthz?verbose HTTP/1.1\r\nHost: x\r\nHost: y\r\nConnection: close\r\n\r\n",
+    b"GET /metrics HTTP/1.1\r\nContent-Length: 10\r\n\r\n",
+)
+
+
+def test_probes_that_are_odd_are_answered_at_once_whatever_others_do_to_those_who_answer(function: Server) -> None:
+    with ExitStack() as stack:
+        for _ in range(8):  # each of which announces a body that does not come
+            stack.enter_context(connected(function.port)).sendall(b"GET /metrics HTTP/1.1\r\nContent-Length: 10\r\n\r\n")
+        began = time.monotonic()
+        for sent in ODD_PROBES:
+            connection = stack.enter_context(connected(function.port))
+            connection.sendall(sent)
+            head, _, body = ended(connection).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert b"connection: close" in head.lower()
+            assert (body == b"") == sent.startswith(b"HEAD")
+        assert time.monotonic() - began < 4  # such a body is waited for for 5 s
+
+
+def test_a_head_probe_keeps_its_connection(function: Server) -> None:
+    with connected(function.port) as connection:
+        for _ in range(2):
+            connection.sendall(b"HEAD /readyz HTTP/1.1\r\nHost: x\r\n\r\n")
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                head += connection.recv(1)
+            assert b" 200 " in head
+        connection.sendall(post('"a"'))
+        assert answer(connection).json()["input"] == "a"
+
+
 def test_connections_that_send_nothing_take_no_threads(start: StartFunction) -> None:
     port = start(FUNCTION_MAX_BATCH=1, FUNCTION_QUEUE_LIMIT=1).port
     with ExitStack() as stack:
@@ -226,6 +317,28 @@ def test_nothing_is_computed_for_a_caller_who_has_hung_up(start: StartFunction, 
     gate.touch()
     assert running_one.result().status == 200
     assert request(port, "POST", "/", "seen").json() == ["wait"]
+
+
+def pieces(connection: socket.socket, count: int) -> bytes:
+    """What comes of a stream until it has so many pieces."""
+    data = b""
+    while data.count(b"text_output") < count:
+        piece = connection.recv(4096)
+        assert piece, data
+        data += piece
+    return data
+
+
+def test_who_hangs_up_within_a_stream_leaves_before_the_next_step(start: StartFunction, gate: Path) -> None:
+    port = start(FUNCTION_MAX_BATCH=1).port
+    with connected(port) as connection:
+        connection.sendall(post('{"text_input": "1000000"}', path=STREAM))
+        pieces(connection, 2)
+        time.sleep(0.05)  # nobody is taken to have left within the first moment
+    gate.touch()
+    wait_until("its place", lambda: gauge(port, "function_active_streams") == 0, 20)
+    assert request(port, "POST", "/", "steps").json() == 3
+    assert gauge(port, "function_pieces_total") == 3
 
 
 def test_a_caller_may_set_a_shorter_deadline_which_says_nothing_about_the_model(start: StartFunction, gate: Path) -> None:
@@ -290,7 +403,21 @@ def test_told_to_end_it_refuses_new_callers_finishes_the_others_and_leaves_at_on
         assert answer(idle).status == 200
     began = time.monotonic()
     assert function.wait(5) == 0
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 1  # 0.2 s on a machine that has nothing else to do; the grace time is 60 s
+
+
+def test_told_to_end_it_finishes_a_stream_and_leaves_at_once(start: StartFunction, gate: Path) -> None:
+    function = start()
+    with connected(function.port) as connection:
+        connection.sendall(post('{"text_input": "5"}', "Connection: close", path=STREAM))
+        pieces(connection, 2)
+        function.signal(signal.SIGTERM)
+        wait_until("draining", lambda: request(function.port, "GET", "/readyz").json()["phase"] == "draining", 5)
+        gate.touch()
+        assert ended(connection).count(b"text_output") == 3
+    began = time.monotonic()
+    assert function.wait(5) == 0
+    assert time.monotonic() - began < 1  # 0.2 s on a machine that has nothing else to do
 
 
 def test_with_nothing_to_finish_it_leaves_at_once(start: StartFunction) -> None:
