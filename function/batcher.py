@@ -161,7 +161,8 @@ class Batcher:
     """The queue in front of one model: filled from any thread, emptied by the model's."""
 
     def __init__(self, *, max_batch: int, wait_s: float, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """max_batch: inputs; wait_s: the longest wait for company; limit: calls and openings that may wait, beside what is computed."""
+        """max_batch: inputs; wait_s: the longest wait for company; limit: calls and openings of each class that may wait, beside what is
+        computed: batch work keeps no interactive caller out."""
         self._max_batch = max_batch
         self._wait_s = wait_s
         self._limit = limit
@@ -169,7 +170,7 @@ class Batcher:
         self._lock = threading.Condition()  # guards what follows
         self._calls: tuple[deque[Call], deque[Call]] = deque(), deque()  # interactive, batch
         self._openings: tuple[deque[Opening], deque[Opening]] = deque(), deque()
-        self._inputs = 0  # that wait
+        self._inputs = [0, 0]  # that wait
         self._swept = -math.inf  # when those who do not wait any more were last looked for
         self._is_idle = True  # nothing is being computed, so that the model takes what comes at once
         self._company = 1  # calls in the last batch
@@ -179,49 +180,50 @@ class Batcher:
     def put(self, item: Call | Opening) -> bool:
         """Queue it; False if too many wait already."""
         with self._lock:
-            if self.is_full():
+            if self.is_full(is_batch=item.ask.is_batch):
                 return False
             if isinstance(item, Call):
                 self._calls[item.ask.is_batch].append(item)
-                self._inputs += len(item.inputs)
+                self._inputs[item.ask.is_batch] += len(item.inputs)
             else:
                 self._openings[item.ask.is_batch].append(item)
             self._lock.notify_all()
             return True
 
-    def is_full(self) -> bool:
-        """Whether no more may wait. What an idle model takes at once does not count, although on a busy machine its thread comes late."""
-        if self.waiting() < self._limit:
+    def is_full(self, *, is_batch: bool = False) -> bool:
+        """Whether no more of a class may wait. What an idle model takes at once does not count, although on a busy machine its thread
+        comes late."""
+        if self._waiting_of(is_batch) < self._limit:
             return False
         with self._lock:
             self._sweep()
-            return self.waiting() - self._taken_at_once() >= self._limit
+            return self._waiting_of(is_batch) - self._taken_at_once(is_batch) >= self._limit
 
-    def _taken_at_once(self) -> int:
-        """How many of those that wait an idle model takes together: those that fit into its next batch, or else the streams there is a
-        place for."""
-        if not self._is_idle:
+    def _taken_at_once(self, is_batch: bool) -> int:
+        """How many of those of a class that wait an idle model takes together: those that fit into its next batch, or else the streams
+        there is a place for."""
+        if not self._is_idle or (is_batch and self._waiting_of(False)):
             return 0
         room, calls = self._max_batch, 0
-        for call in self._calls[0] or self._calls[1]:
+        for call in self._calls[is_batch]:
             room -= len(call.inputs) - call.taken
             if room < 0:
                 break
             calls += 1
-        return calls or min(self.waiting_openings(), self.places)
+        return calls or min(len(self._openings[is_batch]), self.places)
+
+    def _waiting_of(self, is_batch: bool) -> int:
+        return len(self._calls[is_batch]) + len(self._openings[is_batch])
 
     def waiting(self) -> int:
         """Calls and openings that wait."""
         (interactive, batch), (first, last) = self._calls, self._openings
         return len(interactive) + len(batch) + len(first) + len(last)  # asked several times for each request
 
-    def waiting_inputs(self) -> int:
-        """Inputs of the calls that wait."""
-        return self._inputs
-
-    def waiting_openings(self) -> int:
-        """Streams that wait for a place."""
-        return sum(map(len, self._openings))
+    def ahead(self, *, is_batch: bool) -> tuple[int, int]:
+        """Inputs and openings that wait, and that would be before one more of a class."""
+        (inputs, more), (first, last) = self._inputs, self._openings
+        return (inputs + more, len(first) + len(last)) if is_batch else (inputs, len(first))
 
     def wait(self) -> None:
         """Until something is there; the model is idle."""
@@ -241,9 +243,9 @@ class Batcher:
                 # for ever in turn, although all are there within a moment.
                 expected = self._company
                 self._lock.wait_for(
-                    lambda: sum(map(len, self._calls)) >= expected or self._inputs >= self._max_batch, min(self._wait_s, self.took_s)
+                    lambda: sum(map(len, self._calls)) >= expected or sum(self._inputs) >= self._max_batch, min(self._wait_s, self.took_s)
                 )
-            slices = list(self._slices(self._calls[0])) or list(self._slices(self._calls[1]))
+            slices = list(self._slices(False)) or list(self._slices(True))
             if slices:
                 self._company, self._is_idle = len(slices), False
             if self.waiting():  # whose turn may be far off
@@ -256,23 +258,23 @@ class Batcher:
         if now < self._swept + SWEEP_S:
             return
         self._swept = now
-        for calls in self._calls:
-            self._inputs -= sum(len(call.inputs) - call.taken for call in _sift(calls, now))
+        for is_batch, calls in enumerate(self._calls):
+            self._inputs[is_batch] -= sum(len(call.inputs) - call.taken for call in _sift(calls, now))
         for openings in self._openings:
             _sift(openings, now)
 
-    def _slices(self, queue: deque[Call]) -> Iterator[Slice]:
-        room, now = self._max_batch, self._clock()
+    def _slices(self, is_batch: bool) -> Iterator[Slice]:
+        queue, room, now = self._calls[is_batch], self._max_batch, self._clock()
         while queue and room:
             call = queue[0]
             if call.is_over(now):
-                self._inputs -= len(call.inputs) - call.taken
+                self._inputs[is_batch] -= len(call.inputs) - call.taken
                 queue.popleft()
                 continue
             start, call.taken = call.taken, min(call.taken + room, len(call.inputs))
             inputs = call.inputs[start : call.taken]
             room -= len(inputs)
-            self._inputs -= len(inputs)
+            self._inputs[is_batch] -= len(inputs)
             if call.taken == len(call.inputs):
                 queue.popleft()
             yield Slice(call, inputs)

@@ -108,9 +108,8 @@ class Function:
         """The same of any request. sock: its connection; note: where its time is noted. Raises BadInput."""
         own_s, said = self.settings.timeout_s, headers.get("x-request-timeout-ms")
         timeout_s = own_s if said is None else min(own_s, _milliseconds(said) / 1000)
-        if urgency is None:
-            urgency = _urgency(headers.get("priority") or "")
-        return Ask(timeout_s, timeout_s == own_s, urgency >= URGENCY_OF_BATCH, _is_gone(sock), note.timing, note.spans)
+        is_batch = is_batch_work(headers.get("priority") or "") if urgency is None else urgency >= URGENCY_OF_BATCH
+        return Ask(timeout_s, timeout_s == own_s, is_batch, _is_gone(sock), note.timing, note.spans)
 
     def json_body(self) -> Any:
         """The request's body, parsed. Raises what `body` does, and BadInput."""
@@ -259,10 +258,10 @@ def _milliseconds(text: str) -> float:
     return found
 
 
-def _urgency(priority: str) -> int:
-    """The urgency in a Priority header (RFC 9218): 0 to 7, 3 if there is none that makes sense."""
+def is_batch_work(priority: str) -> bool:
+    """Whether the urgency in a Priority header (RFC 9218) is that of batch work; interactive if there is none that makes sense."""
     found = re.search(r"(?:^|,)\s*u=([0-7])\s*(?:[,;]|$)", priority) if priority else None
-    return int(found[1]) if found else 3
+    return bool(found and int(found[1]) >= URGENCY_OF_BATCH)
 
 
 def _is_gone(sock: Any) -> Callable[[], bool]:

@@ -110,29 +110,31 @@ class Model:
             }
         return document
 
-    def check(self) -> None:
-        """Raises Unavailable if a call that came now would be refused."""
+    def check(self, *, is_batch: bool = False) -> None:
+        """Raises Unavailable if a call of this class that came now would be refused."""
         phase = self.phase
         if phase not in ("ready", "draining", "tripped"):
             raise Unavailable(f"the function is not ready yet ({phase})", retry_after_s=1)
         self.breaker.check()
-        if self.batcher.is_full():
-            raise self._full()
+        if self.batcher.is_full(is_batch=is_batch):
+            raise self._full(is_batch)
 
-    def refusal(self) -> Unavailable | None:
-        """Why a call that came now would be refused, None if it would not."""
+    def refusal(self, *, is_batch: bool) -> Unavailable | None:
+        """Why a call of this class that came now would be refused, None if it would not."""
         try:
-            self.check()
+            self.check(is_batch=is_batch)
         except Unavailable as error:
             return error
         return None
 
-    def _full(self) -> Unavailable:
-        drained_s = self.batcher.waiting_inputs() * self._seconds_per_input.value
+    def _full(self, is_batch: bool) -> Unavailable:
+        inputs, openings = self.batcher.ahead(is_batch=is_batch)
+        drained_s = inputs * self._seconds_per_input.value
         if self._streams:
-            drained_s += self._streams.wait_s(self.batcher.waiting_openings())
+            drained_s += self._streams.wait_s(openings)
+        what = "requests of batch work" if is_batch else "requests"
         return Unavailable(
-            f"{self._settings.queue_limit} requests are waiting already (FUNCTION_QUEUE_LIMIT)",
+            f"{self._settings.queue_limit} {what} are waiting already (FUNCTION_QUEUE_LIMIT)",
             retry_after_s=min(drained_s, self._settings.timeout_s),  # by then nobody waits any more who does now
         )
 
@@ -142,11 +144,11 @@ class Model:
         Raises BadInput (the agent's word), AgentFailed, TimedOut at the deadline, ClientGone, Unavailable when not ready, when the queue is
         full or when the breaker is open.
         """
-        self.check()
+        self.check(is_batch=ask.is_batch)
         call = Call(inputs, ask, time.monotonic())
         with self._admitted(ask):
             if not self.batcher.put(call):
-                raise self._full()
+                raise self._full(ask.is_batch)
             try:
                 return call.reply.result(ask.timeout_s)
             except TimeoutError:
@@ -158,7 +160,7 @@ class Model:
 
         Who begins a call fails it at its deadline. Raises Unavailable as `predict` does.
         """
-        self.check()
+        self.check(is_batch=ask.is_batch)
         is_trial = self.breaker.admit()
 
         def settle() -> None:
@@ -168,18 +170,18 @@ class Model:
         call = Call(inputs, ask, time.monotonic(), reply=Reply(settle))
         if not self.batcher.put(call):
             self.breaker.ended(is_trial=is_trial, in_time=None)
-            raise self._full()
+            raise self._full(ask.is_batch)
         return call
 
     def stream(self, input: Any, ask: Ask) -> Stream:  # noqa: A002  the contract's word
         """An answer piece by piece, once its first piece is there. Close it. Raises what `predict` does, and CannotStream."""
-        self.check()
+        self.check(is_batch=ask.is_batch)
         if not self.can_stream:
             raise CannotStream(f"{self._settings.agent} makes its answers in one go; ask without streaming")
         stream = Stream(ask, on_timeout=lambda: self.breaker.ended(is_trial=False, in_time=False))
         with self._admitted(ask):
             if not self.batcher.put(Opening(input, ask, time.monotonic(), stream)):
-                raise self._full()
+                raise self._full(ask.is_batch)
             stream.begin()
         return stream
 

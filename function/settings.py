@@ -28,7 +28,11 @@ class FunctionSettings:
         "FUNCTION_BATCH_WAIT_MS", 5.0, minimum=0, maximum=1000, text="the longest wait for more inputs, while more are likely"
     )
     queue_limit: int = setting(
-        "FUNCTION_QUEUE_LIMIT", 64, minimum=1, maximum=4096, text="requests that may wait for the model; beyond it callers get 503"
+        "FUNCTION_QUEUE_LIMIT",
+        64,
+        minimum=1,
+        maximum=4096,
+        text="requests that may wait, interactive and batch work each; beyond it callers get 503",
     )
     timeout_s: float = setting(
         "FUNCTION_TIMEOUT_S",
@@ -79,9 +83,9 @@ class FunctionSettings:
 
     @property
     def http_threads(self) -> int:
-        """Enough for all that may wait, for the model or for a repeated event's first reply, and for all that may be worked on, and some to
-        spare for those that are being read or answered."""
-        return 2 * self.queue_limit + 2 * self.max_batch + 16
+        """Enough for all that may wait, of both classes for the model or for a repeated event's first reply, and for all that may be worked
+        on, and some to spare for those that are being read or answered."""
+        return 3 * self.queue_limit + 2 * self.max_batch + 16
 
 
 def from_environment() -> tuple[FunctionSettings, WeightsSettings]:

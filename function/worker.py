@@ -26,7 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 from gunicorn import SERVER, http, util
 from gunicorn.workers.gthread import TConn, ThreadWorker
@@ -34,8 +34,8 @@ from gunicorn.workers.gthread import TConn, ThreadWorker
 from function import access, express
 from function.errors import Unavailable
 from function.express import Answer, Errand, Express, Request
+from function.http import is_batch_work, reply, retry_after
 from function.http import refusal as shaped
-from function.http import reply, retry_after
 
 log = logging.getLogger("relight.function")
 
@@ -52,9 +52,15 @@ _READ_BYTES = 64 * 1024
 _ONCE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
 _ASIDE = re.compile(rb"(?:GET|HEAD) /(?:metrics|v2/health/live|v2/health/ready)[ ?]")
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)[ \t]*\r\n", re.IGNORECASE)
+_PRIORITY = re.compile(rb"\r\npriority:([^\r\n]*)\r\n", re.IGNORECASE)
 _STATUSES = {http.errors.LimitRequestLine: 414, http.errors.ExpectationFailed: 417, http.errors.LimitRequestHeaders: 431}
 
-Refusal = Callable[[], Unavailable | None]
+
+class Refusal(Protocol):
+    """Why a call that came now would be refused, None if it would not."""
+
+    def __call__(self, *, is_batch: bool) -> Unavailable | None:
+        """is_batch: whether it is batch work."""
 
 
 class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
@@ -75,7 +81,7 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
     """One process, one model. What follows is set before it runs."""
 
     express: Express
-    refusal: Refusal = staticmethod(lambda: None)  # why a call that came now would be refused
+    refusal: Refusal = staticmethod(lambda *, is_batch: None)
     last_words: Callable[[], object] | None = None  # what is to be done after the last answer, within the grace time
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -316,7 +322,8 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
             return None
         if self._busy >= self.cfg.threads:
             return Unavailable(f"{self._busy} requests are being worked on already", retry_after_s=1)
-        return self.refusal()
+        priority = _PRIORITY.search(conn.head)
+        return self.refusal(is_batch=priority is not None and is_batch_work(priority[1].decode("latin-1")))
 
     def _tell(self, count: int) -> None:
         for _ in range(min(count, len(self._refused))):

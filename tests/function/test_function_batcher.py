@@ -50,7 +50,7 @@ def test_a_long_call_is_taken_in_pieces_and_answered_whole() -> None:
     batcher.put(long)
     assert batches(batcher) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert long.reply.result(0) == list(range(10))
-    assert batcher.waiting_inputs() == 0
+    assert batcher.ahead(is_batch=True) == (0, 0)
 
 
 def test_interactive_callers_come_before_batch_work_and_do_not_share_with_it() -> None:
@@ -82,6 +82,24 @@ def test_what_waits_is_bounded() -> None:
     assert batcher.is_full()
     assert not batcher.put(call(2))
     assert batcher.waiting() == 2
+
+
+def test_batch_work_that_waits_keeps_no_interactive_caller_out() -> None:
+    batcher = computing(queue(limit=2))
+    assert [batcher.put(call(*range(3), is_batch=True)) for _ in range(3)] == [True, True, False]
+    assert batcher.is_full(is_batch=True)
+    assert not batcher.is_full()
+    assert [batcher.put(item) for item in (call(1), opening("s"), call(2))] == [True, True, False]
+    # Who comes next waits for its own class, and batch work for both.
+    assert batcher.ahead(is_batch=False) == (1, 1)
+    assert batcher.ahead(is_batch=True) == (7, 1)
+
+
+def test_batch_work_is_not_taken_at_once_while_interactive_callers_wait() -> None:
+    batcher = queue(max_batch=2, limit=1)
+    assert accepted(batcher, (call(number, is_batch=True) for number in range(9))) == 3
+    assert batcher.put(call("i"))
+    assert batcher.is_full(is_batch=True)
 
 
 def accepted(batcher: Batcher, items: Iterable[Call | Opening]) -> int:
@@ -123,7 +141,7 @@ def test_nobody_computes_for_callers_who_have_left_or_whose_time_is_up() -> None
         batcher.put(item)
     given_up.reply.cancel()
     assert batches(batcher) == [[4]]
-    assert batcher.waiting_inputs() == 0
+    assert batcher.ahead(is_batch=True) == (0, 0)
     with pytest.raises(ClientGone):
         gone.reply.result(0)
     with pytest.raises(TimedOut):
@@ -142,7 +160,7 @@ class Clock:
 
 def test_openings_that_are_over_keep_nobody_out_although_there_is_no_place_for_them() -> None:
     clock = Clock()
-    batcher = Batcher(max_batch=4, wait_s=0, limit=3, clock=clock)
+    batcher = Batcher(max_batch=4, wait_s=0, limit=2, clock=clock)
     assert accepted(batcher, (opening("running") for _ in range(4))) == 4
     assert len(batcher.openings(4, 4)) == 4
     gone, late, kept = opening("gone"), opening("late", timeout_s=1, is_batch=True), opening("kept")
@@ -166,7 +184,7 @@ def test_batch_work_that_is_over_keeps_nobody_out_while_interactive_callers_go_f
     assert accepted(batcher, (late, gone, call("i1"), call("i2"))) == 4
     clock.now += 2
     assert [part.inputs for part in batcher.batch(may_wait=False)] == [("i1",)]
-    assert (batcher.waiting(), batcher.waiting_inputs()) == (1, 1)
+    assert (batcher.waiting(), batcher.ahead(is_batch=True)) == (1, (1, 0))
     with pytest.raises(TimedOut):
         late.reply.result(0)
     with pytest.raises(ClientGone):
@@ -264,4 +282,4 @@ def test_each_call_gets_its_own_outputs_in_order_and_no_batch_is_too_large_or_mi
     assert all(len({calls[number][1] for number, _ in batch}) == 1 for batch in given_to_model)
     for item in made:
         assert item.reply.result(0) == list(item.inputs)
-    assert batcher.waiting() == batcher.waiting_inputs() == 0
+    assert (batcher.waiting(), batcher.ahead(is_batch=True)) == (0, (0, 0))

@@ -89,7 +89,7 @@ def fill_with_streams(model: Model, places: int) -> list[Stream]:
 
 def told(model: Model) -> float:
     """The seconds that a caller is told who comes now."""
-    error = model.refusal()
+    error = model.refusal(is_batch=False)
     assert error is not None
     assert error.retry_after_s is not None
     return error.retry_after_s

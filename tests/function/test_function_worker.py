@@ -205,6 +205,26 @@ def test_a_refused_caller_may_ask_again_over_the_same_connection(start: StartFun
         assert answer(connection).json()["input"] == "again"
 
 
+def test_batch_work_is_refused_by_its_own_limit_and_interactive_callers_are_not(
+    start: StartFunction, gate: Path, pool: ThreadPoolExecutor
+) -> None:
+    port = start(FUNCTION_MAX_BATCH=1, FUNCTION_QUEUE_LIMIT=1).port
+    kept = [ask(pool, port, "wait")]
+    wait_until("the model is at it", lambda: gauge(port, "function_instances_total") == 1 and gauge(port, "function_waiting") == 0)
+    kept.append(ask(pool, port, "wait", priority="u=6"))
+    wait_until("the queue", lambda: gauge(port, "function_waiting") == 1)
+    refused = request(port, "POST", "/", b"no JSON at all", {"Priority": "i, u=5"})  # it is not looked at
+    assert (refused.status, refused.json()["error"]["message"]) == (
+        503,
+        "1 requests of batch work are waiting already (FUNCTION_QUEUE_LIMIT)",
+    )
+    kept.append(ask(pool, port, "wait"))
+    wait_until("it is let in", lambda: gauge(port, "function_waiting") == 2)
+    assert request(port, "POST", "/", {"instances": ["more"]}).json()["error"]["message"].startswith("1 requests are waiting already")
+    gate.touch()
+    assert [future.result().status for future in kept] == [200, 200, 200]
+
+
 def test_a_refused_caller_who_is_still_sending_reads_why(start: StartFunction, gate: Path, pool: ThreadPoolExecutor) -> None:
     port = start(FUNCTION_MAX_BATCH=1, FUNCTION_QUEUE_LIMIT=1).port
     kept = [ask(pool, port, "wait")]
