@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support import ROOT, free_port, request, wait_until
-from tests.weights_cache.conftest import Sidecar, current, noise, push
+from tests.weights_cache.conftest import Sidecar, counted, current, noise, push
 from tests.weights_cache.mounts import on_read_only
 from tests.weights_cache.stores import Bucket, Proxy
 from weights_cache.cache import NodeCache
@@ -189,6 +189,17 @@ def test_told_to_end_it_exits_with_0_and_its_socket_is_gone(bucket: Bucket, cach
         one.server.signal(signal.SIGTERM)
         assert one.server.wait(10) == 0
     assert not (cache.root / SOCKET).exists()
+
+
+def test_what_the_agent_brought_is_a_cold_start_of_the_pod_and_what_was_there_is_none(bucket: Bucket, agent: Start, pod: Start) -> None:
+    total = sum(map(len, push(bucket, MODEL).values()))
+    agent()
+    for cold_starts, wanted in ((1, {"misses": 1, "neighbour": total}), (0, {"hits": 1, "cache": total})):
+        found = pod(bucket.uri)
+        wait_until("its end", lambda found=found: counted(found)["hits"] + counted(found)["misses"])  # type: ignore[misc]
+        assert {name: number for name, number in counted(found).items() if number} == wanted
+        assert found.metrics()["weights_cache_cold_start_seconds_count"] == cold_starts
+        found.server.kill()
 
 
 # The agent by itself
