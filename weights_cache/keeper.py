@@ -232,12 +232,7 @@ class Delegate:
         began = time.monotonic()
         pulled = Pulled(failed=True)
         try:
-            pulls = self._ask("POST", self.uri)["pulls"]
-            while (row := self._ask("GET"))["pulls"] < pulls or row["phase"] not in ("complete", "failed"):
-                self._row = row if row["pulls"] >= pulls else self._row
-                if self._stopped.wait(ASK_S):
-                    raise StoreError("the pull was stopped")
-            self._row = row
+            row = self._await_agent()
             if row["phase"] == "failed":
                 raise StoreError(row["error"])
             if not self._take(row["snapshot"]):
@@ -251,6 +246,20 @@ class Delegate:
         finally:
             self._report(pulled)
         return lambda: None  # the agent does that
+
+    def _await_agent(self) -> dict[str, Any]:
+        """Ask for a pull; the agent's row at its end. Raises WeightsError."""
+        row: dict[str, Any]
+        pulls = self._ask("POST", self.uri)["pulls"]
+        while (row := self._ask("GET"))["pulls"] < pulls or row["phase"] not in ("complete", "failed"):
+            if row["pulls"] < pulls:  # it is another agent, which started since and knows nothing of it
+                pulls = self._ask("POST", self.uri)["pulls"]
+            else:
+                self._row = row
+            if self._stopped.wait(ASK_S):
+                raise StoreError("the pull was stopped")
+        self._row = row
+        return row
 
     def _take(self, snapshot: str) -> bool:
         lease = self._cache.lease(snapshot)
