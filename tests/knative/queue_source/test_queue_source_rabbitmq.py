@@ -194,6 +194,17 @@ def test_poison_is_dead_lettered_what_fails_comes_back_and_replies_go_to_the_res
     assert [post.id for post in sink.of(2)] == ["id-2"] * 2
 
 
+def test_a_reply_is_sent_on_in_its_requests_trace(broker: Broker, sink: Sink) -> None:
+    url, results = broker.queue("traced"), broker.queue("traced-results")
+    trace = {"traceparent": f"00-{'1' * 32}-{'2' * 16}-01", "tracestate": "a=b"}
+    event = {"ce-specversion": "1.0", "ce-id": "r", "ce-source": "/m", "ce-type": "t.response"}
+    sink.answer = lambda post: Reply(200, event, post.body)
+    broker.send("traced", 1, headers=trace)
+    with running_here(url, sink.url, results=results):
+        ((properties, _),) = broker.take("traced-results", 1)
+    assert {name: properties.headers[name] for name in trace} == trace
+
+
 def test_a_sink_that_is_busy_costs_no_delivery_and_no_more_are_unacknowledged_than_may_be(broker: Broker, sink: Sink) -> None:
     url = broker.queue("busy", deliveries=1)
     until = time.monotonic() + 1.5
