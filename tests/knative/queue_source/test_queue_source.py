@@ -228,7 +228,7 @@ def test_what_is_held_for_as_long_as_the_queue_allows_is_given_back_and_still_do
     go = threading.Event()
     sink.answer = lambda _: Reply() if go.wait(60) else Reply(500)
     sqs.send(url, 1)
-    with running_here(url, sink.url, VISIBILITY_S="60") as source:
+    with running_here(url, sink.url, VISIBILITY_S="3600") as source:
         wait_until("it is received again", lambda: value(source, "repeated_total"))
         go.set()
         sqs.wait_empty(url)
