@@ -151,6 +151,7 @@ class Puller:
         """Let the URI stand for these files, at once or, where it stands for complete ones, when these are complete too."""
         lease, evicted = room.reserve(self._cache, self._store.namespace, files, limit=self._settings.cache_bytes, uri=self._uri)
         self._keep(lease)
+        self.progress.evicted += evicted
         self.progress.snapshot, self.progress.checked = snapshot, True
         ref = self._cache.ref(self._uri)
         goal = Ref(self._uri, snapshot, time.time())
@@ -158,7 +159,6 @@ class Puller:
             self._cache.set_ref(replace(ref, next=snapshot))  # whoever starts meanwhile starts at once, on what is here
         else:
             self._cache.set_ref(goal)
-        self.progress.evicted += evicted
         self._fetch(files, said, data)
         if self._cache.ref(self._uri) != goal:
             self._cache.set_ref(goal)

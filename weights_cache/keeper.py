@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -102,24 +102,25 @@ class Filler:
         from weights_cache.fetch import Puller
         from weights_cache.store import Store
 
-        pulled = Pulled(failed=True)
+        puller, is_stale = None, False
         try:
             self._cache.create()
             puller = Puller(Store(self._source), self._cache, self._settings, uri=self.uri)
             before, self._puller = self._puller, puller
             try:
-                pulled = self._pull(puller)
+                is_stale = self._pull(puller)
             finally:
                 if before:
                     before.close()  # only now, so that nobody evicts in between what is being used
         except Exception as error:
             self._phase, self._error = "failed", str(error) if isinstance(error, WeightsError) else repr(error)
+            self._report(replace(self._pulled(puller), failed=True))
             raise
-        finally:
-            self._report(pulled)
+        self._report(replace(self._pulled(puller), stale=is_stale))
         return partial(self._settle, puller)
 
-    def _pull(self, puller: "Puller") -> Pulled:
+    def _pull(self, puller: "Puller") -> bool:
+        """Whether the store was away, and the cache was used without it."""
         ref = self._cache.ref(self.uri)
         is_stale = False
         if self._settings.revalidate == "after" and ref and puller.use_cached(ref.snapshot):
@@ -146,15 +147,21 @@ class Filler:
             progress.downloaded_bytes / 1e6,
             self._seconds,
         )
+        return is_stale
+
+    def _pulled(self, puller: "Puller | None") -> Pulled:
+        """What was done so far."""
+        if not puller:
+            return Pulled()
+        progress = puller.progress
         return Pulled(
             progress.downloaded_bytes,
-            max(0, progress.total_bytes - progress.cached_bytes - progress.downloaded_bytes),
+            max(0, progress.bytes_there() - progress.cached_bytes - progress.downloaded_bytes),
             progress.cached_bytes,
             progress.waited_s,
             progress.evicted,
             progress.damaged,
-            self._seconds,
-            stale=is_stale,
+            time.monotonic() - self._began,
         )
 
     def _settle(self, puller: "Puller") -> None:
@@ -193,6 +200,7 @@ class Filler:
                 "source": progress.source,
                 "bytes": progress.bytes_there() if progress.snapshot else 0,
                 "total_bytes": progress.total_bytes,
+                "cached_bytes": progress.cached_bytes,
                 "downloaded_bytes": progress.downloaded_bytes,
                 "bytes_per_second": round(progress.downloaded_bytes / seconds) if seconds else 0,
             }
@@ -224,24 +232,34 @@ class Delegate:
         began = time.monotonic()
         pulled = Pulled(failed=True)
         try:
-            pulls = self._ask("POST", self.uri)["pulls"]
-            while (row := self._ask("GET"))["pulls"] < pulls or row["phase"] not in ("complete", "failed"):
-                self._row = row if row["pulls"] >= pulls else self._row
-                if self._stopped.wait(ASK_S):
-                    raise StoreError("the pull was stopped")
-            self._row = row
+            row = self._await_agent()
             if row["phase"] == "failed":
                 raise StoreError(row["error"])
             if not self._take(row["snapshot"]):
                 raise CacheError(f"snapshot {row['snapshot']} was evicted as soon as it was complete; is WEIGHTS_CACHE_BYTES too small?")
             self.ready = True
-            pulled = Pulled(cached_bytes=row["total_bytes"], seconds=time.monotonic() - began)
+            cached, seconds = row["cached_bytes"], time.monotonic() - began
+            pulled = Pulled(neighbour_bytes=row["total_bytes"] - cached, cached_bytes=cached, seconds=seconds, stale=bool(row["error"]))
         except WeightsError as error:
             self._row = self._row | {"phase": "complete" if self.ready else "failed", "error": str(error), "checked": self.ready}
             raise
         finally:
             self._report(pulled)
         return lambda: None  # the agent does that
+
+    def _await_agent(self) -> dict[str, Any]:
+        """Ask for a pull; the agent's row at its end. Raises WeightsError."""
+        row: dict[str, Any]
+        pulls = self._ask("POST", self.uri)["pulls"]
+        while (row := self._ask("GET"))["pulls"] < pulls or row["phase"] not in ("complete", "failed"):
+            if row["pulls"] < pulls:  # it is another agent, which started since and knows nothing of it
+                pulls = self._ask("POST", self.uri)["pulls"]
+            else:
+                self._row = row
+            if self._stopped.wait(ASK_S):
+                raise StoreError("the pull was stopped")
+        self._row = row
+        return row
 
     def _take(self, snapshot: str) -> bool:
         lease = self._cache.lease(snapshot)

@@ -19,7 +19,7 @@ class Metrics:
     def __init__(self, keepers: Callable[[], Iterable[Keeper]]) -> None:
         self._registry = CollectorRegistry()
         self._keepers = keepers
-        self._bytes = self._counter("bytes", "Bytes that became available, by where they came from: store, neighbour, cache.", ["source"])
+        self._bytes = self._counter("bytes", "Bytes that pulls brought or found, by where from: store, neighbour, cache.", ["source"])
         self._hits = self._counter("hits", "Pulls that found everything in the cache.")
         self._misses = self._counter("misses", "Pulls that had to bring something.")
         self._failures = self._counter("failures", "Pulls that failed; each is tried again.")
@@ -42,19 +42,19 @@ class Metrics:
         return Counter(f"weights_cache_{name}", text, labels, registry=self._registry)
 
     def count(self, pulled: Pulled) -> None:
-        """Take what one pull did into account."""
-        if pulled.failed:
-            self._failures.inc()
-            return
+        """Take what one pull did into account, also if it failed at last."""
         brought = pulled.store_bytes + pulled.neighbour_bytes
         self._bytes.labels("store").inc(pulled.store_bytes)
         self._bytes.labels("neighbour").inc(pulled.neighbour_bytes)
-        self._bytes.labels("cache").inc(pulled.cached_bytes)
-        (self._misses if brought else self._hits).inc()
         self._waits.inc(bool(pulled.waited_s))
         self._waited.inc(pulled.waited_s)
         self._evictions.inc(pulled.evicted)
         self._damage.inc(pulled.damaged)
+        if pulled.failed:
+            self._failures.inc()
+            return
+        self._bytes.labels("cache").inc(pulled.cached_bytes)  # not before: a pull that is repeated finds them each time
+        (self._misses if brought else self._hits).inc()
         self._stale.inc(pulled.stale)
         if brought:
             self._cold.observe(pulled.seconds)

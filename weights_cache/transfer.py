@@ -423,9 +423,7 @@ class Transfer:
             raise StoreError(f"{error}: it is damaged in the store; push it again") from error
         if tries >= ATTEMPTS:
             raise error
-        pause_s = random.uniform(0.5, 1) * min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (tries - 1))
-        if isinstance(error, _Busy):
-            pause_s = max(pause_s, min(error.after_s, LONGEST_RETRY_AFTER_S))
+        pause_s = _pause_s(tries, error.after_s if isinstance(error, _Busy) else 0.0)
         log.info("%s; again in %.1f s", error, pause_s)
         self._over.wait(pause_s)
         self._check()
@@ -451,6 +449,12 @@ class Transfer:
             if rates[worker.number] < self._best / 10:
                 log.info("a connection brings %.0f bytes a second, the best one %.0f; making it anew", rates[worker.number], self._best)
                 worker.connection.abort()
+
+
+def _pause_s(tries: int, asked_s: float) -> float:
+    """Seconds until the next try, after so many: doubling, half of it by chance, and as much as the store asks for, within bounds."""
+    pause_s = random.uniform(0.5, 1) * min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (tries - 1))
+    return max(pause_s, min(asked_s, LONGEST_RETRY_AFTER_S))
 
 
 def _condition(file: FileRef) -> dict[str, str]:

@@ -26,10 +26,12 @@ class Lease(Enum):
 class Held:
     """A message that is held."""
 
-    __slots__ = ("call", "cut_at", "extending", "lapses", "lease", "message", "renew_at", "since")
+    __slots__ = ("call", "cut_at", "extending", "lease", "longest_s", "message", "renew_at", "since")
 
-    def __init__(self, message: Message, visibility_s: float) -> None:
+    def __init__(self, message: Message, visibility_s: float, longest_s: float) -> None:
+        """longest_s: from a receive, the seconds for which the queue lets it be held."""
         self.message = message  # its latest delivery
+        self.longest_s = longest_s
         self.since = message.received
         self.lease = Lease.KEPT
         self.extending = False  # a heartbeat is on its way: whatever gives it back waits for that
@@ -39,16 +41,17 @@ class Held:
 
     def extended(self, at: float, visibility_s: float) -> None:
         """It is ours for another visibility time from `at`."""
-        self.renew_at = at + visibility_s / 3
-        self.lapses = at + visibility_s
+        self.renew_at = min(at + visibility_s / 3, self.message.received + self.longest_s)
 
 
 class Holding:
     """All that is held. Pollers take room before they ask the queue, so that there are never more than `limit`."""
 
-    def __init__(self, limit: int, visibility_s: float) -> None:
+    def __init__(self, limit: int, visibility_s: float, longest_s: float = math.inf) -> None:
+        """longest_s: for which the queue lets a message be held, whatever its visibility."""
         self.stopping = False
         self._visibility_s = visibility_s
+        self._longest_s = longest_s
         self._lock = threading.Lock()  # guards what follows
         self._room_made = threading.Condition(self._lock)
         self._turn = threading.Condition(self._lock)
@@ -109,7 +112,7 @@ class Holding:
                 return found, False
             if message.key in self._done:
                 return None
-            held = self._held[message.key] = Held(message, self._visibility_s)
+            held = self._held[message.key] = Held(message, self._visibility_s, self._longest_s)
             return held, True
 
     # For workers

@@ -9,7 +9,7 @@ from knative.queue_source.errors import QueueSourceError
 
 
 class Monitor:
-    """A small HTTP server in threads of its own."""
+    """A small HTTP server in threads of its own, which end with the process."""
 
     def __init__(
         self, host: str, port: int, *, is_healthy: Callable[[], bool], is_ready: Callable[[], bool], metrics: Callable[[], bytes]
@@ -39,13 +39,8 @@ class Monitor:
                 pass  # probes ask every few seconds
 
         try:
-            self._server = ThreadingHTTPServer((host, port), Handler)
+            server = ThreadingHTTPServer((host, port), Handler)
         except OSError as error:
             raise QueueSourceError(f"QUEUE_SOURCE_PORT={port}: cannot listen at {host}: {error.strerror}") from error
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, name="monitor", daemon=True).start()
-
-    def close(self) -> None:
-        """Listen no longer."""
-        self._server.shutdown()
-        self._server.server_close()
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, name="monitor", daemon=True).start()

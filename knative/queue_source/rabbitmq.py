@@ -1,8 +1,9 @@
 """RabbitMQ: quorum queues, whose `x-delivery-count` tells how often a message was delivered and whose `x-delivery-limit` parks it.
 
 A message is ours until its channel closes, so a heartbeat has nothing to do here; but the broker closes a channel that owes it an answer
-for too long (`consumer_timeout`, 30 minutes). RabbitMQ cannot be asked to deliver a message later: one that is given back with a delay
-stays here, unacknowledged, until then, and counts among those that this consumer may have.
+for too long (`consumer_timeout`, 30 minutes), and all that is held then is delivered again. So everything that was delivered, be it held,
+waiting to be taken, or given back, is answered before. RabbitMQ cannot be asked to deliver a message later: one that is given back with a
+delay stays here, unacknowledged, until then, and counts among those that this consumer may have.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ log = logging.getLogger("relight.queue")
 CONNECT_S = 5.0
 CALL_S = 5.0
 LONGEST_HOLD_S = 1700.0  # of the broker's 30 minutes
+LOOK_S = 1.0  # between two looks whether something has waited too long to be taken
 _NOT_FOUND = 404
 _ERRORS = (AMQPError, OSError)
 
@@ -53,6 +55,7 @@ class RabbitQueue:
         self._prefetch = prefetch
         self._lock = threading.Condition()  # guards what follows
         self._arrived: deque[Message] = deque()
+        self._unsettled: set[tuple[int, int]] = set()  # handles; settling one twice would end the channel and all that is held with it
         self._connection: Any = None
         self._channel: Any = None
         self._era = 0  # grows with each connection: delivery tags are of one
@@ -72,17 +75,18 @@ class RabbitQueue:
             return [self._arrived.popleft() for _ in range(min(limit, len(self._arrived)))]
 
     def extend(self, messages: Sequence[Message]) -> Outcome:
-        """Tells which are of a connection that is gone."""
+        """Tells which are of a connection that is gone, or were given back."""
         with self._lock:
-            return Outcome(gone=[message for message in messages if message.handle[0] != self._era])
+            return Outcome(gone=[message for message in messages if message.handle not in self._unsettled])
 
     def delete(self, messages: Sequence[Message]) -> Outcome:
         """Acknowledge them."""
         return self._settle(messages, lambda channel, message: channel.basic_ack(message.handle[1]))
 
     def release(self, messages: Sequence[tuple[Message, float]]) -> Outcome:
-        """Reject them, so that they are queued again, now or later."""
-        delays = dict(messages)
+        """Reject them, so that they are queued again, now or later, but before the broker loses patience."""
+        now_s = time.monotonic()
+        delays = {message: min(delay_s, message.received + self.longest_hold_s - now_s) for message, delay_s in messages}
 
         def reject(channel: Any, message: Message) -> None:
             def now() -> None:
@@ -109,21 +113,25 @@ class RabbitQueue:
                 pass  # it is closed
 
     def _settle(self, messages: Sequence[Message], settle: Callable[[Any, Message], None]) -> Outcome:
-        """Have the connection's thread do it to those that are of its connection."""
-        with self._lock:
-            connection, channel, era = self._connection, self._channel, self._era
-        ours = [message for message in messages if message.handle[0] == era]
+        """Have the connection's thread do it to those that are of its connection, each once."""
+        gone = list(self.extend(messages).gone)
         settled, failures = threading.Event(), []
 
         def run() -> None:
             try:
-                for message in ours:
-                    settle(channel, message)
+                for message in messages:
+                    with self._lock:
+                        is_ours, channel = message.handle in self._unsettled, self._channel
+                        self._unsettled.discard(message.handle)
+                    if is_ours:
+                        settle(channel, message)
             except _ERRORS as error:
                 failures.append(error)
             settled.set()
 
-        if ours:
+        if len(gone) < len(messages):
+            with self._lock:
+                connection = self._connection
             try:
                 if connection is None:
                     raise QueueUnavailable(f"{self.source}: not connected")
@@ -132,7 +140,7 @@ class RabbitQueue:
                 raise QueueUnavailable(f"{self.source}: {_text(error)}") from error
             if not settled.wait(CALL_S) or failures:
                 raise QueueUnavailable(f"{self.source}: {_text(failures[0]) if failures else 'the connection does not answer'}")
-        return Outcome(gone=[message for message in messages if message.handle[0] != era])
+        return Outcome(gone=gone)
 
     def _connect(self) -> None:
         try:
@@ -146,7 +154,6 @@ class RabbitQueue:
             era = self._era + 1
             with self._lock:
                 self._connection, self._channel, self._era = connection, channel, era
-                self._arrived.clear()
             channel.basic_consume(self._name, lambda _, method, properties, body: self._arrive(era, method, properties, body))
         except ChannelClosedByBroker as error:
             connection.close()
@@ -157,30 +164,52 @@ class RabbitQueue:
             raise QueueUnavailable(f"{self.source}: {_text(error)}") from error
 
     def _serve(self) -> None:
-        """Look after the connection, and make another one when it is gone."""
+        """Look after the connection, and make another one when it or what it is for is gone."""
         pause_s = 0.2
         while not self._closing:
             try:
                 if self._connection is None:
                     self._connect()
                 pause_s = 0.2
-                while self._connection.is_open:
-                    self._connection.process_data_events(time_limit=1.0)
+                self._give_back_stale(self._channel)
+                self._channel.start_consuming()  # until the connection or the channel is closed, or the queue deleted
+                raise QueueUnavailable("the broker delivers nothing more")
             except (QueueSourceError, *_ERRORS) as error:
                 if not self._closing:
                     log.warning("%s: %s; connecting again in %.1f s", self.source, _text(error), pause_s)
             with self._lock:
-                self._connection = None
-                self._era += 1
+                connection, self._connection = self._connection, None
                 self._arrived.clear()
+                self._unsettled.clear()
                 self._lock.notify_all()
+            try:
+                if connection and connection.is_open:  # what ended was its channel
+                    connection.close()
+            except _ERRORS:
+                pass  # it is closed
             if not self._closing:
                 time.sleep(pause_s)
                 pause_s = min(pause_s * 2, 5.0)
 
+    def _give_back_stale(self, channel: Any) -> None:
+        """Now and every moment: what nobody takes, because the sink is busy, is not to keep the broker waiting for too long."""
+        if not channel.is_open:
+            return
+        before = time.monotonic() - self.longest_hold_s
+        with self._lock:
+            stale = []
+            while self._arrived and self._arrived[0].received <= before:
+                stale.append(self._arrived.popleft())
+                self._unsettled.discard(stale[-1].handle)
+        for message in stale:
+            channel.basic_nack(message.handle[1], requeue=True)
+        channel.connection.call_later(LOOK_S, lambda: self._give_back_stale(channel))
+
     def _arrive(self, era: int, method: Any, properties: Any, body: bytes) -> None:
         with self._lock:
-            self._arrived.append(message_of(self.source, (era, method.delivery_tag), properties, body))
+            handle = (era, method.delivery_tag)
+            self._arrived.append(message_of(self.source, handle, properties, body))
+            self._unsettled.add(handle)
             self._lock.notify()
 
 

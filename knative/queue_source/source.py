@@ -60,7 +60,7 @@ class Source:
         self._results = results
         self._layers = () if settings.unwrap == "none" else tuple(settings.unwrap.split(","))
         self._extensions = settings.extensions
-        self._holding = Holding(settings.concurrency, settings.visibility_s)
+        self._holding = Holding(settings.concurrency, settings.visibility_s, messages.longest_hold_s)
         self.metrics = Metrics(self._holding.gauges)
         self.failed = False  # something that never should: the process is to be replaced
         self._workers = Workers(self._handle, limit=settings.concurrency, spawn=self._spawn)
@@ -140,7 +140,7 @@ class Source:
         for message in messages:
             added = self._holding.add(message)
             if added is None:  # the delete of an earlier delivery did not reach the queue, or came too late for it
-                held = Held(message, self._settings.visibility_s)
+                held = Held(message, self._settings.visibility_s, self._queue.longest_hold_s)
                 held.lease = Lease.DELETING
                 self._deletes.put([held])
             elif added[1]:

@@ -131,9 +131,7 @@ class SqsQueue:
     def extend(self, messages: Sequence[Message]) -> Outcome:
         """Another visibility time, or what is left of the longest that SQS allows."""
         now = time.monotonic()
-        return self.release(
-            [(message, min(self._visibility_s, LONGEST_HOLD_S - _MARGIN_S - (now - message.received))) for message in messages]
-        )
+        return self.release([(message, min(self._visibility_s, self.longest_hold_s - (now - message.received))) for message in messages])
 
     def release(self, messages: Sequence[tuple[Message, float]]) -> Outcome:
         """Visible again after so many seconds, in whole ones."""

@@ -245,6 +245,16 @@ def sidecar(aws: None, cache: NodeCache, tmp_path: Path) -> Iterator[Callable[..
         yield start
 
 
+def counted(found: Sidecar) -> dict[str, float]:
+    """Its counters, by their names without prefix and suffix."""
+    names = ("hits", "misses", "failures", "waits", "wait_seconds", "evictions", "verify_failures")
+    sources = ("store", "neighbour", "cache")
+    numbers = found.metrics()
+    return {name: numbers[f"weights_cache_{name}_total"] for name in names} | {
+        source: numbers[f'weights_cache_bytes_total{{source="{source}"}}'] for source in sources
+    }
+
+
 def push(bucket: Bucket, files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Put files and the manifest that describes them, as `relight push` does; returns all of it."""
     bucket.put(files)

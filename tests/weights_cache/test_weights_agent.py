@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support import ROOT, free_port, request, wait_until
-from tests.weights_cache.conftest import Sidecar, current, noise, push
+from tests.weights_cache.conftest import Sidecar, content, counted, current, noise, push
 from tests.weights_cache.mounts import on_read_only
 from tests.weights_cache.stores import Bucket, Proxy
 from weights_cache.cache import NodeCache
@@ -189,6 +189,37 @@ def test_told_to_end_it_exits_with_0_and_its_socket_is_gone(bucket: Bucket, cach
         one.server.signal(signal.SIGTERM)
         assert one.server.wait(10) == 0
     assert not (cache.root / SOCKET).exists()
+
+
+def test_what_the_agent_brought_is_a_cold_start_of_the_pod_and_what_was_there_is_none(bucket: Bucket, agent: Start, pod: Start) -> None:
+    total = sum(map(len, push(bucket, MODEL).values()))
+    agent()
+    for cold_starts, wanted in ((1, {"misses": 1, "neighbour": total}), (0, {"hits": 1, "cache": total})):
+        found = pod(bucket.uri)
+        wait_until("its end", lambda found=found: counted(found)["hits"] + counted(found)["misses"])  # type: ignore[misc]
+        assert {name: number for name, number in counted(found).items() if number} == wanted
+        assert found.metrics()["weights_cache_cold_start_seconds_count"] == cold_starts
+        found.server.kill()
+
+
+def test_an_agent_that_dies_during_a_pull_is_asked_again_when_there_is_another_one(
+    bucket: Bucket, proxy: Proxy, cache: NodeCache, agent: Start, pod: Start
+) -> None:
+    files = push(bucket, MODEL)
+    proxy.is_spared = lambda key: not key.endswith("model.safetensors")
+    proxy.hold_after(2 * MIB)
+    first, found = agent(), pod(bucket.uri)
+    wait_until("the hold", proxy.is_holding)
+    wait_until("that the pod knows of it", lambda: found.row()["phase"] == "fetching")
+    found.server.signal(signal.SIGSTOP)  # between two questions of the pod's, as far as it can tell
+    first.server.kill()
+    second = agent()
+    found.server.signal(signal.SIGCONT)
+    wait_until("that it is asked", second.rows)
+    proxy.release()
+    wait_until("ready", found.is_ready)
+    assert content(cache, current(cache, bucket.uri)) == files
+    assert found.metrics()["weights_cache_failures_total"] <= 1
 
 
 # The agent by itself

@@ -1,9 +1,14 @@
 """`push` and `pull` as a person or a script runs them: what is printed where, and how they fail."""
 
+import contextlib
 import json
 import os
+import pty
+import re
 import subprocess
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +16,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from tests.support import free_port
-from tests.weights_cache.conftest import current
+from tests.support import ROOT, free_port, wait_until
+from tests.weights_cache.conftest import current, noise
 from tests.weights_cache.stores import Bucket, Proxy
 from weights_cache.cache import NodeCache
 from weights_cache.cli import main
@@ -75,6 +80,62 @@ def test_without_json_the_last_line_is_where_the_weights_are(bucket: Bucket, run
 def test_progress_goes_to_stderr(bucket: Bucket, run: Run) -> None:
     bucket.put({"config.json": b"x" * 2_000_000})
     assert f"pull {bucket.uri}: 2.0 of 2.0 MB" in run("pull", bucket.uri, "--json").stderr
+
+
+@contextlib.contextmanager
+def on_a_terminal(*arguments: str, **environ: str) -> Iterator[tuple["subprocess.Popen[str]", Callable[[], str]]]:
+    """`python -m weights_cache` with a terminal for its messages, and what it has written there."""
+    ours, theirs = pty.openpty()
+    written = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # EIO: nobody has the other end open any more
+            while piece := os.read(ours, 65536):
+                written.extend(piece)
+
+    environ = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200", **environ}
+    command = [sys.executable, "-m", "weights_cache", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=theirs, text=True) as process:
+        os.close(theirs)
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+
+        def said() -> str:
+            if process.poll() is not None:
+                reader.join(10)  # until the last of it
+            return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.decode(errors="replace"))
+
+        try:
+            yield process, said
+        finally:
+            process.kill()
+            reader.join(10)
+            os.close(ours)
+
+
+def test_on_a_terminal_a_bar_shows_how_far_a_pull_is_how_fast_and_until_when(bucket: Bucket, proxy: Proxy, tmp_path: Path) -> None:
+    bucket.put({"a": noise(3 << 20)})
+    proxy.hold_after(1 << 20)
+    small_parts = {"WEIGHTS_PART_BYTES": str(1 << 20), "WEIGHTS_CONNECTIONS": "1"}
+    with on_a_terminal("pull", bucket.uri, "--cache-dir", str(tmp_path / "cache"), **small_parts) as (process, said):
+        wait_until("one third", lambda: "1.0/3.1 MB" in said())
+        proxy.hold_after(1 << 20)
+        shown = rf"pull {re.escape(bucket.uri)} ━+.* 2\.1/3\.1 MB [0-9.]+ ([kM]B|bytes)/s [0-9]:[0-9][0-9]:[0-9][0-9]"
+        wait_until("two thirds", lambda: re.search(shown, said()))
+        assert "3.1/3.1 MB" not in said()
+        proxy.release()
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, said()
+        assert "3.1/3.1 MB" in said()
+        assert Path(out.strip(), "a").stat().st_size == 3 << 20  # and nothing else on stdout
+
+
+def test_on_a_terminal_a_bar_shows_how_far_a_push_is(bucket: Bucket, model: Path) -> None:
+    with on_a_terminal("push", str(model), bucket.uri) as (process, said):
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, said()
+        assert re.search(rf"push {re.escape(bucket.uri)} ━+ 1\.2/1\.2 MB", said())
+    assert out.startswith(f"{bucket.uri}#")
 
 
 def test_pushing_can_make_the_bucket(bucket: Bucket, run: Run, model: Path) -> None:

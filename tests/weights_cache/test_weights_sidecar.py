@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT, free_port, wait_until
-from tests.weights_cache.conftest import Sidecar, current, noise, push
+from tests.weights_cache.conftest import Sidecar, counted, current, noise, push
 from tests.weights_cache.stores import Bucket, Proxy
 from weights_cache.cache import NodeCache
 from weights_cache.fetch import Puller
@@ -100,6 +100,67 @@ def test_what_is_in_the_cache_already_is_not_downloaded(
     assert proxy.sent == sent
     wait_until("its metric", lambda: found.metrics()["weights_cache_hits_total"] == 1)
     assert found.metrics()['weights_cache_bytes_total{source="cache"}'] == TOTAL
+
+
+def test_who_waited_for_a_neighbours_download_counts_the_wait_and_what_the_neighbour_brought(
+    bucket: Bucket, proxy: Proxy, sidecar: Callable[..., Sidecar]
+) -> None:
+    bucket.put(MODEL)
+    proxy.hold_after(2 * MIB)
+    first = sidecar(bucket.uri)
+    wait_until("the hold", proxy.is_holding)
+    second = sidecar(bucket.uri)
+    wait_until("that it waits", lambda: second.row().get("total_bytes") == TOTAL)
+    time.sleep(0.2)
+    proxy.release()
+    for found in (first, second):
+        wait_until("its end", lambda found=found: counted(found)["misses"] == 1)  # type: ignore[misc]
+    numbers = counted(second)
+    assert (numbers["waits"], numbers["store"]) == (1, 0)
+    assert numbers["wait_seconds"] > 0.1
+    assert numbers["neighbour"] > 0
+    assert numbers["neighbour"] + numbers["cache"] == TOTAL == counted(first)["store"]
+    assert counted(first)["waits"] == 0
+
+
+def test_what_had_to_go_to_make_room_is_counted(bucket: Bucket, puller: Callable[..., Puller], sidecar: Callable[..., Sidecar]) -> None:
+    bucket.put({f"{name}/x": noise(MIB, seed=number) for number, name in enumerate("abc")})
+    for name in "ab":
+        pull = puller(f"{bucket.uri}/{name}")
+        pull.run()
+        pull.close()
+    found = sidecar(f"{bucket.uri}/c", WEIGHTS_CACHE_BYTES=str(MIB))
+    wait_until("its end", lambda: counted(found)["misses"] == 1)
+    assert counted(found)["evictions"] == 2
+
+
+def test_a_chunk_that_came_damaged_is_counted(bucket: Bucket, proxy: Proxy, sidecar: Callable[..., Sidecar]) -> None:
+    files = push(bucket, MODEL)
+    proxy.is_spared = lambda key: not key.endswith("model.safetensors")
+    proxy.faults.append("flipped bit")
+    found = sidecar(bucket.uri)
+    wait_until("its end", lambda: counted(found)["misses"] == 1)
+    assert counted(found)["verify_failures"] == 1
+    assert counted(found)["store"] == sum(map(len, files.values())) + MIB  # that chunk came twice
+
+
+def test_what_a_pull_did_that_failed_at_last_is_counted_too(
+    bucket: Bucket, proxy: Proxy, puller: Callable[..., Puller], sidecar: Callable[..., Sidecar]
+) -> None:
+    bucket.put({"old/x": noise(MIB, seed=1)})
+    pull = puller(f"{bucket.uri}/old")
+    pull.run()
+    pull.close()
+    push(bucket, {"x": noise(MIB)})
+    proxy.is_spared = lambda key: not key.endswith("/x")
+    proxy.always = "flipped bit"
+    found = sidecar(bucket.uri, WEIGHTS_CACHE_BYTES=str(2 * MIB - 1))
+    wait_until("its failure", lambda: counted(found)["failures"] >= 1)
+    numbers = counted(found)
+    assert numbers["evictions"] == 1
+    assert numbers["verify_failures"] >= 3
+    assert numbers["store"] >= 3 * MIB
+    assert numbers["hits"] == numbers["misses"] == found.metrics()["weights_cache_cold_start_seconds_count"] == 0
 
 
 def test_a_route_that_is_not_there_is_404_with_those_that_are(bucket: Bucket, sidecar: Callable[..., Sidecar]) -> None:

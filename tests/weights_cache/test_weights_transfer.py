@@ -1,5 +1,7 @@
 """How a transfer behaves in time: how many connections it opens, how fast it may go, and what it does with one that is slow."""
 
+import itertools
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from weights_cache.cache import NodeCache
 from weights_cache.errors import StoreError
 from weights_cache.fetch import Puller
 from weights_cache.manifest import MANIFEST
-from weights_cache.transfer import _Growth
+from weights_cache.transfer import _Growth, _pause_s
 
 MIB = 1 << 20
 DATA = noise(8 * MIB + 777)
@@ -128,6 +130,44 @@ def test_no_more_comes_per_second_than_was_allowed(bucket: Bucket, proxy: Proxy,
     rate = 5 * MIB
     seconds = time_of(puller(bucket.uri, bytes_per_second=rate).run)
     assert 0.8 * rate <= len(DATA) / seconds <= 1.2 * rate
+
+
+# Pauses
+
+
+def test_pauses_double_up_to_a_limit_are_never_in_step_and_as_long_as_the_store_asks_for() -> None:
+    for tries, longest in enumerate((0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0), start=1):
+        found = {_pause_s(tries, 0.0) for _ in range(50)}
+        assert longest / 2 <= min(found) <= max(found) <= longest
+        assert len(found) == 50
+    assert _pause_s(1, 3.0) == 3.0
+    assert 2.5 <= _pause_s(8, 1.0) <= 5.0
+    assert _pause_s(1, 3600.0) == transfer.LONGEST_RETRY_AFTER_S
+
+
+def test_a_store_that_is_busy_is_asked_after_pauses_that_double(
+    bucket: Bucket, proxy: Proxy, cache: NodeCache, puller: Pull, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(random, "uniform", lambda low, _: low)
+    bucket.put({"a": DATA[:MIB]})
+    asked: list[float] = []
+    proxy.before_read = lambda: asked.append(time.monotonic())
+    proxy.faults.extend(["503", "500", "cut", "503", "503"])
+    assert content(cache, puller(bucket.uri, connections=1).run()) == {"a": DATA[:MIB]}
+    pauses = [later - earlier for earlier, later in itertools.pairwise(asked)]
+    assert len(pauses) == 5
+    assert all(pause >= wanted for pause, wanted in zip(pauses, (0.05, 0.1, 0.2, 0.4, 0.8), strict=True))
+
+
+def test_a_busy_store_is_left_alone_for_as_long_as_it_asks(bucket: Bucket, proxy: Proxy, cache: NodeCache, puller: Pull) -> None:
+    bucket.put({"a": DATA[:MIB]})
+    asked: list[float] = []
+    proxy.before_read = lambda: asked.append(time.monotonic())
+    proxy.retry_after = "1"
+    proxy.faults.append("429")
+    assert content(cache, puller(bucket.uri, connections=1).run()) == {"a": DATA[:MIB]}
+    first, second = asked
+    assert second - first >= 1
 
 
 # Connections that bring nothing, or next to nothing

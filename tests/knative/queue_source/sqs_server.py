@@ -6,10 +6,10 @@ moto itself loses messages when a send and a delete meet, and hands one message 
     throttle, error, lost   the share of calls that are refused as too many, that fail, or that are done and then answered with an error;
                             sends are spared
     fill                    {"queue": NAME, "count": N, "depth": D}: put messages into a queue, no more than D at a time
-    watch                   NAME of the queue whose messages in flight are counted after each receive
+    watch                   NAME of the queue whose messages in flight are counted after each receive, and whose new visibilities are kept
 
-`GET /_stats` is a JSON document: calls by name, most in flight, receives of each message that was received more than once, and the seconds
-from the first receive to the last delete.
+`GET /_stats` is a JSON document: calls by name, most in flight, the visibilities that were asked for in seconds, receives of each message
+that was received more than once, and the seconds from the first receive to the last delete.
 """
 
 import importlib
@@ -53,6 +53,7 @@ class SqsServer:
         self._fill: dict[str, Any] = {}
         self._filled = 0
         self._watched = ""
+        self._changes: list[int] = []
         self._calls: Counter[str] = Counter()
         self._receives: Counter[str] = Counter()
         self._most = 0
@@ -92,6 +93,10 @@ class SqsServer:
         if name != "ReceiveMessage":
             with self._lock:
                 answer = self._inner(environ, body)
+                if name == "ChangeMessageVisibilityBatch" and self._watched:
+                    asked = json.loads(body)
+                    if asked["QueueUrl"].endswith(f"/{self._watched}"):
+                        self._changes += [entry["VisibilityTimeout"] for entry in asked["Entries"]]
                 if name.startswith("DeleteMessage"):
                     self._last = time.monotonic()
                     self._refill()
@@ -129,7 +134,8 @@ class SqsServer:
         return found
 
     def _control(self, asked: dict[str, Any]) -> None:
-        self._watched = asked.pop("watch", self._watched)
+        if "watch" in asked:
+            self._watched, self._changes = asked.pop("watch"), []
         if fill := asked.pop("fill", None):
             self._fill, self._filled, self._most = fill, 0, 0
             self._first = self._last = 0.0
@@ -151,6 +157,7 @@ class SqsServer:
         return {
             "calls": self._calls,
             "most_in_flight": self._most,
+            "changes": self._changes,
             "received": len(self._receives),
             "repeated": {key: count for key, count in self._receives.items() if count > 1},
             "seconds": self._last - self._first,

@@ -7,6 +7,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from knative.queue_source.claim import Claims
 from knative.queue_source.settings import QueueSourceSettings, from_environment
 from knative.queue_source.sink import Sink as SinkClient
 from knative.queue_source.source import Source, open_until, pollers
-from knative.queue_source.sqs import SqsQueue, SqsResults
+from knative.queue_source.sqs import LONGEST_HOLD_S, SqsQueue, SqsResults
 from tests.knative.queue_source.stage import Post, Reply, Sink, Sqs, at_work, settings, source_running, sqs_running
 from tests.support import free_port, request, wait_until
 
@@ -159,6 +161,81 @@ def test_what_fails_comes_back_with_the_same_id_until_it_succeeds(sqs: Sqs, sink
     assert [post.id for post in sink.posts] == [sent] * 4
 
 
+def test_what_fails_again_comes_back_later_each_time(sqs: Sqs, sink: Sink) -> None:
+    url = sqs.queue("later", receives=9)
+    sqs.control(watch="later")
+    times: list[float] = []
+
+    def answer(_: Post) -> Reply:
+        times.append(time.monotonic())
+        return Reply(500 if len(times) < 3 else 200)
+
+    sink.answer = answer
+    with running_here(url, sink.url, VISIBILITY_S="60", BACKOFF_S="1", BACKOFF_MAX_S="300"):
+        sqs.send(url, 1)
+        sqs.wait_empty(url)
+    assert sqs.stats()["changes"] == [1, 2]  # half of 1 and of 2 seconds by chance, in whole ones
+    first, second, third = times
+    assert second - first > 0.9
+    assert third - second > 1.9
+
+
+@pytest.mark.parametrize("asked", ["seconds", "a date"])
+def test_a_busy_sink_is_left_alone_for_as_long_as_it_asks(sqs: Sqs, sink: Sink, asked: str) -> None:
+    url = sqs.queue(f"asked-{asked[-4:]}", receives=1)
+    times: list[float] = []
+
+    def answer(_: Post) -> Reply:
+        times.append(time.monotonic())
+        return (
+            Reply(429, {"Retry-After": "1" if asked == "seconds" else formatdate(time.time() + 2, usegmt=True)})
+            if len(times) == 1
+            else Reply()
+        )
+
+    sink.answer = answer
+    ids = sqs.send(url, 1)
+    with running_here(url, sink.url, CONCURRENCY="2") as source:
+        wait_until("the refusal", lambda: value(source, "retried_total"))
+        ids += sqs.send(url, 2)
+        wait_until("the second post", lambda: len(times) > 1)
+        assert times[1] - times[0] >= 1
+        sqs.wait_empty(url)
+    assert receives(sqs, ids) == {1}
+    assert len(times) == 3
+
+
+def test_a_heartbeat_asks_for_no_more_than_sqs_allows(sqs: Sqs) -> None:
+    url = sqs.queue("allowed")
+    sqs.control(watch="allowed")
+    messages = SqsQueue(url, visibility_s=30, wait_s=1, pollers=1)
+    messages.open()
+    sqs.send(url, 1)
+    (found,) = messages.receive(1, 1)
+    for age_s in (0.0, LONGEST_HOLD_S - 10):
+        messages.extend([replace(found, received=found.received - age_s)])
+    messages.close()
+    first, last = sqs.stats()["changes"]
+    assert first == 30
+    assert 0 < last <= 5
+
+
+def test_what_is_held_for_as_long_as_the_queue_allows_is_given_back_and_still_done_once(
+    sqs: Sqs, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SqsQueue, "longest_hold_s", 2.0)
+    url = sqs.queue("held", receives=9)
+    go = threading.Event()
+    sink.answer = lambda _: Reply() if go.wait(60) else Reply(500)
+    sqs.send(url, 1)
+    with running_here(url, sink.url, VISIBILITY_S="3600") as source:
+        wait_until("it is received again", lambda: value(source, "repeated_total"))
+        go.set()
+        sqs.wait_empty(url)
+        assert value(source, "lost_total") >= 1
+    assert len(sink.posts) == 1
+
+
 def test_poison_goes_to_the_dead_letter_queue_and_nothing_else_does(sqs: Sqs, sink: Sink) -> None:
     url = sqs.queue("poisoned", receives=2)
     sink.answer = lambda post: Reply(422 if post.json()["n"] == "poison" else 200)
@@ -223,6 +300,17 @@ def test_replies_go_to_the_results_queue_and_nothing_is_deleted_before(sqs: Sqs,
         "r-1": (sent[0], {"n": 1}),
         "r-2": (sent[1], {"n": 2}),
     }
+
+
+def test_a_reply_is_sent_on_in_its_requests_trace(sqs: Sqs, sink: Sink) -> None:
+    url, results = sqs.queue("traced"), sqs.queue("traced-results")
+    trace = {"traceparent": f"00-{'1' * 32}-{'2' * 16}-01", "tracestate": "a=b"}
+    sink.answer = lambda post: Reply(200, {**EVENT, "ce-id": "r"}, post.body)
+    with running_here(url, sink.url, results=results):
+        sqs.send(url, 1, MessageAttributes={name: {"DataType": "String", "StringValue": value} for name, value in trace.items()})
+        (found,) = sqs.take(results)
+    assert {name: said["StringValue"] for name, said in found["MessageAttributes"].items()} == trace
+    assert {name: sink.posts[0].headers[name] for name in trace} == trace
 
 
 def test_a_claim_check_is_resolved_if_its_bucket_is_allowed_and_its_object_is_not_too_large(sqs: Sqs, sink: Sink) -> None:
@@ -290,6 +378,44 @@ def test_on_sigterm_it_finishes_what_runs_gives_back_the_rest_and_tells_until_th
         assert "no redrive policy" in source.said()
     (left,) = sqs.take(url)  # at once, and not when its visibility runs out
     assert json.loads(left["Body"]) == {"n": "busy"}
+
+
+def test_wrappings_are_taken_off_as_its_environment_says_and_what_s3_sends_to_try_the_queue_is_deleted(
+    sqs: Sqs, sink: Sink, tmp_path: Path
+) -> None:
+    url = sqs.queue("wrapped", receives=1)
+    record = {"eventName": "ObjectCreated:Put", "s3": {"bucket": {"name": "photos"}, "object": {"key": "a+b.jpg", "size": 3}}}
+    with source_running(tmp_path, settings(url, sink.url, QUEUE_SOURCE_UNWRAP="sns,s3") | sqs.env):
+        for inner in ({"Service": "Amazon S3", "Event": "s3:TestEvent"}, {"Records": [record]}):
+            sqs.client.send_message(QueueUrl=url, MessageBody=json.dumps({"Type": "Notification", "Message": json.dumps(inner)}))
+        sqs.send(url, "bare")
+        (parked,) = sqs.take(sqs.queue("wrapped-dead"))
+        sqs.wait_empty(url)
+    assert json.loads(parked["Body"]) == {"n": "bare"}
+    (post,) = sink.posts
+    assert post.json() == {"uri": "s3://photos/a b.jpg", "bucket": "photos", "key": "a b.jpg", "event": "ObjectCreated:Put", "size": 3}
+    assert post.headers["ce-subject"] == "a%20b.jpg"
+
+
+def test_claim_checks_are_resolved_as_its_environment_says(sqs: Sqs, sink: Sink, tmp_path: Path) -> None:
+    url = sqs.queue("claimed", receives=1)
+    store = boto3.client("s3")
+    for bucket in ("ours", "ours-too", "theirs"):
+        store.create_bucket(Bucket=bucket)
+        store.put_object(Bucket=bucket, Key="x", Body=b"0123456789")
+    store.put_object(Bucket="ours", Key="large", Body=b"01234567890")
+    store.close()
+    allowed = {"QUEUE_SOURCE_CLAIM_BUCKETS": "ours, ours-too", "QUEUE_SOURCE_CLAIM_MAX_BYTES": "10"}
+    with source_running(tmp_path, settings(url, sink.url, **allowed) | sqs.env):
+        for body in ("s3://ours/x", "s3://ours-too/x", "s3://theirs/x", "s3://ours/large"):
+            sqs.client.send_message(QueueUrl=url, MessageBody=body)
+        parked = sqs.take(sqs.queue("claimed-dead"), 2)
+        sqs.wait_empty(url)
+    assert {one["Body"] for one in parked} == {"s3://theirs/x", "s3://ours/large"}
+    assert {(post.headers["ce-dataref"], post.body) for post in sink.posts} == {
+        ("s3://ours/x", b"0123456789"),
+        ("s3://ours-too/x", b"0123456789"),
+    }
 
 
 def test_a_source_that_was_suspended_goes_on(sqs: Sqs, sink: Sink, tmp_path: Path) -> None:

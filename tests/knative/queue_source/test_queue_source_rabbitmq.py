@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import pika
 import pytest
 
+from knative.queue_source.errors import QueueUnavailable
 from knative.queue_source.queue import Message
 from knative.queue_source.rabbitmq import RabbitQueue, RabbitResults, message_of, parse
 from knative.queue_source.settings import from_environment
@@ -193,6 +194,17 @@ def test_poison_is_dead_lettered_what_fails_comes_back_and_replies_go_to_the_res
     assert [post.id for post in sink.of(2)] == ["id-2"] * 2
 
 
+def test_a_reply_is_sent_on_in_its_requests_trace(broker: Broker, sink: Sink) -> None:
+    url, results = broker.queue("traced"), broker.queue("traced-results")
+    trace = {"traceparent": f"00-{'1' * 32}-{'2' * 16}-01", "tracestate": "a=b"}
+    event = {"ce-specversion": "1.0", "ce-id": "r", "ce-source": "/m", "ce-type": "t.response"}
+    sink.answer = lambda post: Reply(200, event, post.body)
+    broker.send("traced", 1, headers=trace)
+    with running_here(url, sink.url, results=results):
+        ((properties, _),) = broker.take("traced-results", 1)
+    assert {name: properties.headers[name] for name in trace} == trace
+
+
 def test_a_sink_that_is_busy_costs_no_delivery_and_no_more_are_unacknowledged_than_may_be(broker: Broker, sink: Sink) -> None:
     url = broker.queue("busy", deliveries=1)
     until = time.monotonic() + 1.5
@@ -221,6 +233,116 @@ def test_what_was_held_when_the_source_died_comes_back_with_the_same_id(broker: 
         second.process.terminate()
         assert second.wait() == 0, second.said()
     assert {post.id for post in sink.posts} == {"id-1"}
+
+
+# When the broker ends the subscription
+
+
+@contextlib.contextmanager
+def consuming(url: str, *, prefetch: int = 10) -> Iterator[RabbitQueue]:
+    """A queue that is open, without a source."""
+    messages = RabbitQueue(url, prefetch=prefetch)
+    messages.open()
+    try:
+        yield messages
+    finally:
+        messages.close()
+
+
+def received(messages: RabbitQueue) -> Message:
+    """The next message, however often the queue is out of reach meanwhile."""
+
+    def look() -> Message | None:
+        with contextlib.suppress(QueueUnavailable):
+            return next(iter(messages.receive(1, 1)), None)
+        return None
+
+    return wait_until("a message", look)
+
+
+def test_a_queue_that_is_deleted_makes_the_source_unready_and_one_that_is_declared_again_is_consumed(broker: Broker, sink: Sink) -> None:
+    url = broker.queue("deleted")
+    with running_here(url, sink.url) as source:
+        broker.send("deleted", 1)
+        wait_until("done", lambda: b"queue_source_done_total 1.0" in source.metrics.text())
+        with broker.channel() as channel:
+            channel.queue_delete("deleted")
+        wait_until("not ready", lambda: not source.is_ready)
+        broker.queue("deleted")
+        broker.send("deleted", 2)
+        wait_until("done", lambda: b"queue_source_done_total 2.0" in source.metrics.text())
+        assert source.is_ready
+
+
+def test_a_channel_that_the_broker_closes_is_opened_again_and_what_was_not_acknowledged_comes_back(
+    broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = broker.queue("closed")
+    with consuming(url) as messages:
+        broker.send("closed", 1, 2)
+        first, second = received(messages), received(messages)
+        messages.delete([first])
+        # A tag that it does not know ends the channel, as a time-out does.
+        messages._connection.add_callback_threadsafe(lambda: messages._channel.basic_ack(99))
+        again = received(messages)
+        assert (again.id, again.receives) == (second.id, 2)
+        assert messages.extend([second]).gone == [second]
+    assert "PRECONDITION_FAILED" in caplog.text
+
+
+def test_what_was_given_back_and_is_done_after_all_costs_the_others_nothing(broker: Broker) -> None:
+    url = broker.queue("late")
+    with consuming(url) as messages:
+        broker.send("late", 1, 2)
+        first, second = received(messages), received(messages)
+        messages.release([(first, 0.0)])
+        again = received(messages)
+        assert messages.delete([first]).gone == [first]
+        assert messages.delete([second, again]).gone == []
+        assert messages.delete([second, again]).gone == [second, again]
+    assert broker.ready("late") == 0
+
+
+# The time for which the broker lets a message be held
+
+
+def test_a_message_that_is_held_too_long_is_given_back_whatever_the_visibility(
+    broker: Broker, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RabbitQueue, "longest_hold_s", 1.5)
+    url = broker.queue("long")
+    go = threading.Event()
+    sink.answer = lambda _: Reply() if len(sink.posts) > 1 or go.wait(60) else Reply(500)
+    with running_here(url, sink.url, VISIBILITY_S="43200") as source:
+        broker.send("long", 1)
+        wait_until("the second delivery", lambda: len(sink.posts) == 2)
+        go.set()
+        wait_until("done", lambda: b"queue_source_done_total 2.0" in source.metrics.text())
+        assert b"queue_source_lost_total 1.0" in source.metrics.text()
+    assert [post.id for post in sink.posts] == ["id-1"] * 2
+
+
+def test_a_delay_ends_when_the_broker_would_wait_no_longer(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RabbitQueue, "longest_hold_s", 1.0)
+    with consuming(broker.queue("delayed")) as messages:
+        broker.send("delayed", 1)
+        messages.release([(received(messages), 300.0)])
+        assert received(messages).receives == 2
+
+
+def test_what_nobody_takes_for_too_long_goes_back_to_the_queue(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RabbitQueue, "longest_hold_s", 1.0)
+    url = broker.queue("waiting")
+    with consuming(url, prefetch=1) as messages:
+        broker.send("waiting", 1)
+        wait_until("its delivery", lambda: broker.ready("waiting") == 0)
+        with broker.channel() as channel:  # of somebody else, who has it once it is given back
+            found = wait_until("the message", lambda: next(channel.consume("waiting", inactivity_timeout=1.0))[0])
+            assert found.redelivered
+            assert messages.receive(1, 0) == []
+
+
+# Starting
 
 
 def test_a_queue_that_is_not_there_ends_the_start_in_one_line_without_the_password(broker: Broker, tmp_path: Path) -> None:
