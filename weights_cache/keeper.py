@@ -238,7 +238,7 @@ class Delegate:
             if not self._take(row["snapshot"]):
                 raise CacheError(f"snapshot {row['snapshot']} was evicted as soon as it was complete; is WEIGHTS_CACHE_BYTES too small?")
             self.ready = True
-            cached, seconds = row["cached_bytes"], time.monotonic() - began
+            cached, seconds = row.get("cached_bytes", 0), time.monotonic() - began  # not said by an agent of an earlier version
             pulled = Pulled(neighbour_bytes=row["total_bytes"] - cached, cached_bytes=cached, seconds=seconds, stale=bool(row["error"]))
         except WeightsError as error:
             self._row = self._row | {"phase": "complete" if self.ready else "failed", "error": str(error), "checked": self.ready}
