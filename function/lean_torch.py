@@ -184,9 +184,10 @@ class _Finder(MetaPathFinder):
 
     def _watch_package(self, module: ModuleType) -> None:
         theirs = vars(module).get("__getattr__")
+        makes_namespaces = module.__name__ == "torch.ops"  # of operators, when they are first asked for
 
         def find(name: str) -> Any:
-            if not name.startswith("__") and not self._is_completing():
+            if not name.startswith("__") and not self._is_completing() and not (makes_namespaces and _has_operators(name)):
                 self.complete()
                 if name in vars(module):
                     return vars(module)[name]
@@ -290,6 +291,12 @@ class _Present(Loader):
     def exec_module(self, module: ModuleType) -> None:
         """It is executed already."""
         module.__spec__ = self._spec
+
+
+def _has_operators(namespace: str) -> bool:
+    """Whether there are any; one that it lacks is noticed when it is asked for."""
+    names: list[str] = sys.modules["torch"]._C._dispatch_get_all_op_names()  # noqa: SLF001
+    return any(name.startswith(f"{namespace}::") for name in names)
 
 
 def _remove_left_out() -> list[str]:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from function.agent import BadInput, Weights
+from function.agents.linear import linear
 
 MAX_TOKENS = 256  # what the model was trained with; longer sentences are cut
 
@@ -73,7 +74,7 @@ class MiniLM:
         return self._norm(x + self._linear(inner, f"{name}.output.dense"), f"{name}.output.LayerNorm")
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
-        return F.linear(x, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"])
+        return linear(x, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"])
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self._weights[f"{name}.weight"], self._weights[f"{name}.bias"], self._eps)

