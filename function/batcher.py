@@ -2,8 +2,11 @@
 
 Calls wait in two classes, interactive and batch; a batch of inputs is made of one class only, interactive while there is any, so that
 batch work delays an interactive caller by the one batch that is running at most. A long call is taken in pieces of a batch each. Streams
-of the two classes share steps, see there. Nobody is waited for unless company is likely: if the last batch held several calls, its
-callers are about to ask again (adaptive batching as in Clipper, NSDI 2017); and never for longer than a batch takes.
+of the two classes share steps, see there.
+
+Nobody is waited for unless company is likely: if the last batch held several calls, its callers are about to ask again (adaptive batching
+as in Clipper, NSDI 2017). That is worth what sharing saves: the part of a batch's time that does not depend on how many are in it. Where
+callers take longer than that to be back, they are computed in two halves, one while the other is answered and asks again.
 """
 
 import math
@@ -53,6 +56,35 @@ class Recent:
     def add(self, seen: float) -> None:
         """One more."""
         self.value += (0.2 if self.value else 1.0) * (seen - self.value)
+
+
+class Cost:
+    """What batches of late took, as a fixed part and one for each input: a line through them (least squares, exponentially weighted)."""
+
+    def __init__(self) -> None:
+        self._means: list[float] | None = None  # of inputs, seconds, inputs², inputs · seconds
+
+    def add(self, inputs: int, seconds: float) -> None:
+        """One more batch."""
+        seen = (inputs, seconds, inputs * inputs, inputs * seconds)
+        means = self._means or seen
+        self._means = [mean + 0.1 * (value - mean) for mean, value in zip(means, seen, strict=True)]
+
+    @property
+    def mean_s(self) -> float:
+        """All of it; inf before there was any."""
+        return self._means[1] if self._means else math.inf
+
+    @property
+    def fixed_s(self) -> float:
+        """The fixed part; all of it while nothing tells the two apart."""
+        if not self._means:
+            return math.inf
+        inputs, seconds, squares, products = self._means
+        variance = squares - inputs * inputs
+        if variance < 1e-3 * squares:
+            return seconds
+        return min(max(seconds - (products - inputs * seconds) / variance * inputs, 0.0), seconds)
 
 
 class Reply:
@@ -174,8 +206,12 @@ class Batcher:
         self._swept = -math.inf  # when those who do not wait any more were last looked for
         self._is_idle = True  # nothing is being computed, so that the model takes what comes at once
         self._company = 1  # calls in the last batch
+        self._others = 0  # calls that waited at its end
+        self._away = 0  # of its callers, those who have not asked again since
+        self._ended = 0.0  # when it was computed
+        self._back_s = Recent()  # from there until all had asked again
+        self._cost = Cost()
         self.places = max_batch  # streams that an idle model lets begin at once
-        self.took_s = math.inf  # the last batch, in the model; a wait is never worth more than that
 
     def put(self, item: Call | Opening) -> bool:
         """Queue it; False if too many wait already."""
@@ -185,6 +221,9 @@ class Batcher:
             if isinstance(item, Call):
                 self._calls[item.ask.is_batch].append(item)
                 self._inputs[item.ask.is_batch] += len(item.inputs)
+                self._away -= 1
+                if self._away == 0:
+                    self._back_s.add(self._clock() - self._ended)
             else:
                 self._openings[item.ask.is_batch].append(item)
             self._lock.notify_all()
@@ -231,21 +270,28 @@ class Batcher:
             self._is_idle = True
             self._lock.wait_for(lambda: any(self._calls) or any(self._openings))
 
-    def computed(self, seconds: float, *, is_idle: bool) -> None:
+    def computed(self, inputs: int, seconds: float, *, is_idle: bool) -> None:
         """A batch is done; its callers are about to be told. is_idle: the model takes the next at once."""
-        self.took_s, self._is_idle = seconds, is_idle
+        self._cost.add(inputs, seconds)
+        with self._lock:
+            self._others, self._away, self._ended = sum(map(len, self._calls)), self._company, self._clock()
+            self._is_idle = is_idle
 
     def batch(self, *, may_wait: bool) -> list[Slice]:
         """The next inputs for the model, empty if none wait. may_wait: for company, if it is likely."""
         with self._lock:
+            most = self._max_batch
             if may_wait and self._company > 1 and any(self._calls):
-                # Not from when the oldest call came: one that missed the last batch would then be taken alone, and its company after it,
-                # for ever in turn, although all are there within a moment.
-                expected = self._company
-                self._lock.wait_for(
-                    lambda: sum(map(len, self._calls)) >= expected or sum(self._inputs) >= self._max_batch, min(self._wait_s, self.took_s)
-                )
-            slices = list(self._slices(False)) or list(self._slices(True))
+                everybody, saved_s = self._company + self._others, self._cost.fixed_s
+                if saved_s < self._back_s.value < self._cost.mean_s:
+                    most = math.ceil(everybody / 2)
+                else:
+                    # Not from when the oldest call came: one that missed the last batch would then be taken alone, and its company after
+                    # it, for ever in turn, although all are there within a moment.
+                    self._lock.wait_for(
+                        lambda: sum(map(len, self._calls)) >= everybody or sum(self._inputs) >= self._max_batch, min(self._wait_s, saved_s)
+                    )
+            slices = list(self._slices(False, most)) or list(self._slices(True, most))
             if slices:
                 self._company, self._is_idle = len(slices), False
             if self.waiting():  # whose turn may be far off
@@ -263,14 +309,16 @@ class Batcher:
         for openings in self._openings:
             _sift(openings, now)
 
-    def _slices(self, is_batch: bool) -> Iterator[Slice]:
+    def _slices(self, is_batch: bool, most: int) -> Iterator[Slice]:
+        """Of so many calls at most."""
         queue, room, now = self._calls[is_batch], self._max_batch, self._clock()
-        while queue and room:
+        while queue and room and most:
             call = queue[0]
             if call.is_over(now):
                 self._inputs[is_batch] -= len(call.inputs) - call.taken
                 queue.popleft()
                 continue
+            most -= 1
             start, call.taken = call.taken, min(call.taken + room, len(call.inputs))
             inputs = call.inputs[start : call.taken]
             room -= len(inputs)

@@ -297,7 +297,7 @@ class Model:
         """Note how long a batch took: for its callers, for the metrics, for what is said to those who are refused."""
         ended = time.monotonic()
         seconds = ended - began
-        self.batcher.computed(seconds, is_idle=not self.active_streams())
+        self.batcher.computed(inputs, seconds, is_idle=not self.active_streams())
         self._seconds_per_input.add((ended - max(self._computed_at, slices[0].call.arrived)) / inputs)
         self._computed_at = ended
         waited_s: list[float] = []

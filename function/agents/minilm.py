@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from function.agent import BadInput, Weights
-from function.agents.linear import linear
+from function.agents.linear import Linear
 
 MAX_TOKENS = 256  # what the model was trained with; longer sentences are cut
 
@@ -35,6 +35,9 @@ class MiniLM:
         self._tokenizer.no_padding()  # the file pads everything to 128 tokens; we pad to the longest of a batch
         self._tokenizer.enable_truncation(MAX_TOKENS)
         self._weights: Mapping[str, Tensor] = dict(weights.to(device))
+        layers = [key.removesuffix(".weight") for key, weight in self._weights.items() if key.startswith("encoder.") and weight.ndim == 2]
+        self._linears = {name: Linear(self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]) for name in layers}
+        self._unpacked = list(self._linears.values())
         self._device = self._weights["embeddings.word_embeddings.weight"].device
 
     def warm_up(self) -> None:
@@ -50,6 +53,8 @@ class MiniLM:
         tokens = torch.tensor([token for row in rows for token in row])
         with torch.inference_mode():
             vectors: list[list[float]] = self._embed(tokens.to(self._device), Layout(list(map(len, rows)), self._device)).tolist()
+            if self._unpacked:  # a layer with each of the first batches: all at once would make the start or a caller late
+                self._unpacked.pop().pack()
         return vectors
 
     def _embed(self, tokens: Tensor, layout: "Layout") -> Tensor:
@@ -74,7 +79,7 @@ class MiniLM:
         return self._norm(x + self._linear(inner, f"{name}.output.dense"), f"{name}.output.LayerNorm")
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
-        return linear(x, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"])
+        return self._linears[name](x)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self._weights[f"{name}.weight"], self._weights[f"{name}.bias"], self._eps)

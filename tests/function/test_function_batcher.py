@@ -1,5 +1,6 @@
 """Which calls are next, and who is waited for."""
 
+import math
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from function.batcher import Ask, Batcher, Call, Opening
+from function.batcher import Ask, Batcher, Call, Cost, Opening
 from function.errors import ClientGone, TimedOut
 from function.streams import Stream
 from tests.support import wait_until
@@ -112,9 +113,9 @@ def test_what_an_idle_model_takes_at_once_does_not_count_however_late_its_thread
     assert batcher.batch(may_wait=False)
     assert batcher.is_full()
     assert not batcher.put(call("while the first is computed"))
-    batcher.computed(0.1, is_idle=True)  # and its caller, who hears of it now, may come again before the thread goes on
+    batcher.computed(1, 0.1, is_idle=True)  # and its caller, who hears of it now, may come again before the thread goes on
     assert accepted(batcher, map(call, range(12))) == 1
-    batcher.computed(0.1, is_idle=False)
+    batcher.computed(1, 0.1, is_idle=False)
     assert not batcher.put(call("before the next step of the streams"))
 
 
@@ -250,6 +251,57 @@ def test_company_that_does_not_come_is_not_waited_for_twice() -> None:
         took.append(time.monotonic() - began)
     assert took[0] >= 0.15
     assert took[1] < 0.15
+
+
+def test_what_a_batch_costs_is_told_apart_once_their_sizes_differ() -> None:
+    cost = Cost()
+    assert (cost.fixed_s, cost.mean_s) == (math.inf, math.inf)
+    for _ in range(5):
+        cost.add(4, 0.014)
+    assert cost.fixed_s == cost.mean_s == pytest.approx(0.014)  # it might be all
+    for inputs in (1, 8, 2, 32, 4):
+        cost.add(inputs, 0.002 + 0.003 * inputs)
+    assert cost.fixed_s == pytest.approx(0.002)
+    same = Cost()
+    for inputs in (1, 8, 2, 32, 4):
+        same.add(inputs, 0.02)
+    assert same.fixed_s == pytest.approx(0.02)
+    faster = Cost()
+    for inputs in (1, 32):
+        faster.add(inputs, 0.001 * inputs**2)  # the line would begin below nothing
+    assert faster.fixed_s == 0
+
+
+def rounds(clock: Clock, fixed_s: float, each_s: float, back_s: float) -> Batcher:
+    """After many batches of 1 to 8 calls, whose callers are all back so long after it; nobody waits, and the last one had 8."""
+    batcher = Batcher(max_batch=32, wait_s=0.2, limit=64, clock=clock)
+    for size in [*range(1, 9)] * 5:
+        for item in range(size):
+            batcher.put(call(item))
+        while slices := batcher.batch(may_wait=False):
+            clock.now += fixed_s + each_s * len(slices)
+            batcher.computed(len(slices), fixed_s + each_s * len(slices), is_idle=True)
+        clock.now += back_s
+    return batcher
+
+
+@pytest.mark.parametrize(
+    ("fixed_s", "each_s", "back_s", "sizes"),
+    [
+        pytest.param(0.002, 0.004, 0.010, [4, 4], id="halves: back later than sharing saves, and before a batch is over"),
+        pytest.param(0.020, 0.001, 0.010, [8], id="together: sharing saves more"),
+        pytest.param(0.002, 0.004, 1.000, [8], id="together: nobody will be back meanwhile"),
+    ],
+)
+def test_callers_who_are_slow_to_be_back_are_computed_in_halves(fixed_s: float, each_s: float, back_s: float, sizes: list[int]) -> None:
+    batcher = rounds(Clock(), fixed_s, each_s, back_s)
+    for item in range(8):
+        batcher.put(call(item))
+    found = []
+    while slices := batcher.batch(may_wait=True):
+        found.append(len(slices))
+        batcher.computed(len(slices), fixed_s + each_s * len(slices), is_idle=True)
+    assert found == sizes
 
 
 def test_a_full_batch_is_not_held_up_either() -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's customary name
 
 from function.agent import BadInput, Weights
-from function.agents.linear import linear
+from function.agents.linear import Linear
 from function.agents.minilm import MiniLM
 from tests.support import fill_cache
 from weights_cache.settings import WeightsSettings
@@ -60,14 +60,14 @@ def test_company_in_the_batch_does_not_change_a_sentences_vector(agent: MiniLM) 
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 200])
-def test_a_linear_layer_is_torchs_own_up_to_rounding(rows: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_layer_is_torchs_own_up_to_rounding_packed_or_not(rows: int, dtype: torch.dtype) -> None:
     torch.manual_seed(rows)
-    x, weight, bias = torch.rand(rows, 384), torch.rand(100, 384), torch.rand(100)
-    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
-    for other in (torch.float64, torch.bfloat16):
-        assert torch.equal(
-            linear(*(each.to(other) for each in (x, weight, bias))), F.linear(*(each.to(other) for each in (x, weight, bias)))
-        )
+    x, weight, bias = (torch.rand(shape, dtype=dtype) for shape in ((rows, 384), (100, 384), (100,)))
+    layer, expected = Linear(weight, bias), F.linear(x, weight, bias)
+    torch.testing.assert_close(layer(x), expected)
+    layer.pack()
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_what_is_longer_than_the_model_knows_is_cut(agent: MiniLM) -> None:
