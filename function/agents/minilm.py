@@ -8,7 +8,7 @@ Padded to the longest, sentences of 5 to 40 words would cost half as much again.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class MiniLM:
         self._weights: Mapping[str, Tensor] = dict(weights.to(device))
         layers = [key.removesuffix(".weight") for key, weight in self._weights.items() if key.startswith("encoder.") and weight.ndim == 2]
         self._linears = {name: Linear(self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]) for name in layers}
-        self._unpacked = list(self._linears.values())
+        self._packing = self._pack()
         self._device = self._weights["embeddings.word_embeddings.weight"].device
 
     def warm_up(self) -> None:
@@ -53,9 +53,15 @@ class MiniLM:
         tokens = torch.tensor([token for row in rows for token in row])
         with torch.inference_mode():
             vectors: list[list[float]] = self._embed(tokens.to(self._device), Layout(list(map(len, rows)), self._device)).tolist()
-            if self._unpacked:  # a layer with each of the first batches: all at once would make the start or a caller late
-                self._unpacked.pop().pack()
+            next(self._packing, None)
         return vectors
+
+    def _pack(self) -> Iterator[None]:
+        """A layer with each of the first batches, as all at once would keep a caller waiting, but for those that a cold start waits for."""
+        yield from (None, None)  # the warm-up, and whoever woke us
+        for layer in self._linears.values():
+            layer.pack()
+            yield
 
     def _embed(self, tokens: Tensor, layout: "Layout") -> Tensor:
         """tokens: int64 [t], those of all sentences. Returns float32 [n, 384]."""

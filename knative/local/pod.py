@@ -25,7 +25,7 @@ from knative.local.process import ContainerProcess, tail
 # While a pod starts it is probed as often as Knative's queue-proxy does; what a probe waits, a caller waits. One that was forked is
 # ready within a tenth of a second, of which that would be much.
 START_PROBE_S = 0.025
-QUICK_PROBE_S, QUICK_S = 0.01, 0.3
+QUICK_PROBE_S, QUICK_S = 0.005, 0.3
 START_LOOK_S = 0.1  # whether a startup probe is due
 
 Phase = Literal["pending", "starting", "ready", "draining"]
