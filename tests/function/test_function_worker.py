@@ -137,6 +137,16 @@ def ask(pool: ThreadPoolExecutor, port: int, item: Any, **headers: str) -> "Futu
     return pool.submit(request, port, "POST", "/", item, {name.replace("_", "-"): value for name, value in headers.items()})
 
 
+def occupied(pool: ThreadPoolExecutor, port: int, *, waiting: int = 0, **headers: str) -> "list[Future[Reply]]":
+    """The model is at one call until the gate opens, and so many more wait behind it, one after the other; the answers to be."""
+    kept = [ask(pool, port, "wait")]
+    wait_until("the model is at it", lambda: gauge(port, "function_instances_total") == 1 and gauge(port, "function_waiting") == 0)
+    for number in range(1, waiting + 1):
+        kept.append(ask(pool, port, "wait", **headers))
+        wait_until("the queue", lambda number=number: gauge(port, "function_waiting") == number)  # type: ignore[misc]
+    return kept
+
+
 # More callers than the model can serve
 
 
@@ -144,11 +154,7 @@ def test_beyond_the_queue_callers_are_told_at_once_and_when_to_come_back(
     start: StartFunction, gate: Path, pool: ThreadPoolExecutor
 ) -> None:
     port = start(FUNCTION_MAX_BATCH=1, FUNCTION_QUEUE_LIMIT=2).port
-    kept = [ask(pool, port, "wait")]
-    wait_until("the model is at it", lambda: gauge(port, "function_instances_total") == 1 and gauge(port, "function_waiting") == 0)
-    for number in (1, 2):
-        kept.append(ask(pool, port, "wait"))
-        wait_until("the queue", lambda number=number: gauge(port, "function_waiting") == number)  # type: ignore[misc]
+    kept = occupied(pool, port, waiting=2)
     for _ in range(20):
         began = time.monotonic()
         refused = request(port, "POST", "/", "wait")
@@ -163,10 +169,7 @@ def test_beyond_the_queue_callers_are_told_at_once_and_when_to_come_back(
 def test_a_refused_caller_has_an_id_and_a_line_in_the_log_too(start: StartFunction, gate: Path, pool: ThreadPoolExecutor) -> None:
     function = start(FUNCTION_MAX_BATCH=1, FUNCTION_QUEUE_LIMIT=1)
     port = function.port
-    kept = [ask(pool, port, "wait")]
-    wait_until("the model is at it", lambda: gauge(port, "function_instances_total") == 1 and gauge(port, "function_waiting") == 0)
-    kept.append(ask(pool, port, "wait"))
-    wait_until("the queue", lambda: gauge(port, "function_waiting") == 1)
+    kept = occupied(pool, port, waiting=1)
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     told = request(port, "POST", "/v2/models/m/infer?x=1", "a", {"X-Request-Id": "mine", "traceparent": trace})
     assert (told.status, told.headers["x-request-id"]) == (503, "mine")
@@ -190,10 +193,7 @@ def test_a_refused_caller_has_an_id_and_a_line_in_the_log_too(start: StartFuncti
 
 def test_a_refused_caller_may_ask_again_over_the_same_connection(start: StartFunction, gate: Path, pool: ThreadPoolExecutor) -> None:
     port = start(FUNCTION_MAX_BATCH=1, FUNCTION_QUEUE_LIMIT=1).port
-    kept = [ask(pool, port, "wait")]
-    wait_until("the model is at it", lambda: gauge(port, "function_instances_total") == 1 and gauge(port, "function_waiting") == 0)
-    kept.append(ask(pool, port, "wait"))
-    wait_until("the queue", lambda: gauge(port, "function_waiting") == 1)
+    kept = occupied(pool, port, waiting=1)
     with connected(port) as connection:
         for _ in range(3):
             connection.sendall(post('"again"'))
@@ -209,10 +209,7 @@ def test_batch_work_is_refused_by_its_own_limit_and_interactive_callers_are_not(
     start: StartFunction, gate: Path, pool: ThreadPoolExecutor
 ) -> None:
     port = start(FUNCTION_MAX_BATCH=1, FUNCTION_QUEUE_LIMIT=1).port
-    kept = [ask(pool, port, "wait")]
-    wait_until("the model is at it", lambda: gauge(port, "function_instances_total") == 1 and gauge(port, "function_waiting") == 0)
-    kept.append(ask(pool, port, "wait", priority="u=6"))
-    wait_until("the queue", lambda: gauge(port, "function_waiting") == 1)
+    kept = occupied(pool, port, waiting=1, priority="u=6")
     refused = request(port, "POST", "/", b"no JSON at all", {"Priority": "i, u=5"})  # it is not looked at
     assert (refused.status, refused.json()["error"]["message"]) == (
         503,
@@ -227,10 +224,7 @@ def test_batch_work_is_refused_by_its_own_limit_and_interactive_callers_are_not(
 
 def test_a_refused_caller_who_is_still_sending_reads_why(start: StartFunction, gate: Path, pool: ThreadPoolExecutor) -> None:
     port = start(FUNCTION_MAX_BATCH=1, FUNCTION_QUEUE_LIMIT=1).port
-    kept = [ask(pool, port, "wait")]
-    wait_until("the model is at it", lambda: gauge(port, "function_instances_total") == 1 and gauge(port, "function_waiting") == 0)
-    kept.append(ask(pool, port, "wait"))
-    wait_until("the queue", lambda: gauge(port, "function_waiting") == 1)
+    kept = occupied(pool, port, waiting=1)
     with connected(port) as connection:
         connection.sendall(post('"' + "a" * 1_000_000 + '"'))
         refused = answer(connection)
@@ -241,8 +235,7 @@ def test_a_refused_caller_who_is_still_sending_reads_why(start: StartFunction, g
 
 def test_probes_answer_while_every_thread_waits_for_the_model(start: StartFunction, gate: Path, pool: ThreadPoolExecutor) -> None:
     port = start(FUNCTION_MAX_BATCH=1, FUNCTION_QUEUE_LIMIT=40).port
-    kept = [ask(pool, port, "wait")]
-    wait_until("the model is at it", lambda: gauge(port, "function_instances_total") == 1 and gauge(port, "function_waiting") == 0)
+    kept = occupied(pool, port)
     kept += [ask(pool, port, "wait") for _ in range(59)]
     wait_until("the queue", lambda: gauge(port, "function_waiting") == 40)
     for path in ("/healthz", "/readyz", "/metrics"):
