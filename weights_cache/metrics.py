@@ -1,12 +1,14 @@
 """What the sidecar counts, as Prometheus metrics."""
 
+from collections import Counter as Counts
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from weights_cache.keeper import Keeper, Pulled
+from weights_cache.resident import Residents
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody asks for
 
@@ -16,9 +18,10 @@ _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 class Metrics:
     """Counters that `count` moves after each pull, and gauges that are read when somebody asks."""
 
-    def __init__(self, keepers: Callable[[], Iterable[Keeper]]) -> None:
+    def __init__(self, keepers: Callable[[], Iterable[Keeper]], residents: Residents) -> None:
         self._registry = CollectorRegistry()
         self._keepers = keepers
+        self._residents = residents
         self._bytes = self._counter("bytes", "Bytes that pulls brought or found, by where from: store, neighbour, cache.", ["source"])
         self._hits = self._counter("hits", "Pulls that found everything in the cache.")
         self._misses = self._counter("misses", "Pulls that had to bring something.")
@@ -60,7 +63,7 @@ class Metrics:
             self._cold.observe(pulled.seconds)
 
     def collect(self) -> Iterable[Metric]:
-        """The gauges."""
+        """The gauges, and what the resident tier counts by itself."""
         ready = GaugeMetricFamily("weights_cache_ready", "Whether the weights are complete in the cache.", labels=["uri"])
         there = GaugeMetricFamily("weights_cache_present_bytes", "Bytes of the weights that are in the cache.", labels=["uri"])
         total = GaugeMetricFamily("weights_cache_total_bytes", "Bytes of the weights.", labels=["uri"])
@@ -71,7 +74,18 @@ class Metrics:
             there.add_metric([keeper.uri], row.get("bytes", 0))
             total.add_metric([keeper.uri], row.get("total_bytes", 0))
             rate.add_metric([keeper.uri], row.get("bytes_per_second", 0))
-        return [ready, there, total, rate]
+        stays = GaugeMetricFamily("weights_resident_bytes", "Bytes of weights that stay in a device's memory.", labels=["device", "uri"])
+        sizes: Counts[tuple[str, str]] = Counts()
+        for one in self._residents.rows():
+            sizes[one["device"], one["uri"]] += one["bytes"]
+        for labels, size in sizes.items():
+            stays.add_metric(labels, size)
+        events = CounterMetricFamily(
+            "weights_resident_events", "Weights that were kept on a device, refused, attached, missed, evicted.", labels=["event"]
+        )
+        for event in ("kept", "refused", "attached", "missed", "evicted"):
+            events.add_metric([event], self._residents.counts[event])
+        return [ready, there, total, rate, stays, events]
 
     def text(self) -> bytes:
         """Everything, in Prometheus' text format."""

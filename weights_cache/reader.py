@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from weights_cache.restore.pipeline import Ring
     from weights_cache.restore.placement import Placement
+    from weights_cache.restore.tier import Tier
 
     ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -42,7 +43,7 @@ class Restored:
 
     bytes: int
     total_bytes: int
-    source: str  # "cache" if the snapshot was complete when we came, else "store"
+    source: str  # "cache" if the snapshot was complete when we came, else "store"; "resident" if all of it was on the device
     seconds: float | None  # until the last byte was there; None while it is not
 
 
@@ -51,6 +52,7 @@ class _File:
 
     def __init__(self, path: str, blob: Blob) -> None:
         self.path = path
+        self.version = blob.path.name  # named by what is in it
         self._blob = blob
         fd = self._open()
         try:
@@ -134,6 +136,7 @@ class Weights(Mapping[str, "Tensor"]):
         self._headers: dict[str, dict[str, TensorInfo]] = {}  # by file, in file order
         self._preparing = threading.Lock()  # guards the rings, and has whoever needs one wait while it is made
         self._rings: dict[str, Ring] = {}  # by device: prepared, and not in use
+        self._tiers: list[Tier] = []  # each a lease on what was attached through it, or left
 
     def restored(self) -> Restored:
         """How far the weights are; never waits."""
@@ -182,13 +185,26 @@ class Weights(Mapping[str, "Tensor"]):
         On `cpu` a tensor is a view of its file. Elsewhere it is part of one allocation for all of its file's tensors there. The calling
         thread may use it at once on its current stream; once the iterator has ended, all of them are there for everybody. An iterator
         that is given up, or raises, gives back what it has allocated. Raises WeightsError: also, before anything is copied, if a
-        device has too little memory.
+        device has too little memory, when weights that no function uses have been evicted from it.
+
+        With WEIGHTS_RESIDENT tensors on a device are to be read only: the next function has the same memory.
         """
         if dtype is None and str(device) == "cpu":
             return self._views()
         from weights_cache.restore.placement import Placement
 
         return self._restore(Placement(device), dtype)
+
+    def make_room(self, device: str, size: int) -> int:
+        """Have weights that no function uses evicted from a device, `size` bytes of them or all there are; returns how many it were.
+
+        For what a model needs there beside its weights, such as a KV cache; `to` does it by itself. Raises WeightsError if there is no
+        such device.
+        """
+        from weights_cache.restore.device import open_device
+
+        tier = self._tier()
+        return tier.make_room(open_device(device), size) if tier else 0
 
     def module(
         self, build: "Callable[[], ModuleT]", device: "str | torch.device | Mapping[str, str]", *, dtype: "torch.dtype | None" = None
@@ -220,15 +236,27 @@ class Weights(Mapping[str, "Tensor"]):
                 if name != "cpu":
                     with self._preparing:
                         rings[name] = self._rings.pop(name) if name in self._rings else _open_ring(name)
-            yield from Restore([self._source_of(file) for file in self._model_files()], placement, rings, dtype).tensors()
+            tier = self._tier() if rings else None
+            restore = Restore([self._source_of(file) for file in self._model_files()], placement, rings, dtype, tier)
+            yield from restore.tensors()
+            if restore.attached_bytes and not restore.copied_bytes:
+                self._source = "resident"
         finally:
             for ring in rings.values():
                 ring.close()
 
+    def _tier(self) -> "Tier | None":
+        """The node's resident tier, connected anew: its agent may have been restarted."""
+        from weights_cache.restore.tier import Tier
+
+        if tier := Tier.open(self._settings.cache_dir, self._uri or "", keeps=self._settings.resident):
+            self._tiers.append(tier)
+        return tier
+
     def _source_of(self, file: _File) -> "_Source":
         view = memoryview(b"") if file.view is None else file.view
         header = lambda pause: list(self._header(file, pause).values())  # noqa: E731
-        return _Source(file.path, file.size, view, file.has, header, lambda: self._pause(file.path))
+        return _Source(file.path, file.version, file.size, view, file.has, header, lambda: self._pause(file.path))
 
     def __getitem__(self, name: str) -> "Tensor":
         return self._tensor(*self._find(name))
@@ -374,6 +402,7 @@ class _Source:
     """A file as a restore sees it."""
 
     path: str
+    version: str
     size: int
     view: memoryview
     has: Callable[[int, int], bool]

@@ -26,6 +26,14 @@ class WeightsSettings:
         minimum=0,
         text="the most bytes the cache may hold; what was used least lately goes",
     )
+    resident: bool = setting(
+        "WEIGHTS_RESIDENT",
+        False,
+        text="for a function on a GPU: leave the weights there for the next one, which attaches them; the model must not write to them",
+    )
+    resident_bytes: int = setting(
+        "WEIGHTS_RESIDENT_BYTES", 0, minimum=0, text="for the agent: the most bytes of each GPU that weights may stay in; 0: none stay"
+    )
     connections: int = setting("WEIGHTS_CONNECTIONS", 16, minimum=1, maximum=64, text="the most ranges fetched at the same time")
     part_bytes: int = setting(
         "WEIGHTS_PART_BYTES", 16 << 20, minimum=1 << 20, maximum=1 << 30, text="bytes of one range request (rounded up to whole MiB)"

@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from weights_cache import prefetch
+from weights_cache import prefetch, resident
 from weights_cache.cache import NodeCache
 from weights_cache.environment import SettingsError
 from weights_cache.errors import WeightsError
@@ -47,6 +47,7 @@ class Sidecar:
         for uri in self._kept:
             self._keeper(uri)
         self._metrics: Any = None
+        self.residents = resident.Residents(settings.resident_bytes)
 
     def keep_present(self, uri: str) -> None:
         """Pull until it succeeds, with growing pauses between the tries."""
@@ -136,6 +137,7 @@ class Sidecar:
         """Let the weights go; no pull is running any more."""
         for keeper in self.keepers():
             keeper.close()
+        self.residents.close()
 
     def keepers(self) -> list[Keeper]:
         """All of them, in the order they were asked for."""
@@ -163,7 +165,7 @@ class Sidecar:
         from weights_cache.metrics import Metrics
 
         with self._lock:
-            self._metrics = self._metrics or Metrics(self.keepers)
+            self._metrics = self._metrics or Metrics(self.keepers, self.residents)
         return self._metrics
 
 
@@ -189,10 +191,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200 if self.sidecar.ready() else 503, {"phase": row["phase"], "error": row["error"]})
         elif route == "/v1/snapshots":
             self._answer(200, {"snapshots": self.sidecar.rows()})
+        elif route == "/v1/residents":
+            self._answer(200, {"residents": self.sidecar.residents.rows()})
         elif route == "/metrics":
             self._send(200, "text/plain; version=0.0.4; charset=utf-8", self.sidecar.metrics().text())
         else:
-            self._refuse(404, "not_found", f"no route {route}; there are /healthz, /readyz, /v1/snapshots, /metrics")
+            self._refuse(404, "not_found", f"no route {route}; there are /healthz, /readyz, /v1/snapshots, /v1/residents, /metrics")
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
@@ -240,9 +244,11 @@ class _UnixServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
 
 @contextlib.contextmanager
-def _listening_at(path: Path, handler: type[BaseHTTPRequestHandler]) -> Iterator[None]:
+def _listening_at(
+    path: Path, handler: type[socketserver.BaseRequestHandler], kind: type[socketserver.UnixStreamServer] = _UnixServer
+) -> Iterator[None]:
     """Serve through a unix socket. Raises WeightsError if another agent does already."""
-    with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
+    with contextlib.closing(socket.socket(socket.AF_UNIX, kind.socket_type)) as probe:
         try:
             probe.connect(str(path))
         except OSError:
@@ -250,7 +256,7 @@ def _listening_at(path: Path, handler: type[BaseHTTPRequestHandler]) -> Iterator
         else:
             raise WeightsError(f"another agent is answering at {path}")
     try:
-        server = _UnixServer(str(path), handler)
+        server = kind(str(path), handler)
     except OSError as error:
         raise WeightsError(f"cannot listen at {path}: {error}; such a path may have 107 bytes") from error
     path.chmod(0o666)  # any user of a pod that mounts the directory may ask
@@ -280,6 +286,9 @@ def serve(settings: WeightsSettings, *, agent: bool = False) -> int:
         if agent:
             NodeCache(settings.cache_dir).create()
             listening.enter_context(_listening_at(settings.cache_dir / SOCKET, type("Handler", (handler,), {"takes_orders": True})))
+        if agent and settings.resident_bytes:
+            answers = type("Handler", (resident.Handler,), {"residents": sidecar.residents})
+            listening.enter_context(_listening_at(settings.cache_dir / resident.SOCKET, answers, resident.Server))
 
         def on_signal(number: int, frame: object) -> None:
             # shutdown() waits for the loop that this handler interrupts, so it needs a thread of its own.

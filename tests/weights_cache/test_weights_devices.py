@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tests.support import fill_cache, wait_until
 from tests.weights_cache.conftest import noise
+from tests.weights_cache.devices import DEVICES, SMALL, needs_gpu
 from tests.weights_cache.node import URI, Node, later, still_waits
 from weights_cache.cache import NodeCache
 from weights_cache.errors import WeightsError
@@ -33,13 +34,6 @@ from weights_cache.settings import WeightsSettings
 MIB = 1 << 20
 MODEL = {f"t{n}": torch.randn(512, 512, generator=torch.Generator().manual_seed(n)) for n in range(4)}  # of one MiB each
 FILE = save(MODEL)
-SMALL = {"copiers": 2, "slot_bytes": 64 << 10}
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-DEVICES = [
-    pytest.param(("host", "host:1"), id="host"),
-    pytest.param(("cuda:0", "cuda:0"), id="cuda", marks=[pytest.mark.gpu, needs_gpu]),
-]
 
 
 @pytest.fixture(params=DEVICES)
@@ -86,7 +80,7 @@ class InMemory:
     """A file that is all there, or lands when it is told to."""
 
     def __init__(self, data: bytes, path: str = "model.safetensors") -> None:
-        self.path, self.size = path, len(data)
+        self.path, self.version, self.size = path, hashlib.sha256(data).hexdigest(), len(data)
         self.view = memoryview(bytearray(data))
         self.there = self.size
         self.error: WeightsError | None = None

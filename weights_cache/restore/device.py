@@ -5,6 +5,8 @@ everything but the copy itself runs, and is tested, without a GPU.
 """
 
 import ctypes
+import mmap
+import os
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +31,21 @@ class Event(Protocol):
         """What the calling thread computes on the device from now on, on its current stream, happens after them."""
 
 
+class Shared(Protocol):
+    """Memory of a device that other processes can have, too."""
+
+    tensor: Tensor  # all of it, uint8
+
+    def seal(self) -> None:
+        """Nobody changes it from now on: what writes to it in place fails, or reaches nobody else. Raises WeightsError or OSError."""
+
+    def descriptor(self) -> int:
+        """A file descriptor that keeps the memory, for `adopt`; the caller's to close. Raises WeightsError or OSError."""
+
+    def close(self) -> None:
+        """No more descriptors are wanted. The memory lives as long as tensors of it, or descriptors, do."""
+
+
 class Device(Protocol):
     """Memory for tensors. Its methods but `begin` may be called from any thread."""
 
@@ -45,6 +62,15 @@ class Device(Protocol):
 
     def allocate(self, size: int) -> Tensor:
         """So many bytes of the device, uint8. Raises MemoryError."""
+
+    def identity(self) -> str | None:
+        """What every process on this node calls it; None if its memory cannot be shared."""
+
+    def share(self, size: int) -> Shared:
+        """As `allocate`, memory that can be shared. Raises MemoryError."""
+
+    def adopt(self, descriptor: int, size: int) -> Tensor:
+        """What another process has sealed there, to be read. Raises WeightsError, MemoryError or OSError."""
 
     def copy(self, target: Tensor, source: Tensor) -> Event:
         """Begin to copy bytes of a staging buffer, which must stay as they are until the event, to the device."""
@@ -99,6 +125,18 @@ class HostDevice:
         except RuntimeError as error:
             raise MemoryError(str(error)) from error
 
+    def identity(self) -> str | None:
+        """Its name: any process can have this memory."""
+        return self.name
+
+    def share(self, size: int) -> Shared:
+        """A file that is nowhere but in memory."""
+        return _HostShared(size)
+
+    def adopt(self, descriptor: int, size: int) -> Tensor:
+        """Copy-on-write, as the tensors of a file on the CPU are."""
+        return _mapped(descriptor, size, mmap.MAP_PRIVATE)
+
     def copy(self, target: Tensor, source: Tensor) -> Event:
         """In the thread."""
         return _Copy(self._stream.submit(_move, target, source))
@@ -110,6 +148,44 @@ class HostDevice:
     def close(self) -> None:
         """End the thread."""
         self._stream.shutdown()
+
+
+class _HostShared:
+    """A memfd, mapped."""
+
+    def __init__(self, size: int) -> None:
+        """Takes all pages now: later, none would be a SIGBUS. Raises MemoryError."""
+        self._descriptor = os.memfd_create("relight-weights", os.MFD_CLOEXEC)
+        try:
+            os.posix_fallocate(self._descriptor, 0, size)
+            self.tensor = _mapped(self._descriptor, size, mmap.MAP_SHARED)
+        except OSError as error:
+            self.close()
+            raise MemoryError(str(error)) from error
+
+    def seal(self) -> None:
+        """Mapped anew in the same place, copy-on-write."""
+        address = self.tensor.data_ptr()
+        how = mmap.MAP_PRIVATE | _MAP_FIXED
+        found = _MMAP(address, self.tensor.nbytes, mmap.PROT_READ | mmap.PROT_WRITE, how, self._descriptor, 0)
+        if found != address:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    def descriptor(self) -> int:
+        return os.dup(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+_MAP_FIXED = 0x10  # which Python's mmap has no name for, as it has none for an address
+_MMAP = ctypes.CDLL(None, use_errno=True).mmap
+_MMAP.restype = ctypes.c_size_t
+_MMAP.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+
+
+def _mapped(descriptor: int, size: int, how: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(descriptor, size, flags=how), dtype=torch.uint8)  # which keeps the mapping
 
 
 class _Copy:

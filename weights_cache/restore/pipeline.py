@@ -4,7 +4,8 @@
 
 A device has a ring of staging buffers (`Ring`), and each copier thread two of them: it fills one while the other is on its way. Blocks
 are taken in file order, so that the copying follows the fetching, chunk by chunk. One thread plans: it reads each file's header as soon
-as it is there, allocates, and cuts. All devices are filled at the same time.
+as it is there, allocates, and cuts. All devices are filled at the same time. What an earlier function left on the device (`tier`) is
+attached instead, and what was restored is left there in the end.
 """
 
 import ctypes
@@ -20,10 +21,11 @@ from torch import Tensor
 
 from weights_cache.chunks import CHUNK_BYTES
 from weights_cache.errors import WeightsError
-from weights_cache.restore.device import CPU, Device, Event, open_device
+from weights_cache.restore.device import CPU, Device, Event, Shared, open_device
 from weights_cache.restore.layout import Part, Placed, cut, lay_out
 from weights_cache.restore.placement import Placement
 from weights_cache.restore.tensors import cast_type, check_cast, elements, view
+from weights_cache.restore.tier import Tier, key
 from weights_cache.safetensors_header import TensorInfo
 
 SLOT_BYTES = 8 << 20  # of a staging buffer
@@ -35,6 +37,7 @@ class Source(Protocol):
     """A file that may still be filled."""
 
     path: str
+    version: str  # names its content
     size: int
     view: memoryview  # of all of it
 
@@ -108,15 +111,24 @@ class Restore:
     """One restore. `tensors` does everything; it is to be exhausted or closed."""
 
     def __init__(
-        self, sources: Sequence[Source], placement: Placement, rings: Mapping[str, Ring], dtype: torch.dtype | None = None
+        self,
+        sources: Sequence[Source],
+        placement: Placement,
+        rings: Mapping[str, Ring],
+        dtype: torch.dtype | None = None,
+        tier: Tier | None = None,
     ) -> None:
         """rings: by the placement's devices, but `cpu`. dtype: see `tensors.cast_type`. Raises WeightsError."""
         check_cast(dtype)
+        self._tier = tier
+        self.attached_bytes = self.copied_bytes = 0  # on devices
         self._sources = sources
         self._placement = placement
         self._dtype = dtype
         self._lanes = {name: _Lane(ring) for name, ring in rings.items()}
         self._layouts: dict[str, dict[str, tuple[list[Placed], int]]] = {}  # by file and device, until they are needed
+        self._attached: dict[tuple[str, str], Tensor | None] = {}  # likewise: what was asked for, and is there
+        self._shared: list[tuple[str, Device, Shared]] = []  # to be left, with their keys
         self._changed = threading.Condition()  # guards what follows, and the lanes
         self._planned: deque[_Planned] = deque()
         self._is_planned = False
@@ -141,6 +153,9 @@ class Restore:
                 lane.ring.device.synchronize()
             for source in self._sources:
                 source.has(0, source.size)  # raises if it was found to be damaged meanwhile
+            for name, device, shared in self._shared:
+                assert self._tier is not None
+                self._tier.keep(name, device, shared)
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # whoever keeps the error does not keep the memory
             raise
@@ -186,6 +201,10 @@ class Restore:
             lane.waiting.clear()
             lane.events.clear()
         self._planned.clear()
+        self._attached.clear()
+        for _, _, shared in self._shared:
+            shared.close()
+        self._shared.clear()
         self._error = None  # which knows us
 
     # In the caller's thread
@@ -224,16 +243,23 @@ class Restore:
             if self._is_over:
                 return
             header = source.header(lambda source=source: self._pause(source))  # type: ignore[misc]
-            layouts = self._lay_out(source, header)
-            self._check_room({name: size for name, (_, size) in layouts.items()}, self._sources[number + 1 :] if number == 0 else ())
+            self._lay_out(source, header)
+            self._check_room(source, self._sources[number + 1 :] if number == 0 else ())
             planned: dict[str, _Planned] = {}
-            for name, (placed, size) in layouts.items():
+            for name, (placed, size) in self._lay_out(source, header).items():
                 lane = self._lanes[name]
-                memory = self._allocate(lane.ring.device, size)
                 first = lane.count
-                blocks = cut(placed, size, lane.ring.slot_bytes)
+                memory, blocks = self._attach(source, name), []
+                if memory is None:
+                    memory, blocks = (
+                        self._allocate(lane.ring.device, key(source.version, placed), size),
+                        cut(placed, size, lane.ring.slot_bytes),
+                    )
+                    self.copied_bytes += size
+                else:
+                    self.attached_bytes += size
                 for tensor in placed:
-                    end = first + -(-(tensor.at + tensor.size) // lane.ring.slot_bytes) if tensor.size else first
+                    end = first + -(-(tensor.at + tensor.size) // lane.ring.slot_bytes) if blocks and tensor.size else first
                     planned[tensor.info.name] = _Planned(tensor.info, source, tensor.of(memory), lane, end)
                 with self._changed:
                     for at, parts in enumerate(blocks):
@@ -259,26 +285,49 @@ class Restore:
             self._layouts[source.path] = {name: lay_out(infos, self._dtype) for name, infos in groups.items()}
         return self._layouts[source.path]
 
-    def _check_room(self, needed: Mapping[str, int], later: Sequence[Source]) -> None:
-        """Raises WeightsError if a device lacks room for `needed`, by device, and for what is known already of later files."""
-        total = dict(needed)
+    def _attach(self, source: Source, name: str) -> Tensor | None:
+        """What an earlier function left on that device of this file, which has been laid out."""
+        place = (source.path, name)
+        if place not in self._attached:
+            placed, size = self._layouts[source.path][name]
+            device = self._lanes[name].ring.device
+            self._attached[place] = self._tier.attach(key(source.version, placed), device, size) if self._tier and size else None
+        return self._attached[place]
+
+    def _check_room(self, first: Source, later: Sequence[Source]) -> None:
+        """Raises WeightsError if a device lacks room for a file, or for what is known already of later ones."""
+        total: dict[str, int] = {}
         sole = self._placement.sole()
-        for source in later:
-            if source.has(0, source.size):
+        for source in (first, *later):
+            if source is first or source.has(0, source.size):
                 for name, (_, size) in self._lay_out(source, source.header(source.pause)).items():
-                    total[name] = total.get(name, 0) + size
-            elif sole in self._lanes and self._dtype is None:
+                    total[name] = total.get(name, 0) + (0 if self._attach(source, name) is not None else size)
+            elif sole in self._lanes and self._dtype is None and not self._takes(self._lanes[sole].ring.device):
                 total[sole] = total.get(sole, 0) + source.size
         for name, size in total.items():
             device = self._lanes[name].ring.device
-            if size > (free := device.free_bytes()):
+            if size > (free := device.free_bytes()) and self._tier:
+                self._tier.make_room(device, size - free)
+                free = device.free_bytes()
+            if size > free:
                 raise _no_room(device, size, free)
 
-    def _allocate(self, device: Device, size: int) -> Tensor:
-        try:
-            return device.allocate(size)
-        except MemoryError as error:
-            raise _no_room(device, size, device.free_bytes()) from error
+    def _takes(self, device: Device) -> bool:
+        return self._tier is not None and self._tier.takes(device)
+
+    def _allocate(self, device: Device, name: str, size: int) -> Tensor:
+        """Memory for what the resident tier would have by that name."""
+        while True:
+            try:
+                if not size or not self._takes(device):
+                    return device.allocate(size)
+                shared = device.share(size)
+            except MemoryError as error:
+                if not self._tier or not self._tier.make_room(device, size):
+                    raise _no_room(device, size, device.free_bytes()) from error
+            else:
+                self._shared.append((name, device, shared))
+                return shared.tensor
 
     # In the copiers' threads
 

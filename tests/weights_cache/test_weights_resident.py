@@ -1,0 +1,638 @@
+"""The resident tier: what a function leaves in a device's memory with the node's agent, and the next one attaches."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from safetensors.torch import save
+from torch import Tensor
+
+from tests.support import ROOT, fill_cache, wait_until
+from tests.weights_cache.conftest import Sidecar
+from tests.weights_cache.devices import DEVICES, SMALL, needs_gpu
+from tests.weights_cache.mounts import on_read_only
+from tests.weights_cache.node import URI, Node
+from weights_cache.cache import NodeCache
+from weights_cache.errors import WeightsError
+from weights_cache.reader import Weights
+from weights_cache.resident import MAX_MESSAGE_BYTES, SOCKET, Handler, Residents, Server
+from weights_cache.restore.device import HostDevice, open_device
+from weights_cache.restore.pipeline import Ring
+from weights_cache.settings import WeightsSettings
+
+MIB = 1 << 20
+MODEL = {f"t{n}": torch.randn(512, 512, generator=torch.Generator().manual_seed(n)) for n in range(4)}  # of one MiB each
+FILE = save(MODEL)
+
+Start = Callable[..., Sidecar]
+Open = Callable[..., Weights]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    found: str = request.param[0]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _small_rings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ring, "open", classmethod(lambda cls, name: cls(open_device(name), **SMALL)))
+
+
+@pytest.fixture
+def residents(cache: NodeCache) -> Iterator[Residents]:
+    """The tier, answering in this process; for 64 MiB."""
+    residents = Residents(64 * MIB)
+    server = Server(str(cache.root / SOCKET), type("Answers", (Handler,), {"residents": residents}))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield residents
+    server.shutdown()
+    server.server_close()
+    residents.close()
+
+
+@pytest.fixture
+def function(cache: NodeCache) -> Open:
+    """function(resident=True): the weights as a new function sees them."""
+    fill_cache(cache.root, URI, {"model.safetensors": FILE})
+    return lambda **settings: Weights(WeightsSettings(uri=URI, cache_dir=cache.root, **{"resident": True, **settings}))
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor] = MODEL) -> bool:
+    return list(found) == list(expected) and all(torch.equal(found[name].cpu(), expected[name]) for name in expected)
+
+
+def events(residents: Residents) -> dict[str, int]:
+    return {name: count for name, count in residents.counts.items() if count}
+
+
+def is_idle(residents: Residents) -> bool:
+    return all(row["leases"] == 0 for row in residents.rows())
+
+
+# One function after the other
+
+
+def test_what_a_function_restored_is_attached_by_the_next_one(residents: Residents, function: Open, device: str) -> None:
+    first = function()
+    assert same(dict(first.to(device)))
+    assert first.restored().source == "cache"
+    (row,) = residents.rows()
+    assert (row["uri"], row["bytes"], row["leases"]) == (URI, 4 * MIB, 1)
+    del first
+    wait_until("the lease's end", lambda: is_idle(residents))
+    second = function()
+    assert same(dict(second.to(device)))
+    assert second.restored().source == "resident"
+    assert events(residents) == {"missed": 1, "kept": 1, "attached": 1}
+
+
+def test_both_may_run_at_the_same_time(residents: Residents, function: Open, device: str) -> None:
+    weights = [function() for _ in range(3)]
+    found = [dict(one.to(device)) for one in weights]
+    assert all(map(same, found))
+    assert [one.restored().source for one in weights] == ["cache", "resident", "resident"]
+    assert [row["leases"] for row in residents.rows()] == [3]
+
+
+def test_nothing_is_copied_to_attach(residents: Residents, function: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    dict(function().to("host"))
+
+    def none(*_: object) -> None:
+        raise AssertionError("a copy")
+
+    monkeypatch.setattr(HostDevice, "copy", none)
+    assert same(dict(function().to("host")))
+
+
+def test_weights_are_attached_before_the_node_has_them_again(cache: NodeCache, node: Node, residents: Residents, device: str) -> None:
+    settings = WeightsSettings(uri=URI, cache_dir=cache.root, resident=True)
+    node.pin({"model.safetensors": FILE})
+    node.finish()
+    first = Weights(settings)
+    dict(first.to(device))
+    (blob,) = cache.snapshot_blobs(node.snapshot).values()
+    node.leave()
+    for path in (blob.path, blob.record):
+        path.unlink()
+    node.pin({"model.safetensors": FILE})
+    node.land("model.safetensors", 0)  # its header, and no tensor
+    second = Weights(settings)
+    assert same(dict(second.to(device)))
+    assert (second.restored().source, second.restored().bytes) == ("resident", MIB)
+
+
+def test_a_module_is_built_around_what_stayed(cache: NodeCache, residents: Residents, device: str) -> None:
+    layer = torch.nn.Linear(300, 7)
+    fill_cache(cache.root, URI, {"model.safetensors": save(dict(layer.state_dict()))})
+    settings = WeightsSettings(uri=URI, cache_dir=cache.root, resident=True)
+    given = torch.ones(2, 300)
+    for source in ("cache", "resident"):
+        weights = Weights(settings)
+        made = weights.module(lambda: torch.nn.Linear(300, 7), device)
+        assert torch.allclose(made(given.to(made.weight.device)).cpu(), layer(given), atol=1e-5)
+        assert weights.restored().source == source
+
+
+# What is the same, and what is not
+
+
+def test_other_content_under_the_same_name_is_restored(cache: NodeCache, residents: Residents, function: Open) -> None:
+    dict(function().to("host"))
+    newer = {name: tensor + 1 for name, tensor in MODEL.items()}
+    other = cache.root.parent / "other"
+    fill_cache(other, "s3://bucket/newer", {"model.safetensors": save(newer)})
+    (other / SOCKET).symlink_to(cache.root / SOCKET)
+    weights = Weights(WeightsSettings(uri="s3://bucket/newer", cache_dir=other, resident=True))
+    assert same(dict(weights.to("host")), newer)
+    assert weights.restored().source == "cache"
+
+
+def test_another_dtype_another_device_and_other_tensors_are_restored(residents: Residents, function: Open) -> None:
+    dict(function().to("host"))
+    half = dict(function().to("host", dtype=torch.float16))
+    assert same(half, {name: tensor.half() for name, tensor in MODEL.items()})
+    assert same(dict(function().to("host:1")))
+    assert same(dict(function().to({"": "host", "t3": "cpu"})))
+    assert (residents.counts["attached"], residents.counts["kept"]) == (0, 4)
+
+
+def test_with_a_device_map_each_device_keeps_its_part(residents: Residents, function: Open) -> None:
+    places = {"": "host", "t1": "host:1", "t2": "cpu"}
+    dict(function().to(places))
+    assert sorted((row["device"], row["bytes"]) for row in residents.rows()) == [("host", 2 * MIB), ("host:1", MIB)]
+    again = function()
+    assert same(dict(again.to(places)))
+    assert again.restored().source == "resident"
+
+
+def test_a_shard_that_stayed_is_attached_and_the_others_are_restored(cache: NodeCache, residents: Residents, device: str) -> None:
+    shards = {f"{name}.safetensors": save({name: tensor}) for name, tensor in MODEL.items()}
+    fill_cache(cache.root, URI, shards)
+    settings = WeightsSettings(uri=URI, cache_dir=cache.root, resident=True)
+    first = Weights(settings)
+    dict(first.to(device))
+    del first
+    wait_until("the leases' end", lambda: is_idle(residents))
+    assert residents.make_room(residents.rows()[0]["device"], 2 * MIB) == 2 * MIB
+    second = Weights(settings)
+    assert same(dict(second.to(device)))
+    assert (second.restored().source, residents.counts["attached"], residents.counts["kept"]) == ("cache", 2, 6)
+
+
+def test_a_function_that_does_not_want_it_leaves_nothing_and_attaches_nothing(residents: Residents, function: Open, device: str) -> None:
+    dict(function().to(device))
+    apart = function(resident=False)
+    assert same(dict(apart.to(device)))
+    assert (apart.restored().source, events(residents)) == ("cache", {"missed": 1, "kept": 1})
+
+
+def test_a_write_in_place_reaches_no_other_function(residents: Residents, function: Open) -> None:
+    first, second = dict(function().to("host")), dict(function().to("host"))
+    first["t0"].zero_()
+    second["t1"].zero_()
+    third = dict(function().to("host"))
+    assert same(third)
+    assert torch.equal(second["t0"], MODEL["t0"])
+    assert torch.equal(first["t1"], MODEL["t1"])
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_a_write_in_place_fails_and_reaches_nobody(residents: Residents, function: Open, cache: NodeCache) -> None:
+    kept = dict(function().to("cuda:0"))
+    code = """
+import pathlib, sys, torch
+from weights_cache.reader import Weights
+from weights_cache.settings import WeightsSettings
+found = dict(Weights(WeightsSettings(uri=sys.argv[1], cache_dir=pathlib.Path(sys.argv[2]), resident=True)).to("cuda:0"))
+found["t0"].zero_()
+torch.cuda.synchronize()
+"""
+    command = [sys.executable, "-c", code, URI, str(cache.root)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode
+    assert "CUDA error" in found.stderr
+    assert same(kept)
+
+
+# Limits, leases, room
+
+
+def test_what_was_used_least_lately_goes_when_the_limit_is_reached(cache: NodeCache, residents: Residents) -> None:
+    def restore(name: str) -> str:
+        fill_cache(cache.root, f"s3://bucket/{name}", {"model.safetensors": save({name: torch.zeros(6 << 20)})})  # 24 MiB
+        weights = Weights(WeightsSettings(uri=f"s3://bucket/{name}", cache_dir=cache.root, resident=True))
+        dict(weights.to("host"))
+        source = weights.restored().source
+        del weights
+        wait_until("the lease's end", lambda: is_idle(residents))
+        return source
+
+    assert [restore(name) for name in ("a", "b", "a", "c", "a", "b")] == ["cache", "cache", "resident", "cache", "resident", "cache"]
+    assert residents.counts["evicted"] == 2  # b for c, c for b
+    assert sorted(row["uri"] for row in residents.rows()) == ["s3://bucket/a", "s3://bucket/b"]
+
+
+def test_what_is_in_use_stays_and_what_does_not_fit_beside_it_is_not_kept(cache: NodeCache, residents: Residents) -> None:
+    held = []
+    for name in ("a", "b", "c"):
+        fill_cache(cache.root, f"s3://bucket/{name}", {"model.safetensors": save({name: torch.zeros(6 << 20)})})
+        weights = Weights(WeightsSettings(uri=f"s3://bucket/{name}", cache_dir=cache.root, resident=True))
+        assert list(dict(weights.to("host"))) == [name]
+        held.append(weights)
+    assert (events(residents)["kept"], events(residents)["refused"]) == (2, 1)
+
+
+class Tight(HostDevice):
+    """Has room for 10 MiB, of which what the tier keeps takes its part."""
+
+    residents: Residents
+
+    def free_bytes(self) -> int:
+        return 10 * MIB - sum(row["bytes"] for row in self.residents.rows())
+
+
+@pytest.mark.parametrize("wants", [True, False], ids=["resident", "not resident"])
+def test_what_nobody_uses_goes_when_a_function_needs_the_memory(
+    cache: NodeCache, residents: Residents, monkeypatch: pytest.MonkeyPatch, wants: bool
+) -> None:
+    Tight.residents = residents
+    monkeypatch.setattr(Ring, "open", classmethod(lambda cls, name: cls(Tight(), **SMALL)))
+    for name, size in (("old", 2), ("new", 3), ("large", 8)):
+        fill_cache(cache.root, f"s3://bucket/{name}", {"model.safetensors": save({name: torch.zeros(size << 18)})})
+        weights = Weights(WeightsSettings(uri=f"s3://bucket/{name}", cache_dir=cache.root, resident=wants or name != "large"))
+        if name == "large":
+            held = Weights(WeightsSettings(uri="s3://bucket/new", cache_dir=cache.root, resident=True))
+            dict(held.to("host"))  # so that it is in use
+            with pytest.raises(WeightsError, match=re.escape("need 8,388,608 bytes, 7,340,032 are free")):
+                dict(weights.to("host"))
+            assert [row["uri"] for row in residents.rows()] == ["s3://bucket/new"]
+            del held
+            wait_until("the lease's end", lambda: is_idle(residents))
+        assert list(dict(weights.to("host"))) == [name]
+        del weights
+        wait_until("the lease's end", lambda: is_idle(residents))
+    assert [row["uri"] for row in residents.rows()] == ["s3://bucket/large"] * wants
+
+
+def test_shards_that_stayed_are_not_counted_as_room_that_is_needed(
+    cache: NodeCache, residents: Residents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Tight.residents = residents
+    monkeypatch.setattr(Ring, "open", classmethod(lambda cls, name: cls(Tight(), **SMALL)))
+    shards = {f"{name}.safetensors": save({name: torch.zeros(3 << 18)}) for name in ("a", "b", "c")}  # 9 MiB
+    fill_cache(cache.root, URI, shards)
+    settings = WeightsSettings(uri=URI, cache_dir=cache.root, resident=True)
+    for source in ("cache", "resident"):
+        weights = Weights(settings)
+        assert list(dict(weights.to("host"))) == ["a", "b", "c"]
+        assert weights.restored().source == source
+
+
+def test_an_agent_may_ask_for_room_for_what_it_needs_beside_the_weights(residents: Residents, function: Open, device: str) -> None:
+    weights = function()
+    dict(weights.to(device))
+    assert weights.make_room(device, MIB) == 0  # it is in use
+    del weights
+    wait_until("the lease's end", lambda: is_idle(residents))
+    assert function(resident=False).make_room(device, MIB) == 4 * MIB
+    assert residents.rows() == []
+
+
+def test_without_a_tier_there_is_no_room_to_be_made(function: Open) -> None:
+    assert function().make_room("host", MIB) == 0
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpus_memory_is_free_again_when_nobody_has_it_any_more(residents: Residents, function: Open) -> None:
+    before = torch.cuda.mem_get_info()[0]
+    weights = function()
+    tensors = dict(weights.to("cuda:0"))
+    del tensors, weights
+    wait_until("the lease's end", lambda: is_idle(residents))
+    assert before - torch.cuda.mem_get_info()[0] >= 4 * MIB
+    residents.make_room(residents.rows()[0]["device"], 1)
+    wait_until("the memory", lambda: before - torch.cuda.mem_get_info()[0] < 4 * MIB)
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("how", ["given up", "damaged"])
+def test_a_restore_that_does_not_end_leaves_nothing(node: Node, cache: NodeCache, residents: Residents, device: str, how: str) -> None:
+    weights = Weights(WeightsSettings(uri=URI, cache_dir=cache.root, resident=True))
+    node.pin({"model.safetensors": FILE})
+    node.land("model.safetensors", 0, 1)
+    tensors = weights.to(device)
+    assert next(tensors)[0] == "t0"
+    if how == "given up":
+        tensors.close()  # type: ignore[attr-defined]
+    else:
+        node.reject("model.safetensors")
+        with pytest.raises(WeightsError, match="is damaged in the store"):
+            dict(tensors)
+    assert residents.rows() == []
+
+
+def test_memory_that_cannot_be_attached_is_dropped_and_restored(
+    residents: Residents, function: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    dict(function().to("host"))
+
+    def fails(*_: object) -> Tensor:
+        raise WeightsError("the device has been reset")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostDevice, "adopt", fails)
+        assert same(dict(function().to("host")))
+    assert "what stayed on host cannot be attached: the device has been reset" in caplog.text
+    assert (residents.counts["kept"], len(residents.rows())) == (2, 1)  # the new one
+    again = function()
+    dict(again.to("host"))
+    assert again.restored().source == "resident"
+
+
+def test_where_no_agent_answers_a_function_restores_and_says_so(function: Open, cache: NodeCache, caplog: pytest.LogCaptureFixture) -> None:
+    weights = function()
+    assert same(dict(weights.to("host")))
+    assert f"weights cannot stay on a device, for no agent answers in {cache.root / SOCKET}" in caplog.text
+
+
+@contextlib.contextmanager
+def answering(cache: NodeCache, answer: bytes | None) -> Iterator[None]:
+    """An agent that says always the same, or nothing at all and stays."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(cache.root / SOCKET))
+        listener.listen()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                connection, _ = listener.accept()
+                while connection.recv(MAX_MESSAGE_BYTES) and answer is not None:
+                    connection.send(answer)
+                threading.Event().wait(10) if answer is None else connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [(None, "timed out"), (b"", "it has gone"), (b'{"error": "enough"}', "enough"), (b"[", "Expecting value")],
+    ids=["silent", "gone", "an error", "junk"],
+)
+def test_an_agent_that_does_not_answer_as_it_should_costs_a_warning(
+    cache: NodeCache, function: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, answer: bytes | None, said: str
+) -> None:
+    monkeypatch.setattr("weights_cache.restore.tier.ANSWER_S", 0.2)
+    with answering(cache, answer):
+        assert same(dict(function().to("host")))
+    assert f"the resident tier does not answer: {said}" in caplog.text
+
+
+# What functions say to the agent
+
+
+@pytest.fixture
+def talk(cache: NodeCache, residents: Residents) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(10)
+        connection.connect(str(cache.root / SOCKET))
+        yield connection
+
+
+def open_descriptors() -> int:
+    return sum("relight-test" in os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if _is_open(name))  # noqa: PTH115, PTH208
+
+
+def _is_open(name: str) -> bool:
+    return Path(f"/proc/self/fd/{name}").is_symlink()
+
+
+GOOD = {"do": "keep", "key": "k", "device": "d", "bytes": 1, "uri": "u"}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"junk",
+        b"[]",
+        b"{}",
+        b'{"do": "attach", "key": "k"}',
+        b'{"do": "fly", "device": "d"}',
+        b'{"do": "make_room", "device": "d", "bytes": "all"}',
+        b'{"do": "make_room", "device": "d", "bytes": -1}',
+        b'{"do": "make_room", "device": ["d"], "bytes": 1}',
+        json.dumps(GOOD).encode(),  # without a descriptor
+        b"[" * 60_000,
+        b" " * (MAX_MESSAGE_BYTES + 1),
+    ],
+    ids=lambda message: message[:40].decode(),
+)
+def test_a_message_that_nobody_understands_is_answered_and_ends_the_connection(talk: socket.socket, message: bytes) -> None:
+    talk.send(message)
+    assert b'{"error": "no such message' in talk.recv(MAX_MESSAGE_BYTES)
+    assert talk.recv(1) == b""
+
+
+@pytest.mark.parametrize(
+    ("message", "count"),
+    [
+        pytest.param({**GOOD, "bytes": 0}, 1, id="no bytes"),
+        pytest.param({**GOOD, "key": None}, 1, id="no key"),
+        pytest.param({**GOOD, "do": "attach"}, 1, id="a descriptor that nobody asked for"),
+        pytest.param(GOOD, 3, id="too many descriptors"),
+        pytest.param({**GOOD, "bytes": 65 * MIB}, 1, id="too large"),
+    ],
+)
+def test_descriptors_that_are_not_kept_are_closed(talk: socket.socket, residents: Residents, message: dict[str, Any], count: int) -> None:
+    given = [os.memfd_create("relight-test") for _ in range(count)]
+    socket.send_fds(talk, [json.dumps(message).encode()], given)
+    for descriptor in given:
+        os.close(descriptor)
+    talk.recv(MAX_MESSAGE_BYTES)
+    talk.close()
+    wait_until("its end", lambda: open_descriptors() == 0)
+    assert residents.rows() == []
+
+
+class TierMachine(RuleBasedStateMachine):
+    """Any sequence of what functions do: the limit holds on each device, what is leased stays, and no descriptor is lost."""
+
+    LIMIT = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.residents = Residents(self.LIMIT)
+        self.holders: dict[int, dict[tuple[str, str], int]] = {}  # what each has a lease on, and its bytes
+
+    keys, devices, names = st.sampled_from("abcd"), st.sampled_from("xy"), st.integers(0, 3)
+
+    @rule(key=keys, device=devices, size=st.integers(1, 12), name=names)
+    def keep(self, key: str, device: str, size: int, name: int) -> None:
+        is_kept = self.residents.keep(key, device, size, "u", os.memfd_create("relight-test"), name)
+        if is_kept:
+            self.holders.setdefault(name, {})[device, key] = size
+
+    @rule(key=keys, device=devices, name=names)
+    def attach(self, key: str, device: str, name: int) -> None:
+        found = self.residents.attach(key, device, name)
+        assert found or not any((device, key) in held for held in self.holders.values())
+        if found:
+            os.close(found[0])
+            self.holders.setdefault(name, {})[device, key] = found[1]
+
+    @rule(name=names)
+    def release(self, name: int) -> None:
+        self.residents.release(name)
+        self.holders.pop(name, None)
+
+    @rule(device=devices, size=st.integers(1, 20))
+    def make_room(self, device: str, size: int) -> None:
+        idle = sum(row["bytes"] for row in self.residents.rows() if row["device"] == device and not row["leases"])
+        assert min(size, idle) <= self.residents.make_room(device, size) <= idle
+
+    @rule(key=keys, device=devices)
+    def drop(self, key: str, device: str) -> None:
+        self.residents.drop(key, device)
+        for held in self.holders.values():
+            held.pop((device, key), None)
+
+    @invariant()
+    def holds(self) -> None:
+        rows = self.residents.rows()
+        for device in "xy":
+            assert sum(row["bytes"] for row in rows if row["device"] == device) <= self.LIMIT
+        leased = {place: size for held in self.holders.values() for place, size in held.items()}
+        assert sum(row["bytes"] for row in rows if row["leases"]) == sum(leased.values())
+        assert open_descriptors() == len(rows)
+
+    def teardown(self) -> None:
+        self.residents.close()
+        assert open_descriptors() == 0
+
+
+TierMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+test_whatever_functions_do_the_limit_holds_and_leases_are_kept = TierMachine.TestCase
+
+
+# The agent itself, and functions that are processes
+
+
+@pytest.fixture
+def agent(sidecar: Start) -> Start:
+    return functools.partial(sidecar, "", "--agent", WEIGHTS_RESIDENT_BYTES=str(64 * MIB))
+
+
+RESTORE = """
+import hashlib, os, pathlib, signal, sys
+from weights_cache.reader import Weights
+from weights_cache.settings import WeightsSettings
+uri, cache, device, end = sys.argv[1:]
+weights = Weights(WeightsSettings(uri=uri, cache_dir=pathlib.Path(cache), resident=True))
+digest = hashlib.sha256()
+for _, tensor in weights.to(device):
+    digest.update(tensor.cpu().numpy().tobytes())
+print(weights.restored().source, digest.hexdigest(), flush=True)
+if end == "wait":
+    sys.stdin.readline()
+if end == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+DIGEST = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in MODEL.values())).hexdigest()
+
+
+def start(cache: NodeCache, device: str, end: str, **options: Any) -> "subprocess.Popen[str]":
+    """A function's process that restores, says how, and ends in one of several ways."""
+    command = [sys.executable, "-c", RESTORE, URI, str(cache.root), device, end]
+    command = options.get("within", lambda command: command)(command)
+    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(cache: NodeCache, device: str, end: str = "exit", **options: Any) -> str:
+    with start(cache, device, end, **options) as process:
+        out, err = process.communicate(timeout=60)
+    assert out, err
+    source, digest = out.split()
+    assert digest == DIGEST
+    return source
+
+
+def leases(agent: Sidecar) -> list[int]:
+    return [row["leases"] for row in agent.get("/v1/residents").json()["residents"]]
+
+
+def test_weights_outlive_the_process_however_it_ends(cache: NodeCache, function: Open, agent: Start, device: str) -> None:
+    found = agent()
+    assert run(cache, device, "kill") == "cache"
+    wait_until("the lease's end", lambda: leases(found) == [0])
+    assert [run(cache, device, end) for end in ("kill", "exit", "exit")] == ["resident"] * 3
+    metrics = found.metrics()
+    assert metrics['weights_resident_events_total{event="attached"}'] == 3
+    assert [value for name, value in metrics.items() if name.startswith("weights_resident_bytes{")] == [4 * MIB]
+
+
+def test_a_pod_that_can_only_read_the_cache_attaches_too(cache: NodeCache, function: Open, agent: Start) -> None:
+    agent()
+    within = functools.partial(on_read_only, cache.root)
+    assert [run(cache, "host", within=within) for _ in range(2)] == ["cache", "resident"]
+
+
+def test_the_agents_end_takes_nothing_from_a_function_that_runs(cache: NodeCache, function: Open, agent: Start, device: str) -> None:
+    found = agent()
+    with start(cache, device, "wait") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().split()[0] == "cache"
+        attached = function()
+        tensors = dict(attached.to(device))
+        assert attached.restored().source == "resident"
+        found.server.kill()
+        assert same(tensors)
+        process.communicate("\n", timeout=60)
+        assert process.returncode == 0
+    again = agent()  # in the place of the socket that the killed one left
+    assert leases(again) == []
+    assert [run(cache, device) for _ in range(2)] == ["cache", "resident"]
+
+
+def test_an_agent_that_hangs_costs_a_function_seconds_and_no_more(cache: NodeCache, function: Open, agent: Start) -> None:
+    found = agent()
+    found.server.signal(signal.SIGSTOP)
+    try:
+        assert run(cache, "host") == "cache"
+    finally:
+        found.server.signal(signal.SIGCONT)
+
+
+def test_an_agent_keeps_nothing_unless_it_is_told_how_much(cache: NodeCache, function: Open, sidecar: Start) -> None:
+    found = sidecar("", "--agent")
+    assert not (cache.root / SOCKET).exists()
+    assert [run(cache, "host") for _ in range(2)] == ["cache", "cache"]
+    assert found.get("/v1/residents").json() == {"residents": []}
+
+
+def test_at_its_end_the_agent_lets_everything_go(cache: NodeCache, function: Open, agent: Start) -> None:
+    found = agent()
+    run(cache, "host")
+    found.server.signal(signal.SIGTERM)
+    assert found.server.wait() == 0
+    assert not (cache.root / SOCKET).exists()
