@@ -153,15 +153,15 @@ def test_a_module_is_built_around_what_stayed(cache: NodeCache, residents: Resid
 # What is the same, and what is not
 
 
-def test_other_content_under_the_same_name_is_restored(cache: NodeCache, residents: Residents, function: Open) -> None:
-    dict(function().to("host"))
+def test_another_version_of_the_same_file_is_restored(cache: NodeCache, node: Node, residents: Residents) -> None:
+    settings = WeightsSettings(uri=URI, cache_dir=cache.root, resident=True)
     newer = {name: tensor + 1 for name, tensor in MODEL.items()}
-    other = cache.root.parent / "other"
-    fill_cache(other, "s3://bucket/newer", {"model.safetensors": save(newer)})
-    (other / SOCKET).symlink_to(cache.root / SOCKET)
-    weights = Weights(WeightsSettings(uri="s3://bucket/newer", cache_dir=other, resident=True))
-    assert same(dict(weights.to("host")), newer)
-    assert weights.restored().source == "cache"
+    for version, model in (("1", MODEL), ("2", newer)):
+        node.pin({"model.safetensors": save(model)}, version=version)
+        node.finish()
+        weights = Weights(settings)
+        assert same(dict(weights.to("host")), model)
+        assert weights.restored().source == "cache"
 
 
 def test_another_dtype_another_device_and_other_tensors_are_restored(residents: Residents, function: Open) -> None:
@@ -237,7 +237,7 @@ torch.cuda.synchronize()
 
 def test_what_was_used_least_lately_goes_when_the_limit_is_reached(cache: NodeCache, residents: Residents) -> None:
     def restore(name: str) -> str:
-        fill_cache(cache.root, f"s3://bucket/{name}", {"model.safetensors": save({name: torch.zeros(6 << 20)})})  # 24 MiB
+        fill_cache(cache.root, f"s3://bucket/{name}", {f"{name}.safetensors": save({name: torch.zeros(6 << 20)})})  # 24 MiB
         weights = Weights(WeightsSettings(uri=f"s3://bucket/{name}", cache_dir=cache.root, resident=True))
         dict(weights.to("host"))
         source = weights.restored().source
@@ -253,7 +253,7 @@ def test_what_was_used_least_lately_goes_when_the_limit_is_reached(cache: NodeCa
 def test_what_is_in_use_stays_and_what_does_not_fit_beside_it_is_not_kept(cache: NodeCache, residents: Residents) -> None:
     held = []
     for name in ("a", "b", "c"):
-        fill_cache(cache.root, f"s3://bucket/{name}", {"model.safetensors": save({name: torch.zeros(6 << 20)})})
+        fill_cache(cache.root, f"s3://bucket/{name}", {f"{name}.safetensors": save({name: torch.zeros(6 << 20)})})
         weights = Weights(WeightsSettings(uri=f"s3://bucket/{name}", cache_dir=cache.root, resident=True))
         assert list(dict(weights.to("host"))) == [name]
         held.append(weights)
@@ -266,7 +266,7 @@ class Tight(HostDevice):
     residents: Residents
 
     def free_bytes(self) -> int:
-        return 10 * MIB - sum(row["bytes"] for row in self.residents.rows())
+        return 10 * MIB - sum(int(row["bytes"]) for row in self.residents.rows())
 
 
 @pytest.mark.parametrize("wants", [True, False], ids=["resident", "not resident"])
@@ -384,15 +384,16 @@ def answering(cache: NodeCache, answer: bytes | None) -> Iterator[None]:
         listener.listen()
 
         def serve() -> None:
-            with contextlib.suppress(OSError):
-                connection, _ = listener.accept()
-                while connection.recv(MAX_MESSAGE_BYTES) and answer is not None:
-                    connection.send(answer)
-                threading.Event().wait(10) if answer is None else connection.close()
+            with contextlib.suppress(OSError), listener.accept()[0] as connection:
+                while connection.recv(MAX_MESSAGE_BYTES):
+                    if answer is not None:
+                        connection.send(answer)
 
-        threading.Thread(target=serve, daemon=True).start()
+        thread = threading.Thread(target=serve)
+        thread.start()
         yield
         listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
 
 
 @pytest.mark.parametrize(
@@ -421,11 +422,8 @@ def talk(cache: NodeCache, residents: Residents) -> Iterator[socket.socket]:
 
 
 def open_descriptors() -> int:
-    return sum("relight-test" in os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if _is_open(name))  # noqa: PTH115, PTH208
-
-
-def _is_open(name: str) -> bool:
-    return Path(f"/proc/self/fd/{name}").is_symlink()
+    links = list(Path("/proc/self/fd").iterdir())
+    return sum("relight-test" in str(link.readlink()) for link in links if link.is_symlink())  # one was of the list itself
 
 
 GOOD = {"do": "keep", "key": "k", "device": "d", "bytes": 1, "uri": "u"}
@@ -577,7 +575,7 @@ def run(cache: NodeCache, device: str, end: str = "exit", **options: Any) -> str
     return source
 
 
-def leases(agent: Sidecar) -> list[int]:
+def leases(agent: Sidecar) -> list[Any]:
     return [row["leases"] for row in agent.get("/v1/residents").json()["residents"]]
 
 

@@ -63,7 +63,7 @@ class CudaDevice:
 
     def allocate(self, size: int) -> Tensor:
         """On the stream of whoever called `begin`; copies come after all that was done with this memory there."""
-        with torch.cuda.stream(self._owner):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._owner):
             try:
                 found = torch.empty(size, dtype=torch.uint8, device=self._device)
             except torch.OutOfMemoryError as error:
@@ -105,7 +105,7 @@ class CudaDevice:
 
     def copy(self, target: Tensor, source: Tensor) -> Event:
         """On our own stream; from pinned memory `non_blocking` means that it returns at once."""
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
             # Who waits for it sleeps: the cores are needed for the next buffers.
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]

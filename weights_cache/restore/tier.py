@@ -100,9 +100,9 @@ class Tier:
         try:
             socket.send_fds(self._connection, [json.dumps(message).encode()], [] if given is None else [given])
             data, descriptors, _, _ = socket.recv_fds(self._connection, MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-        except OSError as error:
+            answer: dict[str, Any] = json.loads(data) if data else {"error": "it has gone"}
+        except (OSError, ValueError) as error:
             return self._give_up(error)
-        answer: dict[str, Any] = json.loads(data) if data else {"error": "it has gone"}
         if "error" in answer:
             return self._give_up(answer["error"])
         return answer, descriptors[0] if descriptors else None
