@@ -1,9 +1,10 @@
 """From a file in the node's cache to tensors in a GPU's memory: `Weights.to` beside the bus itself and the usual loaders, in turn.
 
-Every run is a fresh process that has imported what it needs, made its context and (ours) its staging buffers, as a function has while its
-weights are fetched. It is timed from there until every tensor is on the device, synchronised. Without a GPU the same code runs with
-ordinary memory as the device (`host`), on smaller sizes, beside a plain memcpy; its figures say nothing about a GPU. The peers' virtual
-environments are made on the first run.
+Then the same out of the resident tier, where an earlier process has left it, to the end of the first kernel that reads it. Every run is
+a fresh process that has imported what it needs, made its context and (ours) its staging buffers, as a function has while its weights are
+fetched. It is timed from there until every tensor is on the device, synchronised. Without a GPU the same code runs with ordinary memory
+as the device (`host`), on smaller sizes, beside a plain memcpy; its figures say nothing about a GPU. The peers' virtual environments are
+made on the first run.
 
     .venv/bin/python bench/gpu_restore.py [--rounds 5] [--sizes 1G,8G,16G] [--directory /dev/shm] [--json FILE] [--markdown FILE]
         [--copiers N] [--slot-mib N] [--staging pinned|registered]    (of ours, to try others than the defaults)
@@ -24,13 +25,17 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose platform.py would stand for Python's own
 
-from bench.common import Background, Failed, machine, make_venv, reason, spread  # noqa: E402  found through the line above
+from bench.common import Background, Failed, free_ports, machine, make_venv, reason, spread  # noqa: E402  found through the line above
 from bench.node_cache import FILE, MIB, URI, cached_model  # noqa: E402
+from weights_cache.resident import SOCKET  # noqa: E402
 
 TENSOR_BYTES = 16 * MIB
 FETCH_BYTES_PER_S = 2e9
@@ -121,8 +126,30 @@ def _measure(size: str, directory: Path, rounds: int, options: dict[str, Any]) -
                     found["seconds"][way].append(result["seconds"])
         found["prepare_s"] = _run(sys.executable, OURS, folder, options)["prepare_s"]
         found["memory"] = _run(sys.executable, OURS, folder, {**options, "watch_memory": True})["memory"]
+        found["resident"] = _resident(folder, model.bytes, rounds, options)
     found["behind_a_fetch"] = [_behind_a_fetch(directory, total, options) for _ in range(min(3, rounds))]
     return found
+
+
+def _resident(folder: Path, size: int, rounds: int, options: dict[str, Any]) -> dict[str, Any]:
+    """What leaving the weights on the device takes, and attaching them; the agent is a real one."""
+    settings = {"CACHE_DIR": str(folder / "cache"), "RESIDENT_BYTES": str(2 * size), "HOST": "127.0.0.1", "PORT": str(free_ports(1)[0])}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("WEIGHTS_")}
+    environ |= {f"WEIGHTS_{name}": value for name, value in settings.items()}
+    command = [sys.executable, "-m", "weights_cache", "serve", "--agent"]
+    agent = subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.DEVNULL)
+    try:
+        while not (folder / "cache" / SOCKET).exists():
+            if agent.poll() is not None:
+                raise SystemExit("the agent did not start")
+            time.sleep(0.01)
+        runs = [_run(sys.executable, OURS, folder, {**options, "resident": True}) for _ in range(rounds + 1)]
+    finally:
+        agent.kill()
+        agent.wait()
+    if [run["source"] for run in runs] != ["cache", *["resident"] * rounds]:
+        raise SystemExit(f"restored from {', '.join(run['source'] for run in runs)}")
+    return {"leave_s": runs[0]["seconds"], "attach_s": [run["seconds"] for run in runs[1:]]}
 
 
 def _behind_a_fetch(directory: Path, total: int, options: dict[str, Any]) -> dict[str, float]:
@@ -172,6 +199,8 @@ def _tables(found: dict[str, Any]) -> list[str]:
             "",
             f"- Context and staging buffers, made before: {one['prepare_s'] * 1e3:.0f} ms.",
             f"- Most memory: {device}{what} {memory['host'] / 1e6:.0f} MB.",
+            f"- From the resident tier: {spread([1e3 * value for value in one['resident']['attach_s']], '.1f')} ms to the end of the first "
+            f"kernel that reads it; restoring and leaving it there took {one['resident']['leave_s'] * 1e3:.0f} ms.",
             f"- Behind a fetch of {fetch_s} s it ends {later_ms} ms later ({statistics.median(later):.1%}).",
             "",
         ]
@@ -201,6 +230,8 @@ def _way(way: str, folder: Path, options: dict[str, Any]) -> None:
         torch.cuda.synchronize()
     memory = _Memory() if options.get("watch_memory") else None
     load = _loader(way, folder, options, result)
+    if is_resident := options.get("resident", False):
+        _read(torch.ones(1 << 10, dtype=torch.bfloat16, device=device if is_gpu else "cpu"))  # the kernel itself is loaded once
     if options.get("says_ready"):
         print("ready", flush=True)
         sys.stdin.readline()
@@ -212,6 +243,8 @@ def _way(way: str, folder: Path, options: dict[str, Any]) -> None:
             kept = load()
     else:
         kept = load()
+    if is_resident:
+        _read(next(reversed(kept.values())))
     if is_gpu:
         torch.cuda.synchronize()
     result |= {"seconds": time.perf_counter() - began, "ended_at": time.monotonic()}
@@ -220,6 +253,11 @@ def _way(way: str, folder: Path, options: dict[str, Any]) -> None:
         result["memory"] = {"host": memory.most - memory.least - ours, "device": free - torch.cuda.mem_get_info()[0] if is_gpu else None}
     print(json.dumps(result))
     del kept
+
+
+def _read(tensor: "Tensor") -> float:
+    """A kernel, and its answer."""
+    return float(tensor[: 1 << 10].max())
 
 
 class _Memory(Background):
@@ -270,11 +308,17 @@ def _ours(folder: Path, options: dict[str, Any], result: dict[str, Any]) -> Call
         return Ring(device, copiers=options["copiers"], slot_bytes=options["slot_mib"] * MIB or SLOT_BYTES)
 
     Ring.open = opened  # type: ignore[method-assign, assignment]
-    weights = Weights(WeightsSettings(uri=URI, cache_dir=folder / "cache"))
+    weights = Weights(WeightsSettings(uri=URI, cache_dir=folder / "cache", resident=options.get("resident", False)))
     began = time.perf_counter()
     weights.prepare(options["device"])
     result["prepare_s"] = time.perf_counter() - began
-    return lambda: dict(weights.to(options["device"]))
+
+    def load() -> dict[str, Any]:
+        found = dict(weights.to(options["device"]))
+        result["source"] = weights.restored().source
+        return found
+
+    return load
 
 
 def _bus(blob: Path, device: str) -> Callable[[], dict[str, Any]]:

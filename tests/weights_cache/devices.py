@@ -8,5 +8,5 @@ SMALL = {"copiers": 2, "slot_bytes": 64 << 10}  # a ring that small models go ro
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 DEVICES = [
     pytest.param(("host", "host:1"), id="host"),
-    pytest.param(("cuda:0", "cuda:0"), id="cuda", marks=[pytest.mark.gpu, needs_gpu]),
+    pytest.param(("cuda:0", "cuda:1" if torch.cuda.device_count() > 1 else "cuda:0"), id="cuda", marks=[pytest.mark.gpu, needs_gpu]),
 ]
