@@ -27,7 +27,7 @@ GROUPS = {  # at most one of each
     "source of this name": ("sqs", "sqs-keda", "amqp", "rabbitmq", "integration-source"),
     "owner of the dead letters": ("broker", "kafka"),
 }
-NEEDS = {"prefetch": ("node-cache-agent", "gpu")}
+NEEDS = {"prefetch": ("node-cache-agent", "gpu"), "gpu-resident": ("node-cache-agent", "gpu")}
 
 _AGENT = "relight-weights-agent"
 _CACHE = Path("/var/cache/relight")

@@ -11,13 +11,20 @@ from typing import Any
 
 import yaml
 
-from knative.deploy.render import MANIFESTS
+from knative.deploy.render import MANIFESTS, NEEDS
 from tests.support import BIN
 
 Object = dict[str, Any]
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-CACHES = ((), ("node-cache-pvc",), ("node-cache-agent",), ("node-cache-agent", "prefetch"))
+CACHES = (
+    (),
+    ("node-cache-pvc",),
+    ("node-cache-agent",),
+    ("node-cache-agent", "prefetch"),
+    ("node-cache-agent", "gpu-resident"),
+    ("node-cache-agent", "prefetch", "gpu-resident"),
+)
 PLACEMENTS = ((), ("realtime",), ("batch",))
 OTHERS = ("gpu", "warm-pool", "rollout-in-place", "monitoring", "hpa")
 
@@ -27,8 +34,9 @@ def combinations(most: int = 99) -> Iterator[tuple[str, ...]]:
     free = (((), (name,)) for name in OTHERS)
     for choices in itertools.product(CACHES, PLACEMENTS, *free):
         names = tuple(itertools.chain(*choices))
-        made = sum(map(bool, choices)) - ("prefetch" in names)  # which takes a GPU
-        if ("prefetch" not in names or "gpu" in names) and (made <= most or all(choices)):
+        takes_gpu = any("gpu" in NEEDS.get(name, ()) for name in names)
+        made = sum(map(bool, choices)) - takes_gpu
+        if (not takes_gpu or "gpu" in names) and (made <= most or all(choices)):
             yield names
 
 

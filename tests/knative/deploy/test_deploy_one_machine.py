@@ -18,6 +18,7 @@ SECRET: Object = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "we
 EACH = [(name,) for name in sorted(path.name for path in (MANIFESTS / "components").iterdir()) if name not in NEEDS]
 TOGETHER = {
     "prefetch": ("gpu", "node-cache-agent", "prefetch"),
+    "gpu-resident": ("gpu", "node-cache-agent", "gpu-resident"),
     "together": ("gpu", "warm-pool", "rollout-in-place", "monitoring", "node-cache-pvc", "batch", "hpa"),
 }
 

@@ -136,6 +136,14 @@ def test_a_name_reaches_all_that_goes_by_it() -> None:
     assert paths == {"/var/cache/relight/models"}
 
 
+def test_weights_that_stay_on_a_gpu_are_wanted_by_the_function_and_bounded_by_the_agent(tmp_path: Path) -> None:
+    objects = rendered(overlay(tmp_path, "gpu", "node-cache-agent", "gpu-resident"))
+    function, agent = (next(one for one in containers(objects) if one["name"] == name) for name in ("function", "agent"))
+    assert get_env(function, "WEIGHTS_RESIDENT") == "true"
+    assert int(get_env(agent, "WEIGHTS_RESIDENT_BYTES") or 0) > 0
+    assert "nvidia.com/gpu" not in agent["resources"]["limits"]  # it keeps descriptors, and needs no GPU
+
+
 def _on_node(item: Object) -> list[Object]:
     return [volume for volume in pod_spec(item).get("volumes", []) if "hostPath" in volume]
 
@@ -173,6 +181,7 @@ def overlay(folder: Path, *components: str, **fields: Any) -> str:
         (["realtime", "batch"], "the components realtime and batch exclude each other: at most one placement"),
         (["prefetch"], "the component prefetch needs node-cache-agent and gpu too"),
         (["node-cache-agent", "prefetch"], "the component prefetch needs gpu too"),
+        (["gpu", "gpu-resident"], "the component gpu-resident needs node-cache-agent too"),
     ],
 )
 def test_components_that_do_not_go_together_are_named(tmp_path: Path, components: list[str], message: str) -> None:
