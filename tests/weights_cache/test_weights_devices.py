@@ -5,6 +5,8 @@ import gc
 import hashlib
 import json
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tests.support import fill_cache, wait_until
+from tests.support import ROOT, fill_cache, wait_until
 from tests.weights_cache.conftest import noise
 from tests.weights_cache.devices import DEVICES, SMALL, needs_gpu
 from tests.weights_cache.node import URI, Node, later, still_waits
@@ -24,6 +26,7 @@ from weights_cache.cache import NodeCache
 from weights_cache.errors import WeightsError
 from weights_cache.mapping import MappedFile
 from weights_cache.reader import INDEX, Weights
+from weights_cache.resident import SOCKET, Handler, Residents, Server
 from weights_cache.restore.device import Event, HostDevice, open_device
 from weights_cache.restore.layout import ALIGNMENT
 from weights_cache.restore.pipeline import Restore, Ring
@@ -555,3 +558,55 @@ def test_more_than_a_gpu_has_is_an_error_before_anything_is_allocated(cache: Nod
     del hog, rest
     torch.cuda.empty_cache()
     assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_memory_that_the_callers_stream_still_writes_to_is_filled_after_that() -> None:
+    from weights_cache.restore.cuda import CudaDevice
+
+    device = CudaDevice("cuda:0", 0)
+    staged = device.staging(32 * MIB)
+    staged.fill_(7)
+    device.begin()
+    freed = torch.empty(32 * MIB, dtype=torch.uint8, device="cuda:0")
+    for _ in range(200):
+        freed.fill_(9)
+    place = freed.data_ptr()
+    del freed  # torch's allocator hands it out again at once
+    found = device.allocate(32 * MIB)
+    assert found.data_ptr() == place
+    device.copy(found, staged).precede()
+    assert torch.equal(found.cpu(), staged)
+    device.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees no two GPUs")
+@pytest.mark.parametrize("resident", [False, True], ids=["restored", "resident"])
+def test_a_gpu_that_is_not_asked_for_gets_no_context(cache: NodeCache, resident: bool) -> None:
+    fill_cache(cache.root, URI, {"model.safetensors": FILE})
+    code = """
+import pathlib, sys
+from cuda.bindings import driver
+from weights_cache.errors import WeightsError
+from weights_cache.reader import Weights
+from weights_cache.restore.cuda import CudaDevice
+from weights_cache.settings import WeightsSettings
+weights = Weights(WeightsSettings(uri=sys.argv[1], cache_dir=pathlib.Path(sys.argv[2]), resident=sys.argv[3] == "True"))
+found = {name: tensor.cpu() for name, tensor in weights.to("cuda:1")}
+registered = CudaDevice("cuda:1", 1, registered=True)
+registered.staging(1 << 20)
+registered.close()
+print([driver.cuDevicePrimaryCtxGetState(number)[2] for number in range(2)])
+"""
+    if resident:
+        server = Server(str(cache.root / SOCKET), type("Answers", (Handler,), {"residents": Residents(64 * MIB)}))
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    command = [sys.executable, "-c", code, URI, str(cache.root), str(resident)]
+    for _ in range(1 + resident):
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+        assert found.stdout.strip() == "[0, 1]"
+    if resident:
+        server.shutdown()
+        server.server_close()

@@ -32,7 +32,7 @@ from weights_cache.cache import NodeCache
 from weights_cache.errors import WeightsError
 from weights_cache.reader import Weights
 from weights_cache.resident import MAX_MESSAGE_BYTES, SOCKET, Handler, Residents, Server
-from weights_cache.restore.device import HostDevice, open_device
+from weights_cache.restore.device import HostDevice, _HostShared, open_device
 from weights_cache.restore.pipeline import Ring
 from weights_cache.settings import WeightsSettings
 
@@ -142,11 +142,10 @@ def test_a_module_is_built_around_what_stayed(cache: NodeCache, residents: Resid
     layer = torch.nn.Linear(300, 7)
     fill_cache(cache.root, URI, {"model.safetensors": save(dict(layer.state_dict()))})
     settings = WeightsSettings(uri=URI, cache_dir=cache.root, resident=True)
-    given = torch.ones(2, 300)
     for source in ("cache", "resident"):
         weights = Weights(settings)
         made = weights.module(lambda: torch.nn.Linear(300, 7), device)
-        assert torch.allclose(made(given.to(made.weight.device)).cpu(), layer(given), atol=1e-5)
+        assert same(dict(made.state_dict()), dict(layer.state_dict()))
         assert weights.restored().source == source
 
 
@@ -368,6 +367,22 @@ def test_memory_that_cannot_be_attached_is_dropped_and_restored(
     again = function()
     dict(again.to("host"))
     assert again.restored().source == "resident"
+
+
+def test_memory_that_gives_no_descriptor_is_not_left_and_serves_all_the_same(
+    residents: Residents, function: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise WeightsError("not supported")
+
+    monkeypatch.setattr(_HostShared, "seal", fails)
+    assert same(dict(function().to("host")))
+    assert "weights that stay on host can be written to by this function: not supported" in caplog.text
+    assert residents.counts["kept"] == 1
+    monkeypatch.setattr(_HostShared, "descriptor", fails)
+    assert same(dict(function().to("host:1")))
+    assert "weights cannot stay on host:1: not supported" in caplog.text
+    assert residents.counts["kept"] == 1
 
 
 def test_where_no_agent_answers_a_function_restores_and_says_so(function: Open, cache: NodeCache, caplog: pytest.LogCaptureFixture) -> None:

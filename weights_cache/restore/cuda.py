@@ -19,6 +19,8 @@ log = logging.getLogger("relight.weights")
 class CudaDevice:
     """A GPU, with a stream of its own for copies.
 
+    Whatever is done to it is done with it as torch's current device: else torch goes back to another one, and makes a context there.
+
     Staging buffers are pinned by torch's allocator, which keeps them for its next use; with `registered` they are memory of our own with
     large pages, pinned by cudaHostRegister and given back to the system at `close`. Which is better is for bench/gpu_restore.py to say.
     """
@@ -118,8 +120,9 @@ class CudaDevice:
 
     def close(self) -> None:
         """Pinned buffers go back to torch's allocator when nobody has them any more."""
-        for buffer in self._registered:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device):
+            for buffer in self._registered:
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))  # type: ignore[no-untyped-call]
         self._registered.clear()
 
 

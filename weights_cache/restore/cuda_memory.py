@@ -8,6 +8,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from typing import Any
+from uuid import UUID
 
 import torch
 from cuda.bindings import driver
@@ -34,7 +35,7 @@ class CudaMemory:
         self._context = _call("cuDevicePrimaryCtxRetain", self._device)  # torch's; never released, as it never goes
         # Of a part of a GPU the newer call has the part's own.
         name = "cuDeviceGetUuid_v2" if hasattr(driver, "cuDeviceGetUuid_v2") else "cuDeviceGetUuid"
-        self.uuid = f"GPU-{bytes(_call(name, self._device).bytes)[:16].hex()}"
+        self.uuid = f"GPU-{UUID(bytes=bytes(_call(name, self._device).bytes)[:16])}"  # as nvidia-smi has it
         self._properties = driver.CUmemAllocationProp()
         self._properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE

@@ -40,7 +40,7 @@ class Shared(Protocol):
         """Nobody changes it from now on: what writes to it in place fails, or reaches nobody else. Raises WeightsError or OSError."""
 
     def descriptor(self) -> int:
-        """A file descriptor that keeps the memory, for `adopt`; the caller's to close. Raises WeightsError or OSError."""
+        """A file descriptor that keeps the memory, for `adopt`; the caller's to close. Raises WeightsError, MemoryError or OSError."""
 
     def close(self) -> None:
         """No more descriptors are wanted. The memory lives as long as tensors of it, or descriptors, do."""

@@ -76,8 +76,11 @@ class Tier:
         """Leave what is in `memory`, which nobody writes to any more."""
         try:
             memory.seal()
-            descriptor = memory.descriptor()
         except (WeightsError, OSError) as error:
+            log.warning("weights that stay on %s can be written to by this function: %s", device.name, error)
+        try:
+            descriptor = memory.descriptor()
+        except (WeightsError, MemoryError, OSError) as error:
             log.warning("weights cannot stay on %s: %s", device.name, error)
             return
         try:
