@@ -60,7 +60,7 @@ def make_venv(folder: Path, requirements: Sequence[str], *, sees_project: bool =
     sees_project: it may import what the project's environment has and it has not.
     """
     python, marker = folder / "bin/python", folder / "requirements.txt"
-    wanted = "\n".join(requirements)
+    wanted = "\n".join([*requirements, f"# of {sys.executable}"])  # whose packages it may see, and which may be gone
     if marker.exists() and marker.read_text() == wanted:
         return python
     shutil.rmtree(folder, ignore_errors=True)
