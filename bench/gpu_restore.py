@@ -315,7 +315,7 @@ def _ours(folder: Path, options: dict[str, Any], result: dict[str, Any]) -> Call
     Ring.open = opened  # type: ignore[method-assign, assignment]
     weights = Weights(WeightsSettings(uri=URI, cache_dir=folder / "cache", resident=options.get("resident", False)))
     began = time.perf_counter()
-    weights.prepare(options["device"])
+    weights.prepare(options["device"])  # as a function does while its weights are fetched
     result["prepare_s"] = time.perf_counter() - began
 
     def load() -> dict[str, Any]:

@@ -173,7 +173,9 @@ class Weights(Mapping[str, "Tensor"]):
         if device != "cpu":
             with self._preparing:
                 if device not in self._rings:
-                    self._rings[device] = _open_ring(device)
+                    ring = self._rings[device] = _open_ring(device)
+                    if self._settings.resident:
+                        ring.device.identity()  # the first time it imports the driver's bindings
 
     def to(self, device: "str | torch.device | Mapping[str, str]", *, dtype: "torch.dtype | None" = None) -> "Iterator[tuple[str, Tensor]]":
         """Every tensor on `device` in file order, as its bytes land.

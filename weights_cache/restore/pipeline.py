@@ -249,15 +249,14 @@ class Restore:
             for name, (placed, size) in self._lay_out(source, header).items():
                 lane = self._lanes[name]
                 first = lane.count
-                memory, blocks = self._attach(source, name), []
-                if memory is None:
-                    memory, blocks = (
-                        self._allocate(lane.ring.device, key(source.version, placed), size),
-                        cut(placed, size, lane.ring.slot_bytes),
-                    )
-                    self.copied_bytes += size
-                else:
+                blocks: list[list[Part]] = []
+                self._attach(source, name)
+                if (memory := self._attached.pop((source.path, name))) is not None:
                     self.attached_bytes += size
+                else:
+                    memory = self._allocate(lane.ring.device, key(source.version, placed), size)
+                    blocks = cut(placed, size, lane.ring.slot_bytes)
+                    self.copied_bytes += size
                 for tensor in placed:
                     end = first + -(-(tensor.at + tensor.size) // lane.ring.slot_bytes) if blocks and tensor.size else first
                     planned[tensor.info.name] = _Planned(tensor.info, source, tensor.of(memory), lane, end)
