@@ -48,6 +48,8 @@ LEFT_OUT = (  # in the order in which torch imports them
 )
 # What torch itself takes from them while it is imported.
 _KNOWN = ("vmap", "cond", "while_loop", "NestedCompileRegionOptions")
+_COMPLETE = ("torch.cuda",)  # packages that lack nothing, and that torch's C++ asks for what it is about to put there
+_OPERATORS = ("triton",)  # a namespace of which torch.cuda asks for what it is about to put there
 _CREATION = ("empty.memory_format", "empty_strided")  # every tensor on `meta` comes from one of these, or from another such tensor
 
 
@@ -174,7 +176,8 @@ class _Finder(MetaPathFinder):
                     elif type(value) is type and issubclass(value, _Absent):  # a class of torch may object to the question
                         self._taken.append((module, attribute, value.home, value.__name__))
                         delattr(module, attribute)
-                self._watch_package(module)
+                if name not in _COMPLETE:
+                    self._watch_package(module)
         torch: Any = sys.modules["torch"]
         # The one thing in what is left out that eager torch needs: no Generator can be made before. It may be done twice.
         torch._C._set_generator_metaclass(sys.modules["torch._opaque_base"].OpaqueBaseMeta)  # noqa: SLF001
@@ -187,7 +190,11 @@ class _Finder(MetaPathFinder):
         makes_namespaces = module.__name__ == "torch.ops"  # of operators, when they are first asked for
 
         def find(name: str) -> Any:
-            if not name.startswith("__") and not self._is_completing() and not (makes_namespaces and _has_operators(name)):
+            if (
+                not name.startswith("__")
+                and not self._is_completing()
+                and not (makes_namespaces and (name in _OPERATORS or _has_operators(name)))
+            ):
                 self.complete()
                 if name in vars(module):
                     return vars(module)[name]
@@ -205,7 +212,7 @@ class _Finder(MetaPathFinder):
             try:
                 return theirs(self_, name)
             except AttributeError:
-                if name.startswith("__") or self._is_completing():
+                if name.startswith("__") or self._is_completing() or vars(self_).get("name") in _OPERATORS:
                     raise
             self.complete()
             return getattr(self_, name)

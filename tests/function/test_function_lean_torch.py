@@ -115,6 +115,12 @@ def test_what_is_missed_brings_in_all_of_torch_and_leaves_nothing_of_ours(trigge
             id="a generator",
         ),
         pytest.param("assert torch.distributed.is_available() in (True, False)", id="distributed"),
+        pytest.param(  # as torch's C++ asks for a name before it defines it, and torch.cuda for an operator
+            "assert not hasattr(torch.cuda, 'nowhere');"
+            "torch._TritonLibrary.registerOp('_same', '_same(Tensor a) -> Tensor', lambda a: a.clone(), 'CPU');"
+            "assert torch.ops.triton._same(torch.ones(2)).sum() == 2",
+            id="what making a GPU's context asks for",
+        ),
         pytest.param(
             "assert torch.nn.functional.scaled_dot_product_attention(*torch.rand(3, 1, 2, 4, 8)).shape == (1, 2, 4, 8)", id="SDPA"
         ),
@@ -228,6 +234,16 @@ def test_an_agent_gives_the_same_answers_and_stays_lean(agent: str, files: str, 
     fill_cache(tmp_path, uri, request.getfixturevalue(files))
     lean, ordinary = (json.loads(run(AGENT, f"function.agents.{agent}", uri, str(tmp_path), lean)) for lean in ("lean", ""))
     assert lean == ordinary
+
+
+def test_the_packages_that_are_not_watched_lack_nothing() -> None:
+    run(
+        f"{LEAN}\n"
+        "for name in lean_torch._COMPLETE:\n"
+        "    before = set(vars(sys.modules[name]))\n"
+        "    torch.export\n"
+        "    assert not lean_torch.is_lean() and set(vars(sys.modules[name])) == before"
+    )
 
 
 def test_nothing_in_torch_keeps_what_stood_for_the_absent() -> None:
