@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from weights_cache import gpu_context
 from weights_cache.blob import Blob, are_complete
 from weights_cache.cache import Lease, NodeCache
 from weights_cache.chunks import ChunkMap
@@ -166,11 +167,12 @@ class Weights(Mapping[str, "Tensor"]):
         return link
 
     def prepare(self, device: str) -> None:
-        """Do what takes long about a device before there are bytes to restore: torch's import, its context, its staging buffers.
+        """Do what takes long about a device before there are bytes to restore: its context, torch's import, its staging buffers.
 
         Its next `to` then has them. Raises WeightsError if there is no such device; nothing is to be done for `cpu`.
         """
         if device != "cpu":
+            gpu_context.begin(device)
             with self._preparing:
                 if device not in self._rings:
                     ring = self._rings[device] = _open_ring(device)

@@ -581,6 +581,27 @@ def test_memory_that_the_callers_stream_still_writes_to_is_filled_after_that() -
     device.close()
 
 
+CONTEXT = """
+import sys
+from weights_cache import gpu_context
+gpu_context.begin(sys.argv[1])
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", "host", "cuda:99", "cuda:-1", "tpu"])
+def test_a_context_that_cannot_be_made_is_left_for_torch_to_tell(device: str) -> None:
+    subprocess.run([sys.executable, "-c", CONTEXT, device], cwd=ROOT, timeout=60, check=True)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_context_is_made_before_torch_is_there() -> None:
+    code = f"{CONTEXT}\nfrom cuda.bindings import driver\nprint(driver.cuDevicePrimaryCtxGetState(0)[2])"
+    found = subprocess.run([sys.executable, "-c", code, "cuda:0"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert found.stdout.strip() == "1"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees no two GPUs")
 @pytest.mark.parametrize("resident", [False, True], ids=["restored", "resident"])
