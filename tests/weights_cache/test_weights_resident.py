@@ -369,6 +369,16 @@ def test_memory_that_cannot_be_attached_is_dropped_and_restored(
     assert again.restored().source == "resident"
 
 
+def test_memory_that_is_shorter_than_it_was_said_to_be_is_dropped_and_restored(
+    residents: Residents, function: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(_HostShared, "descriptor", lambda self: os.memfd_create("relight-short"))
+        dict(function().to("host"))
+    assert same(dict(function().to("host")))
+    assert "what stayed on host cannot be attached: there are 0 bytes where 4194304 are wanted" in caplog.text
+
+
 def test_memory_that_gives_no_descriptor_is_not_left_and_serves_all_the_same(
     residents: Residents, function: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -99,7 +99,7 @@ class CudaMemory:
         return torch.as_tensor(mapping, device=torch.device("cuda", self._index))  # which keeps the mapping
 
     def _unmap(self, pointer: int, size: int) -> None:
-        with contextlib.suppress(WeightsError), self._current():  # a context that a kernel has broken answers nothing any more
+        with contextlib.suppress(WeightsError), self._current():  # a context that a kernel has broken answers nothing
             _call("cuCtxSynchronize")  # nothing reads it any more
             _call("cuMemUnmap", pointer, self._rounded(size))
             _call("cuMemAddressFree", pointer, self._rounded(size))
@@ -133,7 +133,8 @@ class CudaShared:
 
     def close(self) -> None:
         """Let the handle go; the mapping keeps the memory."""
-        _call("cuMemRelease", self._handle)
+        with contextlib.suppress(WeightsError):  # as below
+            _call("cuMemRelease", self._handle)
 
 
 class _Mapping:

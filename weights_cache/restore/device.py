@@ -135,6 +135,8 @@ class HostDevice:
 
     def adopt(self, descriptor: int, size: int) -> Tensor:
         """Copy-on-write, as the tensors of a file on the CPU are."""
+        if (there := os.fstat(descriptor).st_size) < size:  # reading beyond it would be a SIGBUS
+            raise WeightsError(f"there are {there} bytes where {size} are wanted")
         return _mapped(descriptor, size, mmap.MAP_PRIVATE)
 
     def copy(self, target: Tensor, source: Tensor) -> Event:
