@@ -1,4 +1,7 @@
-"""GPUs, by torch's documented interface alone (torch.cuda: streams, events, pinned memory); ROCm's are `cuda` to torch, too."""
+"""GPUs, by torch's documented interface alone (torch.cuda: streams, events, pinned memory); ROCm's are `cuda` to torch, too.
+
+Memory that other processes can have is not torch's: see `cuda_memory`.
+"""
 
 import logging
 import mmap
