@@ -83,8 +83,8 @@ class Metrics:
         events = CounterMetricFamily(
             "weights_resident_events", "Weights that were kept on a device, refused, attached, missed, evicted.", labels=["event"]
         )
-        for event in ("kept", "refused", "attached", "missed", "evicted"):
-            events.add_metric([event], self._residents.counts[event])
+        for event, count in self._residents.counts.items():
+            events.add_metric([event], count)
         return [ready, there, total, rate, stays, events]
 
     def text(self) -> bytes:

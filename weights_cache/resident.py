@@ -36,7 +36,6 @@ MAX_MESSAGE_BYTES = 64 * 1024
 class _Resident:
     """What stays, in one allocation of a device."""
 
-    device: str
     bytes: int
     uri: str  # for people
     descriptor: int
@@ -55,18 +54,16 @@ class Residents:
         self._limit = limit_bytes
         self._lock = threading.Lock()  # guards what follows
         self._table: dict[tuple[str, str], _Resident] = {}  # by device and key
-        self.counts: Counter[str] = Counter()  # kept, refused, attached, missed, evicted
+        self.counts = Counter(dict.fromkeys(("kept", "refused", "attached", "missed", "evicted"), 0))
 
     def keep(self, key: str, device: str, size: int, uri: str, descriptor: int, holder: object) -> bool:
-        """Take the descriptor and keep it, if there is room or can be made; returns whether it is kept, else it is closed."""
+        """Keep a copy of the descriptor, if there is room or can be made; returns whether it is kept."""
         with self._lock:
             is_kept = (device, key) not in self._table and self._fit(device, size)
             self.counts["kept" if is_kept else "refused"] += 1
             if is_kept:
-                self._table[device, key] = _Resident(device, size, uri, descriptor, {holder})
-        if not is_kept:
-            os.close(descriptor)
-        return is_kept
+                self._table[device, key] = _Resident(size, uri, os.dup(descriptor), {holder})
+            return is_kept
 
     def attach(self, key: str, device: str, holder: object) -> tuple[int, int] | None:
         """A descriptor, which is the caller's to close, and the bytes it is of, with a lease; None if there is no such memory."""
@@ -101,16 +98,16 @@ class Residents:
         """What stays where, the most lately used first."""
         now = time.monotonic()
         with self._lock:
-            found = sorted(self._table.values(), key=lambda one: (not one.leases, -one.used))
+            found = sorted(self._table.items(), key=lambda item: (not item[1].leases, -item[1].used))
             return [
                 {
-                    "device": one.device,
+                    "device": device,
                     "uri": one.uri,
                     "bytes": one.bytes,
                     "leases": len(one.leases),
                     "idle_s": 0.0 if one.leases else round(now - one.used, 1),
                 }
-                for one in found
+                for (device, _), one in found
             ]
 
     def close(self) -> None:
@@ -121,7 +118,7 @@ class Residents:
 
     def _fit(self, device: str, size: int) -> bool:
         """Make room for `size` bytes within the limit; nothing is let go of in vain."""
-        there = [one for one in self._table.values() if one.device == device]
+        there = [one for (where, _), one in self._table.items() if where == device]
         excess = sum(one.bytes for one in there) + size - self._limit
         if excess > sum(one.bytes for one in there if not one.leases):
             return False
@@ -160,63 +157,62 @@ class Handler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         """Answer until it goes, or says what nobody understands."""
         try:
-            while message := self._receive():
-                self._answer(*message)
+            while self._serve():
+                pass
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             with contextlib.suppress(OSError):
-                socket.send_fds(self.request, [json.dumps({"error": f"no such message: {error!r}"}).encode()], [])
+                self._send({"error": f"no such message: {error!r}"})
         except OSError:
             pass  # it has gone
         finally:
             self.residents.release(self)
 
-    def _receive(self) -> tuple[dict[str, Any], list[int]] | None:
+    def _serve(self) -> bool:
+        """Answer one message; False if there will be none."""
         data, descriptors, flags, _ = socket.recv_fds(self.request, MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
         try:
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ValueError(f"at most {MAX_MESSAGE_BYTES} bytes and one descriptor")
-            if not data:
-                return None
-            message = json.loads(data)
-            if (message["do"] == "keep") != bool(descriptors):
-                raise ValueError("a descriptor comes with keep, and with keep alone")
-        except BaseException:
+            if data:
+                self._answer(json.loads(data), descriptors)
+            return bool(data)
+        finally:
             for descriptor in descriptors:
                 os.close(descriptor)
-            raise
-        return message, descriptors
 
     def _answer(self, message: dict[str, Any], descriptors: list[int]) -> None:
-        answer: dict[str, Any] = {}
-        handed: list[int] = []
-        device = _text(message["device"]) if not descriptors else ""
-        if message["do"] == "keep":
-            answer["kept"] = self._keep(message, *descriptors)
-        elif message["do"] == "attach":
-            if found := self.residents.attach(_text(message["key"]), device, self):
-                handed, answer["bytes"] = [found[0]], found[1]
-        elif message["do"] == "make_room":
-            answer["freed"] = self.residents.make_room(device, _size(message["bytes"]))
-        elif message["do"] == "drop":
+        what, device = message["do"], _text(message["device"])
+        if (what == "keep") != bool(descriptors):
+            raise ValueError("a descriptor comes with keep, and with keep alone")
+        if what == "keep":
+            self._send({"kept": self._keep(_text(message["key"]), device, _size(message["bytes"]), _text(message["uri"]), *descriptors)})
+        elif what == "attach":
+            self._attach(_text(message["key"]), device)
+        elif what == "make_room":
+            self._send({"freed": self.residents.make_room(device, _size(message["bytes"]))})
+        elif what == "drop":
             self.residents.drop(_text(message["key"]), device)
+            self._send({})
         else:
-            raise ValueError(message["do"])
-        try:
-            socket.send_fds(self.request, [json.dumps(answer).encode()], handed)
-        finally:
-            for descriptor in handed:
-                os.close(descriptor)
+            raise ValueError(what)
 
-    def _keep(self, message: dict[str, Any], descriptor: int) -> bool:
-        try:
-            key, device, uri = (_text(message[name]) for name in ("key", "device", "uri"))
-            size = _size(message["bytes"])
-        except BaseException:
-            os.close(descriptor)
-            raise
+    def _keep(self, key: str, device: str, size: int, uri: str, descriptor: int) -> bool:
         is_kept = self.residents.keep(key, device, size, uri, descriptor, self)
         log.info("%s: %.1f MB %s in the memory of %s", uri, size / 1e6, "stay" if is_kept else "do not stay", device)
         return is_kept
+
+    def _attach(self, key: str, device: str) -> None:
+        if not (found := self.residents.attach(key, device, self)):
+            self._send({})
+            return
+        descriptor, size = found
+        try:
+            self._send({"bytes": size}, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _send(self, answer: dict[str, Any], *descriptors: int) -> None:
+        socket.send_fds(self.request, [json.dumps(answer).encode()], descriptors)
 
 
 def _text(value: object) -> str:

@@ -512,7 +512,9 @@ class TierMachine(RuleBasedStateMachine):
 
     @rule(key=keys, device=devices, size=st.integers(1, 12), name=names)
     def keep(self, key: str, device: str, size: int, name: int) -> None:
-        is_kept = self.residents.keep(key, device, size, "u", os.memfd_create("relight-test"), name)
+        given = os.memfd_create("relight-test")
+        is_kept = self.residents.keep(key, device, size, "u", given, name)
+        os.close(given)
         if is_kept:
             self.holders.setdefault(name, {})[device, key] = size
 

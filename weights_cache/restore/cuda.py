@@ -3,6 +3,7 @@
 Memory that other processes can have is not torch's: see `cuda_memory`.
 """
 
+import functools
 import logging
 import mmap
 from typing import TYPE_CHECKING
@@ -41,8 +42,6 @@ class CudaDevice:
         self._owner = torch.cuda.current_stream(self._device)
         self._is_registering = registered
         self._registered: list[Tensor] = []
-        self._memory: CudaMemory | None = None
-        self._cannot_share = False
 
     def begin(self) -> None:
         """torch's allocator hands memory out by streams: it is given to the one that will use it."""
@@ -78,35 +77,31 @@ class CudaDevice:
 
     def identity(self) -> str | None:
         """The GPU's UUID, or that of the part of it (MIG) that this process has."""
-        memory = self._shareable()
-        return memory.uuid if memory else None
+        return self._shareable.uuid if self._shareable else None
 
     def share(self, size: int) -> Shared:
         """Not from torch's allocator, which must give back what it holds and does not use if the driver has no more."""
-        memory = self._shareable()
-        assert memory is not None  # it has an identity
+        assert self._shareable is not None  # it has an identity
         try:
-            return memory.create(size)
+            return self._shareable.create(size)
         except MemoryError:
             torch.cuda.empty_cache()
-            return memory.create(size)
+            return self._shareable.create(size)
 
     def adopt(self, descriptor: int, size: int) -> Tensor:
         """Mapped to be read: a kernel that writes to it fails, and with it the process's context."""
-        memory = self._shareable()
-        assert memory is not None
-        return memory.adopt(descriptor, size)
+        assert self._shareable is not None
+        return self._shareable.adopt(descriptor, size)
 
+    @functools.cached_property
     def _shareable(self) -> "CudaMemory | None":
-        if self._memory is None and not self._cannot_share:
-            try:
-                from weights_cache.restore.cuda_memory import CudaMemory
+        try:
+            from weights_cache.restore.cuda_memory import CudaMemory
 
-                self._memory = CudaMemory(self._device.index)
-            except (ImportError, WeightsError) as error:
-                self._cannot_share = True
-                log.warning("memory of %s cannot be shared: %s", self.name, error)
-        return self._memory
+            return CudaMemory(self._device.index)
+        except (ImportError, WeightsError) as error:
+            log.warning("memory of %s cannot be shared: %s", self.name, error)
+            return None
 
     def copy(self, target: Tensor, source: Tensor) -> Event:
         """On our own stream; from pinned memory `non_blocking` means that it returns at once."""

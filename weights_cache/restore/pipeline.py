@@ -120,15 +120,15 @@ class Restore:
     ) -> None:
         """rings: by the placement's devices, but `cpu`. dtype: see `tensors.cast_type`. Raises WeightsError."""
         check_cast(dtype)
-        self._tier = tier
         self.attached_bytes = self.copied_bytes = 0  # on devices
         self._sources = sources
         self._placement = placement
         self._dtype = dtype
+        self._tier = tier
         self._lanes = {name: _Lane(ring) for name, ring in rings.items()}
         self._layouts: dict[str, dict[str, tuple[list[Placed], int]]] = {}  # by file and device, until they are needed
         self._attached: dict[tuple[str, str], Tensor | None] = {}  # likewise: what was asked for, and is there
-        self._shared: list[tuple[str, Device, Shared]] = []  # to be left, with their keys
+        self._shared: list[tuple[Tier, str, Device, Shared]] = []  # to be left, where and by which key
         self._changed = threading.Condition()  # guards what follows, and the lanes
         self._planned: deque[_Planned] = deque()
         self._is_planned = False
@@ -153,9 +153,8 @@ class Restore:
                 lane.ring.device.synchronize()
             for source in self._sources:
                 source.has(0, source.size)  # raises if it was found to be damaged meanwhile
-            for name, device, shared in self._shared:
-                assert self._tier is not None
-                self._tier.keep(name, device, shared)
+            for tier, left, device, shared in self._shared:
+                tier.keep(left, device, shared)
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # whoever keeps the error does not keep the memory
             raise
@@ -202,7 +201,7 @@ class Restore:
             lane.events.clear()
         self._planned.clear()
         self._attached.clear()
-        for _, _, shared in self._shared:
+        for *_, shared in self._shared:
             shared.close()
         self._shared.clear()
         self._error = None  # which knows us
@@ -254,7 +253,7 @@ class Restore:
                 if (memory := self._attached.pop((source.path, name))) is not None:
                     self.attached_bytes += size
                 else:
-                    memory = self._allocate(lane.ring.device, key(source.version, placed), size)
+                    memory = self._allocate(source, name)
                     blocks = cut(placed, size, lane.ring.slot_bytes)
                     self.copied_bytes += size
                 for tensor in placed:
@@ -290,7 +289,8 @@ class Restore:
         if place not in self._attached:
             placed, size = self._layouts[source.path][name]
             device = self._lanes[name].ring.device
-            self._attached[place] = self._tier.attach(key(source.version, placed), device, size) if self._tier and size else None
+            tier = self._tier_for(device)
+            self._attached[place] = tier.attach(key(source.version, placed), device, size) if tier and size else None
         return self._attached[place]
 
     def _check_room(self, first: Source, later: Sequence[Source]) -> None:
@@ -301,7 +301,7 @@ class Restore:
             if source is first or source.has(0, source.size):
                 for name, (_, size) in self._lay_out(source, source.header(source.pause)).items():
                     total[name] = total.get(name, 0) + (0 if self._attach(source, name) is not None else size)
-            elif sole in self._lanes and self._dtype is None and not self._takes(self._lanes[sole].ring.device):
+            elif sole in self._lanes and self._dtype is None and not self._tier_for(self._lanes[sole].ring.device):
                 total[sole] = total.get(sole, 0) + source.size
         for name, size in total.items():
             device = self._lanes[name].ring.device
@@ -311,21 +311,25 @@ class Restore:
             if size > free:
                 raise _no_room(device, size, free)
 
-    def _takes(self, device: Device) -> bool:
-        return self._tier is not None and self._tier.takes(device)
+    def _tier_for(self, device: Device) -> Tier | None:
+        """Where weights on that device are attached from, and left."""
+        return self._tier if self._tier and self._tier.takes(device) else None
 
-    def _allocate(self, device: Device, name: str, size: int) -> Tensor:
-        """Memory for what the resident tier would have by that name."""
+    def _allocate(self, source: Source, name: str) -> Tensor:
+        """Memory for what goes to that device of this file, which has been laid out."""
+        placed, size = self._layouts[source.path][name]
+        device = self._lanes[name].ring.device
         while True:
             try:
-                if not size or not self._takes(device):
+                tier = self._tier_for(device)
+                if not tier or not size:
                     return device.allocate(size)
                 shared = device.share(size)
             except MemoryError as error:
                 if not self._tier or not self._tier.make_room(device, size):
                     raise _no_room(device, size, device.free_bytes()) from error
             else:
-                self._shared.append((name, device, shared))
+                self._shared.append((tier, key(source.version, placed), device, shared))
                 return shared.tensor
 
     # In the copiers' threads
