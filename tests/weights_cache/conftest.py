@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import pytest
 from tests.support import ROOT, Reply, Server, clean_environment, free_port, request, running, wait_until
 from tests.weights_cache.node import URI, Node
 from tests.weights_cache.stores import Bucket, Proxy, Seaweed, seaweedfs
-from weights_cache import transfer
+from weights_cache import resident, transfer
 from weights_cache.cache import NodeCache
 from weights_cache.chunks import CHUNK_BYTES
 from weights_cache.digest import chunk_digest
@@ -155,6 +156,18 @@ def node(cache: NodeCache) -> Iterator[Node]:
 @pytest.fixture
 def weights(cache: NodeCache) -> Weights:
     return Weights(WeightsSettings(uri=URI, cache_dir=cache.root))
+
+
+@pytest.fixture
+def residents(cache: NodeCache) -> Iterator[resident.Residents]:
+    """The tier, answering in this process; for 64 MiB."""
+    residents = resident.Residents(64 << 20)
+    server = resident.Server(str(cache.root / resident.SOCKET), type("Answers", (resident.Handler,), {"residents": residents}))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield residents
+    server.shutdown()
+    server.server_close()
+    residents.close()
 
 
 @pytest.fixture
