@@ -74,7 +74,7 @@ class Access:
         @app.before_request
         def begin() -> None:
             request = flask.request
-            flask.g.note = self.begin(request.method, request.path, request.headers)
+            flask.g.note = self.open(request.method, request.path, request.headers)
 
         @app.after_request
         def end(response: flask.Response) -> flask.Response:
@@ -84,7 +84,7 @@ class Access:
                 response.call_on_close(lambda: finish(note))
             return response
 
-    def begin(self, method: str, path: str, headers: Headers) -> Note:
+    def open(self, method: str, path: str, headers: Headers) -> Note:
         """A request has come."""
         said = headers.get("x-request-id") or ""
         request_id = said if _ID.fullmatch(said) else uuid.uuid4().hex
@@ -118,11 +118,11 @@ class Access:
         }
 
     def refused(self, head: bytes, began: float) -> tuple[Note, dict[str, str]]:
-        """A request is answered 503 before anybody has looked at more than its head; returns what `begin` and `end` do."""
+        """A request is answered 503 before anybody has looked at more than its head; returns what `open` and `end` do."""
         first, *lines = head.decode("latin-1").split("\r\n")
         method, path, *_ = *first.split(" "), "", ""
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        note = self.begin(method[:_MOST_METHOD], path.partition("?")[0][:_MOST_PATH], headers)
+        note = self.open(method[:_MOST_METHOD], path.partition("?")[0][:_MOST_PATH], headers)
         note.began, note.traceparent = began, note.traceparent and note.traceparent[:_MOST_TRACEPARENT]
         said = self.end(note, REFUSED, 503)
         note.route = NO_ROUTE  # to a trace that is none

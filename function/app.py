@@ -4,7 +4,7 @@ import flask
 from werkzeug.exceptions import HTTPException
 
 from function.access import Access, Trace
-from function.express import Express
+from function.fast_path import FastPath
 from function.gate import Gate
 from function.http import Function, failure, refusal, reply
 from function.metrics import Metrics
@@ -19,7 +19,7 @@ def create_app(settings: FunctionSettings, model: Model, metrics: Metrics | None
     return create(settings, model, metrics or Metrics(model, settings.model_name))[0]
 
 
-def create(settings: FunctionSettings, model: Model, metrics: Metrics, trace: Trace | None = None) -> tuple[flask.Flask, Express]:
+def create(settings: FunctionSettings, model: Model, metrics: Metrics, trace: Trace | None = None) -> tuple[flask.Flask, FastPath]:
     """The app, and what answers ordinary requests without it, by the same rules. trace: who wants to know of each request."""
     app = flask.Flask("function", static_folder=None)
     function, gate = Function(settings, model, metrics), Gate(settings)
@@ -63,4 +63,4 @@ def create(settings: FunctionSettings, model: Model, metrics: Metrics, trace: Tr
     def other(error: Exception) -> flask.Response:
         return failure(error, flask.request.method, flask.request.path)
 
-    return app, Express(function, access, gate, {"/healthz": healthz, "/readyz": readyz})
+    return app, FastPath(function, access, gate, {"/healthz": healthz, "/readyz": readyz})

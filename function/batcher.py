@@ -32,7 +32,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ask:
+class CallContext:
     """What a request says beside its input."""
 
     timeout_s: float
@@ -134,7 +134,7 @@ class Call:
     """Inputs that want outputs."""
 
     inputs: Sequence[Any]
-    ask: Ask
+    context: CallContext
     arrived: float
     outputs: list[Any] = field(default_factory=list)
     taken: int = 0  # inputs that were handed to the model, or are about to be
@@ -144,10 +144,10 @@ class Call:
         """Whether nobody waits for it any more; says so to whoever does."""
         if self.reply.is_settled():
             return True
-        if self.ask.is_gone():
+        if self.context.is_gone():
             self.fail(ClientGone("the caller has hung up"))
-        elif now >= self.arrived + self.ask.timeout_s:
-            self.fail(self.ask.late())
+        elif now >= self.arrived + self.context.timeout_s:
+            self.fail(self.context.late())
         return self.reply.is_settled()
 
     def add(self, outputs: Sequence[Any]) -> None:
@@ -162,11 +162,11 @@ class Call:
 
 
 @dataclass(eq=False)
-class Opening:
+class StreamCall:
     """An input that wants a stream."""
 
     input: Any
-    ask: Ask
+    context: CallContext
     arrived: float
     stream: Any
 
@@ -174,7 +174,7 @@ class Opening:
         """Whether nobody waits for it any more; says so to whoever does."""
         if not self.stream.is_wanted():
             self.stream.end(ClientGone("the caller has hung up"))
-        elif now >= self.arrived + self.ask.timeout_s:
+        elif now >= self.arrived + self.context.timeout_s:
             self.stream.end(self.stream.late())
         else:
             return False
@@ -193,7 +193,7 @@ class Batcher:
     """The queue in front of one model: filled from any thread, emptied by the model's."""
 
     def __init__(self, *, max_batch: int, wait_s: float, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """max_batch: inputs; wait_s: the longest wait for company; limit: calls and openings of each class that may wait, beside what is
+        """max_batch: inputs; wait_s: the longest wait for company; limit: calls of each class, streams too, that may wait, beside what is
         computed: batch work keeps no interactive caller out."""
         self._max_batch = max_batch
         self._wait_s = wait_s
@@ -201,7 +201,7 @@ class Batcher:
         self._clock = clock
         self._lock = threading.Condition()  # guards what follows
         self._calls: tuple[deque[Call], deque[Call]] = deque(), deque()  # interactive, batch
-        self._openings: tuple[deque[Opening], deque[Opening]] = deque(), deque()
+        self._stream_calls: tuple[deque[StreamCall], deque[StreamCall]] = deque(), deque()
         self._inputs = [0, 0]  # that wait
         self._swept = -math.inf  # when those who do not wait any more were last looked for
         self._is_idle = True  # nothing is being computed, so that the model takes what comes at once
@@ -213,19 +213,19 @@ class Batcher:
         self._cost = Cost()
         self.places = max_batch  # streams that an idle model lets begin at once
 
-    def put(self, item: Call | Opening) -> bool:
+    def put(self, item: Call | StreamCall) -> bool:
         """Queue it; False if too many wait already."""
         with self._lock:
-            if self.is_full(is_batch=item.ask.is_batch):
+            if self.is_full(is_batch=item.context.is_batch):
                 return False
             if isinstance(item, Call):
-                self._calls[item.ask.is_batch].append(item)
-                self._inputs[item.ask.is_batch] += len(item.inputs)
+                self._calls[item.context.is_batch].append(item)
+                self._inputs[item.context.is_batch] += len(item.inputs)
                 self._away -= 1
                 if self._away == 0:
                     self._back_s.add(self._clock() - self._ended)
             else:
-                self._openings[item.ask.is_batch].append(item)
+                self._stream_calls[item.context.is_batch].append(item)
             self._lock.notify_all()
             return True
 
@@ -249,26 +249,26 @@ class Batcher:
             if room < 0:
                 break
             calls += 1
-        return calls or min(len(self._openings[is_batch]), self.places)
+        return calls or min(len(self._stream_calls[is_batch]), self.places)
 
     def _waiting_of(self, is_batch: bool) -> int:
-        return len(self._calls[is_batch]) + len(self._openings[is_batch])
+        return len(self._calls[is_batch]) + len(self._stream_calls[is_batch])
 
     def waiting(self) -> int:
-        """Calls and openings that wait."""
-        (interactive, batch), (first, last) = self._calls, self._openings
+        """Calls and stream_calls that wait."""
+        (interactive, batch), (first, last) = self._calls, self._stream_calls
         return len(interactive) + len(batch) + len(first) + len(last)  # asked several times for each request
 
     def ahead(self, *, is_batch: bool) -> tuple[int, int]:
-        """Inputs and openings that wait, and that would be before one more of a class."""
-        (inputs, more), (first, last) = self._inputs, self._openings
+        """Inputs and stream_calls that wait, and that would be before one more of a class."""
+        (inputs, more), (first, last) = self._inputs, self._stream_calls
         return (inputs + more, len(first) + len(last)) if is_batch else (inputs, len(first))
 
     def wait(self) -> None:
         """Until something is there; the model is idle."""
         with self._lock:
             self._is_idle = True
-            self._lock.wait_for(lambda: any(self._calls) or any(self._openings))
+            self._lock.wait_for(lambda: any(self._calls) or any(self._stream_calls))
 
     def computed(self, inputs: int, seconds: float, *, is_idle: bool) -> None:
         """A batch is done; its callers are about to be told. is_idle: the model takes the next at once."""
@@ -306,8 +306,8 @@ class Batcher:
         self._swept = now
         for is_batch, calls in enumerate(self._calls):
             self._inputs[is_batch] -= sum(len(call.inputs) - call.taken for call in _sift(calls, now))
-        for openings in self._openings:
-            _sift(openings, now)
+        for stream_calls in self._stream_calls:
+            _sift(stream_calls, now)
 
     def _slices(self, is_batch: bool, most: int) -> Iterator[Slice]:
         """Of so many calls at most."""
@@ -327,25 +327,25 @@ class Batcher:
                 queue.popleft()
             yield Slice(call, inputs)
 
-    def openings(self, interactive: int, batch: int) -> list[Opening]:
+    def stream_calls(self, interactive: int, batch: int) -> list[StreamCall]:
         """The next streams to begin: so many at most, and if there is batch work among them no more than `batch`."""
-        taken: list[Opening] = []
-        if not any(self._openings):
+        taken: list[StreamCall] = []
+        if not any(self._stream_calls):
             return taken
         with self._lock:
             now = self._clock()
-            for queue, room in zip(self._openings, (interactive, batch), strict=True):
+            for queue, room in zip(self._stream_calls, (interactive, batch), strict=True):
                 while queue and len(taken) < room:
-                    opening = queue.popleft()
-                    if not opening.is_over(now):
-                        taken.append(opening)
-                for opening in queue:
-                    opening.stream.is_held = True
+                    stream_call = queue.popleft()
+                    if not stream_call.is_over(now):
+                        taken.append(stream_call)
+                for stream_call in queue:
+                    stream_call.stream.is_held = True
             self._is_idle = self._is_idle and not taken
             return taken
 
 
-_Item = TypeVar("_Item", Call, Opening)
+_Item = TypeVar("_Item", Call, StreamCall)
 
 
 def _sift(queue: deque[_Item], now: float) -> list[_Item]:

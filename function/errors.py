@@ -108,7 +108,7 @@ class NoPlace(TimedOut):
     """The same for a stream that others left no place until then: the model itself is well."""
 
 
-def told(error: Exception) -> FunctionError:
+def to_function_error(error: Exception) -> FunctionError:
     """What the caller is told of what the agent raised; the log has the rest."""
     if isinstance(error, FunctionError):
         return error

@@ -14,7 +14,7 @@ import orjson
 from gunicorn.http.errors import ParseException
 
 from function.access import Headers, Note
-from function.batcher import Ask, Call
+from function.batcher import Call, CallContext
 from function.errors import (
     BadInput,
     ClientGone,
@@ -24,7 +24,7 @@ from function.errors import (
     TooSlow,
     Unauthorized,
     UnsupportedMediaType,
-    told,
+    to_function_error,
 )
 from function.metrics import Metrics
 from function.model import Model
@@ -41,7 +41,7 @@ _SETTLED_S = 0.01  # who asked so lately is there; the look costs more than it w
 
 
 @dataclass(frozen=True)
-class Question:
+class PredictRequest:
     """What a caller asks of the model, in JSON or in an event."""
 
     inputs: list[Any]
@@ -53,11 +53,11 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PredictRoute:
     """A route whose requests are a JSON document, and their answer too."""
 
     rule: str
-    read: Callable[[Any], Question]  # from the document; raises BadInput
+    read: Callable[[Any], PredictRequest]  # from the document; raises BadInput
 
 
 @dataclass(frozen=True)
@@ -67,23 +67,23 @@ class Function:
     settings: FunctionSettings
     model: Model
     metrics: Metrics
-    predictions: dict[str, Prediction] = field(default_factory=dict)  # by path: what may be answered without Flask, too
+    predictions: dict[str, PredictRoute] = field(default_factory=dict)  # by path: what may be answered without Flask, too
 
     def known(self, name: Any) -> None:
         """Raises NotFound unless it is our model's name."""
         if name != self.settings.model_name:
             raise NotFound(f"there is no model {name!r:.100} here; this function serves {self.settings.model_name!r}")
 
-    def predict(self, inputs: list[Any], ask: Ask | None = None) -> list[Any]:
+    def predict(self, inputs: list[Any], context: CallContext | None = None) -> list[Any]:
         """One output for each input. Raises what Model.predict does, and BadInput when there are too many."""
-        ask = ask or self.ask()
+        context = context or self.context()
         self._count(inputs)
-        return self.model.predict(inputs, ask)
+        return self.model.predict(inputs, context)
 
-    def begin(self, inputs: list[Any], ask: Ask, then: Callable[[], object]) -> Call:
-        """The same without waiting: see Model.begin."""
+    def submit(self, inputs: list[Any], context: CallContext, then: Callable[[], object]) -> Call:
+        """The same without waiting: see Model.submit."""
         self._count(inputs)
-        return self.model.begin(inputs, ask, then)
+        return self.model.submit(inputs, context, then)
 
     def _count(self, inputs: list[Any]) -> None:
         if len(inputs) > self.settings.max_inputs:
@@ -95,21 +95,21 @@ class Function:
         self.metrics.instances.inc()
         note: Note = flask.g.note
         with self.metrics.first_piece.time():
-            stream = self.model.stream(item, self.ask())
+            stream = self.model.stream(item, self.context())
         note.timing.setdefault("first_piece", time.monotonic() - note.began)
         return stream
 
-    def ask(self, urgency: int | None = None) -> Ask:
+    def context(self, urgency: int | None = None) -> CallContext:
         """What Flask's request says of its deadline and its priority. urgency: said elsewhere than in the Priority header."""
         request = flask.request
-        return self.ask_of(request.headers, request.environ.get("gunicorn.socket"), flask.g.note, urgency)
+        return self.context_of(request.headers, request.environ.get("gunicorn.socket"), flask.g.note, urgency)
 
-    def ask_of(self, headers: Headers, sock: Any, note: Note, urgency: int | None = None) -> Ask:
+    def context_of(self, headers: Headers, sock: Any, note: Note, urgency: int | None = None) -> CallContext:
         """The same of any request. sock: its connection; note: where its time is noted. Raises BadInput."""
         own_s, said = self.settings.timeout_s, headers.get("x-request-timeout-ms")
         timeout_s = own_s if said is None else min(own_s, _milliseconds(said) / 1000)
         is_batch = is_batch_work(headers.get("priority") or "") if urgency is None else urgency >= URGENCY_OF_BATCH
-        return Ask(timeout_s, timeout_s == own_s, is_batch, _is_gone(sock), note.timing, note.spans)
+        return CallContext(timeout_s, timeout_s == own_s, is_batch, _is_gone(sock), note.timing, note.spans)
 
     def json_body(self) -> Any:
         """The request's body, parsed. Raises what `body` does, and BadInput."""
@@ -231,8 +231,8 @@ def events(
                 if not is_empty(piece):
                     yield b": still working\n\n" if piece is None else event(shape(piece))
             yield from last()
-        except Exception as error:  # noqa: BLE001  `told` logs it
-            found = error if isinstance(error, FunctionError) else told(error)
+        except Exception as error:  # noqa: BLE001  to_function_error logs it
+            found = error if isinstance(error, FunctionError) else to_function_error(error)
             note.error = found.type
             yield event(failure(found))
         finally:

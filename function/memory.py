@@ -74,7 +74,7 @@ class Memory(Generic[R]):
         self._kept: OrderedDict[Key, Work[R]] = OrderedDict()  # the oldest first
         self._kept_bytes = 0
 
-    def begin(self, key: Key) -> tuple[Work[R], bool]:
+    def claim(self, key: Key) -> tuple[Work[R], bool]:
         """The work on an event, and whether it is the caller's to do: then it calls `finish` or `fail`, whatever happens."""
         if not self._entries:
             return Work(key), True

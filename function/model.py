@@ -17,9 +17,9 @@ from typing import Any
 
 from function import lean_torch
 from function.agent import InferenceAgent, TensorSpec, load_agent
-from function.batcher import Ask, Batcher, Call, Opening, Recent, Reply, Slice, Span
+from function.batcher import Batcher, Call, CallContext, Recent, Reply, Slice, Span, StreamCall
 from function.breaker import Breaker
-from function.errors import CannotStream, ClientGone, FunctionError, NoPlace, TimedOut, Unavailable, told
+from function.errors import CannotStream, ClientGone, FunctionError, NoPlace, TimedOut, Unavailable, to_function_error
 from function.settings import FunctionSettings
 from function.streams import Made, Stream, Streams
 from weights_cache.environment import SettingsError
@@ -128,65 +128,65 @@ class Model:
         return None
 
     def _full(self, is_batch: bool) -> Unavailable:
-        inputs, openings = self.batcher.ahead(is_batch=is_batch)
+        inputs, stream_calls = self.batcher.ahead(is_batch=is_batch)
         drained_s = inputs * self._seconds_per_input.value
         if self._streams:
-            drained_s += self._streams.wait_s(openings)
+            drained_s += self._streams.wait_s(stream_calls)
         what = "requests of batch work" if is_batch else "requests"
         return Unavailable(
             f"{self._settings.queue_limit} {what} are waiting already (FUNCTION_QUEUE_LIMIT)",
             retry_after_s=min(drained_s, self._settings.timeout_s),  # by then nobody waits any more who does now
         )
 
-    def predict(self, inputs: Sequence[Any], ask: Ask) -> list[Any]:
+    def predict(self, inputs: Sequence[Any], context: CallContext) -> list[Any]:
         """One output for each input.
 
         Raises BadInput (the agent's word), AgentFailed, TimedOut at the deadline, ClientGone, Unavailable when not ready, when the queue is
         full or when the breaker is open.
         """
-        self.check(is_batch=ask.is_batch)
-        call = Call(inputs, ask, time.monotonic())
-        with self._admitted(ask):
+        self.check(is_batch=context.is_batch)
+        call = Call(inputs, context, time.monotonic())
+        with self._admitted(context):
             if not self.batcher.put(call):
-                raise self._full(ask.is_batch)
+                raise self._full(context.is_batch)
             try:
-                return call.reply.result(ask.timeout_s)
+                return call.reply.result(context.timeout_s)
             except TimeoutError:
                 call.reply.cancel()
-                raise ask.late() from None
+                raise context.late() from None
 
-    def begin(self, inputs: Sequence[Any], ask: Ask, then: Callable[[], object]) -> Call:
+    def submit(self, inputs: Sequence[Any], context: CallContext, then: Callable[[], object]) -> Call:
         """The same without waiting: `then` is called, from the model's thread or from where the call is failed, once its reply is there.
 
         Who begins a call fails it at its deadline. Raises Unavailable as `predict` does.
         """
-        self.check(is_batch=ask.is_batch)
+        self.check(is_batch=context.is_batch)
         is_trial = self.breaker.admit()
 
         def settle() -> None:
-            self.breaker.ended(is_trial=is_trial, in_time=_is_in_time(ask, call.reply.error))
+            self.breaker.ended(is_trial=is_trial, in_time=_is_in_time(context, call.reply.error))
             then()
 
-        call = Call(inputs, ask, time.monotonic(), reply=Reply(settle))
+        call = Call(inputs, context, time.monotonic(), reply=Reply(settle))
         if not self.batcher.put(call):
             self.breaker.ended(is_trial=is_trial, in_time=None)
-            raise self._full(ask.is_batch)
+            raise self._full(context.is_batch)
         return call
 
-    def stream(self, input: Any, ask: Ask) -> Stream:  # noqa: A002  the contract's word
+    def stream(self, input: Any, context: CallContext) -> Stream:  # noqa: A002  the contract's word
         """An answer piece by piece, once its first piece is there. Close it. Raises what `predict` does, and CannotStream."""
-        self.check(is_batch=ask.is_batch)
+        self.check(is_batch=context.is_batch)
         if not self.can_stream:
             raise CannotStream(f"{self._settings.agent} makes its answers in one go; ask without streaming")
-        stream = Stream(ask, on_timeout=lambda: self.breaker.ended(is_trial=False, in_time=False))
-        with self._admitted(ask):
-            if not self.batcher.put(Opening(input, ask, time.monotonic(), stream)):
-                raise self._full(ask.is_batch)
-            stream.begin()
+        stream = Stream(context, on_timeout=lambda: self.breaker.ended(is_trial=False, in_time=False))
+        with self._admitted(context):
+            if not self.batcher.put(StreamCall(input, context, time.monotonic(), stream)):
+                raise self._full(context.is_batch)
+            stream.wait_first()
         return stream
 
     @contextmanager
-    def _admitted(self, ask: Ask) -> Iterator[None]:
+    def _admitted(self, context: CallContext) -> Iterator[None]:
         """Around a call: the breaker lets it in, and learns how it ended."""
         is_trial = self.breaker.admit()
         ended: BaseException | None = None
@@ -196,7 +196,7 @@ class Model:
             ended = error
             raise
         finally:
-            self.breaker.ended(is_trial=is_trial, in_time=_is_in_time(ask, ended))
+            self.breaker.ended(is_trial=is_trial, in_time=_is_in_time(context, ended))
 
     def mark(self, stage: str) -> None:
         """Note that a stage of the cold start is over."""
@@ -228,9 +228,9 @@ class Model:
                 self.batcher.wait()
             if slices := self.batcher.batch(may_wait=not streams.active):
                 self._predict(agent, slices)
-            for opening in self.batcher.openings(*streams.room()):
+            for stream_call in self.batcher.stream_calls(*streams.room()):
                 with self._calling():
-                    streams.begin(opening)
+                    streams.start(stream_call)
             if streams.active:
                 began = time.monotonic()
                 with self._calling():
@@ -283,7 +283,7 @@ class Model:
         except Exception as error:  # noqa: BLE001  told apart below
             self._took(began, slices, len(inputs))
             if len(slices) == 1:
-                slices[0].call.fail(told(error))
+                slices[0].call.fail(to_function_error(error))
             else:
                 self._predict_apart(agent, slices)
             return
@@ -302,7 +302,7 @@ class Model:
         self._computed_at = ended
         waited_s: list[float] = []
         for part in slices:
-            timing, spans = part.call.ask.timing, part.call.ask.spans
+            timing, spans = part.call.context.timing, part.call.context.spans
             is_first = part.call.taken == len(part.inputs)  # of a call in several batches
             if is_first:
                 waited_s.append(began - part.call.arrived)
@@ -321,8 +321,8 @@ class Model:
                     break
                 try:
                     part.call.add(self._outputs(agent, [item]))
-                except Exception as error:  # noqa: BLE001  see told
-                    part.call.fail(told(error))
+                except Exception as error:  # noqa: BLE001  see to_function_error
+                    part.call.fail(to_function_error(error))
 
     def _outputs(self, agent: InferenceAgent, inputs: Sequence[Any]) -> Sequence[Any]:
         with self._calling():
@@ -346,10 +346,10 @@ class Model:
             torch.set_num_threads(self._settings.threads or _cpu_limit())
 
 
-def _is_in_time(ask: Ask, error: BaseException | None) -> bool | None:
+def _is_in_time(context: CallContext, error: BaseException | None) -> bool | None:
     """What a call that ended says about the model: it came back (if only to say no), it did not, or (None) neither."""
     if isinstance(error, TimedOut):
-        return False if ask.is_own_deadline and not isinstance(error, NoPlace) else None
+        return False if context.is_own_deadline and not isinstance(error, NoPlace) else None
     return True if error is None or (isinstance(error, FunctionError) and not isinstance(error, ClientGone | Unavailable)) else None
 
 

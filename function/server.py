@@ -98,7 +98,7 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
         self._metrics = Metrics(self._model, self._settings.model_name)
         self._tracing = tracing.from_environment(self._settings.model_name)
         trace = self._tracing.finished if self._tracing else None
-        app, self._express = create(self._settings, self._model, self._metrics, trace)
+        app, self._fast_path = create(self._settings, self._model, self._metrics, trace)
         return app
 
     def _start_model(self, worker: FunctionWorker) -> None:
@@ -111,7 +111,7 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
 
         if self._settings.metrics_port:
             start_http_server(self._settings.metrics_port, self._settings.host, self._metrics.registry)
-        worker.express = self._express
+        worker.fast_path = self._fast_path
         worker.refusal = model.refusal
         if self._tracing:
             self._tracing.start()

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from function.batcher import Ask, Opening, Recent, Span
-from function.errors import ClientGone, FunctionError, NoPlace, TimedOut, told
+from function.batcher import CallContext, Recent, Span, StreamCall
+from function.errors import ClientGone, FunctionError, NoPlace, TimedOut, to_function_error
 
 log = logging.getLogger("relight.function")
 
@@ -29,9 +29,9 @@ _END = object()
 class Stream:
     """One answer; iterate over it for its pieces, and close it. The caller's side."""
 
-    def __init__(self, ask: Ask, on_timeout: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, context: CallContext, on_timeout: Callable[[], object] = lambda: None) -> None:
         """on_timeout: is called when the server's own deadline ends it between two pieces, and not for want of a place."""
-        self.ask = ask
+        self.context = context
         self.began = math.inf  # to be made, on `time.monotonic`'s clock
         self.is_held = False  # others have all the places; the model's thread says so
         self.sequence: Any = None  # the agent's own object, from its start on; None for an agent that streams one caller at a time
@@ -41,19 +41,19 @@ class Stream:
         self._first: Any = None
         self._opened = time.monotonic()
 
-    def begin(self) -> None:
+    def wait_first(self) -> None:
         """Wait for the first piece. Raises what `pieces` does."""
-        self._first = self._next(self.ask.timeout_s)
+        self._first = self._next(self.context.timeout_s)
 
     def pieces(self, gap_s: float | None = None) -> Iterator[Any]:
-        """What the agent makes, as it is made; None whenever nothing came for `gap_s` seconds. Call it once, after `begin`.
+        """What the agent makes, as it is made; None whenever nothing came for `gap_s` seconds. Call it once, after `wait_first`.
 
         Raises AgentFailed, BadInput or, when a piece takes longer than the deadline, TimedOut.
         """
         piece = self._first
         while piece is not _END:
             yield piece
-            left_s = self.ask.timeout_s
+            left_s = self.context.timeout_s
             while gap_s and left_s > gap_s:
                 try:
                     piece = self._next(gap_s, is_deadline=False)
@@ -65,20 +65,20 @@ class Stream:
                 try:
                     piece = self._next(left_s)
                 except TimedOut as error:
-                    if self.ask.is_own_deadline and not isinstance(error, NoPlace):
+                    if self.context.is_own_deadline and not isinstance(error, NoPlace):
                         self._on_timeout()
                     raise
 
     def whole(self, late: str) -> list[Any]:
-        """All its pieces, for a caller who wants the answer in one go; ends the stream. Call it once, after `begin`.
+        """All its pieces, for a caller who wants the answer in one go; ends the stream. Call it once, after `wait_first`.
 
         late: what to say when the whole is not there by the deadline, whose seconds are its {}. Raises what `pieces` does.
         """
         found: list[Any] = []
         try:
-            for piece in self.pieces(self.ask.timeout_s / LOOKS):
-                if time.monotonic() > self._opened + self.ask.timeout_s:
-                    raise TimedOut(late.format(f"{self.ask.timeout_s:g}"))
+            for piece in self.pieces(self.context.timeout_s / LOOKS):
+                if time.monotonic() > self._opened + self.context.timeout_s:
+                    raise TimedOut(late.format(f"{self.context.timeout_s:g}"))
                 if piece is not None:
                     found.append(piece)
         finally:
@@ -100,7 +100,7 @@ class Stream:
 
     def late(self) -> TimedOut:
         """What the caller is told at the deadline."""
-        return self.ask.late("place among the streams", NoPlace) if self.is_held else self.ask.late("piece")
+        return self.context.late("place among the streams", NoPlace) if self.is_held else self.context.late("piece")
 
     def close(self) -> None:
         """No more pieces are wanted; its place is free before the next step."""
@@ -110,7 +110,7 @@ class Stream:
 
     def is_wanted(self) -> bool:
         """Whether somebody still reads."""
-        return not (self._closed.is_set() or self.ask.is_gone())
+        return not (self._closed.is_set() or self.context.is_gone())
 
     def is_ahead(self) -> bool:
         """Whether its reader has to catch up first."""
@@ -153,15 +153,15 @@ class Streams:
         self._shared = hasattr(agent, "step")
         self._limit = limit if self._shared else 1
         self._active: list[_Entry] = []  # in the order they began in
-        self._took_s = Recent()  # those that ended, from begin to end
+        self._took_s = Recent()  # those that ended, from start to end
 
     def room(self) -> tuple[int, int]:
-        """How many more may begin, interactive ones and batch work; `step` holds batch work for the former.
+        """How many more may start, interactive ones and batch work; `step` holds batch work for the former.
 
         An agent that streams one caller at a time goes on with that one to its end.
         """
         free = self._limit - len(self._active)
-        return (self._limit - sum(not stream.ask.is_batch for stream, _ in self._active) if self._shared else free), free
+        return (self._limit - sum(not stream.context.is_batch for stream, _ in self._active) if self._shared else free), free
 
     @property
     def active(self) -> int:
@@ -173,23 +173,23 @@ class Streams:
         oldest = next((stream.began for stream, _ in self._active), math.inf)
         return waiting / self._limit * max(self._took_s.value, time.monotonic() - oldest)
 
-    def begin(self, opening: Opening) -> None:
+    def start(self, stream_call: StreamCall) -> None:
         """Let one join."""
-        stream: Stream = opening.stream
+        stream: Stream = stream_call.stream
         stream.is_held = False
         stream.began = now = time.monotonic()
-        ask = opening.ask
-        ask.timing.setdefault("queue", now - opening.arrived)
-        if ask.spans is not None:
-            ask.spans.append(Span("queue", opening.arrived, now))
+        context = stream_call.context
+        context.timing.setdefault("queue", now - stream_call.arrived)
+        if context.spans is not None:
+            context.spans.append(Span("queue", stream_call.arrived, now))
         try:
             if self._shared:
-                stream.sequence = self._agent.start(opening.input)
+                stream.sequence = self._agent.start(stream_call.input)
                 self._active.append((stream, stream.sequence))
             else:
-                self._active.append((stream, iter(self._agent.stream(opening.input))))
+                self._active.append((stream, iter(self._agent.stream(stream_call.input))))
         except Exception as error:  # noqa: BLE001  it is told apart there
-            stream.end(told(error))
+            stream.end(to_function_error(error))
 
     def step(self) -> Made:
         """One piece more for each whose reader keeps up; interactive ones first, if there are too many."""
@@ -199,7 +199,7 @@ class Streams:
             if self._active:
                 time.sleep(PAUSE_S)
             return Made(0, 0)
-        due.sort(key=lambda entry: entry[0].ask.is_batch)  # those of a class stay in the order they came in
+        due.sort(key=lambda entry: entry[0].context.is_batch)  # those of a class stay in the order they came in
         for at, (stream, _) in enumerate(due):
             stream.is_held = at >= self._limit
         del due[self._limit :]
@@ -216,14 +216,14 @@ class Streams:
             return [self._next_of(entries[0][1])]
         try:
             return self._step([sequence for _, sequence in entries])
-        except Exception as error:  # noqa: BLE001  see told
-            return [told(error)] if len(entries) == 1 else self._step_apart(entries)
+        except Exception as error:  # noqa: BLE001  see to_function_error
+            return [to_function_error(error)] if len(entries) == 1 else self._step_apart(entries)
 
     def _next_of(self, iterator: Iterator[Any]) -> Any:
         try:
             return next(iterator, None)
-        except Exception as error:  # noqa: BLE001  see told
-            return told(error)
+        except Exception as error:  # noqa: BLE001  see to_function_error
+            return to_function_error(error)
 
     def _step_apart(self, entries: list[_Entry]) -> list[Any]:
         """Find the culprit: what one sequence does is no business of the others."""
@@ -232,8 +232,8 @@ class Streams:
         for _, sequence in entries:
             try:
                 pieces += self._step([sequence])
-            except Exception as error:  # noqa: BLE001  see told
-                pieces.append(told(error))
+            except Exception as error:  # noqa: BLE001  see to_function_error
+                pieces.append(to_function_error(error))
         return pieces
 
     def _step(self, sequences: Sequence[Any]) -> Sequence[Any]:

@@ -2,7 +2,7 @@
 
 Where gunicorn's gthread falls short for a model function:
 
-- Ordinary predictions and probes take no thread at all: the loop reads them and answers (see `express`), the model's thread computes.
+- Ordinary predictions and probes take no thread at all: the loop reads them and answers (see `fast_path`), the model's thread computes.
 - Any other connection takes a thread only once a request's head is there; slow clients wait with the kernel's poller.
 - Probes are answered by the loop however odd they are, metrics by threads of their own: at once, however many callers wait for the model.
 - What would be refused anyway is refused from the loop, before a thread is taken and without looking at the body: at once, but not more
@@ -31,9 +31,9 @@ from typing import Any, Protocol
 from gunicorn import SERVER, http, util
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
-from function import access, express
+from function import access, fast_path
 from function.errors import Unavailable
-from function.express import Answer, Errand, Express, Request
+from function.fast_path import Answer, FastCall, FastPath, Request
 from function.http import is_batch_work, reply, retry_after
 from function.http import refusal as shaped
 
@@ -80,7 +80,7 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
 class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     """One process, one model. What follows is set before it runs."""
 
-    express: Express
+    fast_path: FastPath
     refusal: Refusal = staticmethod(lambda *, is_batch: None)
     last_words: Callable[[], object] | None = None  # what is to be done after the last answer, within the grace time
 
@@ -128,7 +128,7 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
             for conn in come:
                 self._dispatch(conn)
             now = time.monotonic()
-            self.express.expire(now)
+            self.fast_path.expire(now)
             self._tellable = min(self._tellable + (now - told) * REFUSALS_PER_S, REFUSALS_AT_ONCE)
             told = now
             self._tell(int(self._tellable))
@@ -159,7 +159,7 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         """How long the loop may wait for something to come."""
         if self._refused:
             return 0.01
-        return min(TICK_S, max(0.0, self.express.wake_at - time.monotonic()))
+        return min(TICK_S, max(0.0, self.fast_path.wake_at - time.monotonic()))
 
     def _soon(self, wish: Callable[[], object]) -> None:
         """Have the loop do something; called from any thread."""
@@ -234,11 +234,11 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
     # A request whose head is there
 
     def _dispatch(self, conn: Connection) -> None:
-        request = express.read(conn.head)
-        if request and (answer := self.express.probe(request)):
+        request = fast_path.read(conn.head)
+        if request and (answer := self.fast_path.probe(request)):
             conn.head = request.rest
             self._reply(conn, answer)
-        elif not request and (asked := express.glance(conn.head)) and (answer := self.express.probe(asked)):
+        elif not request and (asked := fast_path.glance(conn.head)) and (answer := self.fast_path.probe(asked)):
             conn.head, conn.is_last = asked.rest, asked.is_last
             self._reply(conn, answer)
         elif _ASIDE.match(conn.head):
@@ -253,17 +253,17 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
 
     def _begin(self, conn: Connection, request: Request) -> bool:
         """Begin a prediction, which is finished once the model has made it; False if it is not an ordinary one."""
-        errand = self.express.begin(request, conn.sock, lambda errand: self._soon(lambda: self._finish(conn, errand)))
-        if errand:
+        fast_call = self.fast_path.submit(request, conn.sock, lambda fast_call: self._soon(lambda: self._finish(conn, fast_call)))
+        if fast_call:
             conn.head = request.rest
-            if errand.failed:
-                self._finish(conn, errand)
-        return errand is not None
+            if fast_call.failed:
+                self._finish(conn, fast_call)
+        return fast_call is not None
 
-    def _finish(self, conn: Connection, errand: Errand) -> None:
+    def _finish(self, conn: Connection, fast_call: FastCall) -> None:
         """Answer a prediction."""
-        conn.note = errand.note
-        self._reply(conn, self.express.answer(errand))
+        conn.note = fast_call.note
+        self._reply(conn, self.fast_path.answer(fast_call))
 
     def _reply(self, conn: Connection, answer: Answer) -> None:
         """Send an answer from the loop, which does not wait: what the client does not take at once is left to a thread."""
@@ -336,7 +336,7 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         length = _LENGTH.search(head + b"\r\n")
         is_whole = self.alive and b"chunked" not in head.lower() and len(rest) == (int(length[1]) if length else 0)
         conn.head = b""
-        note, headers = self.express.refused(head, began)
+        note, headers = self.fast_path.refused(head, began)
         wait_s = retry_after(refusal.retry_after_s or 1)
         said = refusal_reply(str(refusal), wait_s, is_v2=note.path.startswith("/v2/"), close=not is_whole)
         status, _, others = said.partition(b"\r\n")

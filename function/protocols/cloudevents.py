@@ -26,8 +26,8 @@ import orjson
 from werkzeug.datastructures import Headers
 from werkzeug.http import parse_options_header
 
-from function.errors import BadInput, told
-from function.http import JSON, Question, dumps, parse_json
+from function.errors import BadInput, to_function_error
+from function.http import JSON, PredictRequest, dumps, parse_json
 from function.protocols.v1 import of_value
 
 EVENT = "application/cloudevents+json"
@@ -57,7 +57,7 @@ class Event:
     """A valid event: its attributes, all as strings, and what it asks."""
 
     attributes: Mapping[str, str]
-    question: Question
+    question: PredictRequest
 
     @property
     def key(self) -> tuple[str, str]:
@@ -257,7 +257,7 @@ def reply_to(source: str, event: Event, outputs: list[Any]) -> Reply:
         # A copy, since what orjson gives holds on to a buffer of some KiB, and the reply may be kept.
         data = answer if isinstance(answer, bytes) else bytes(memoryview(dumps(answer)))
     except TypeError as error:
-        raise told(error) from error
+        raise to_function_error(error) from error
     attributes = {
         "specversion": "1.0",
         "id": str(uuid.uuid5(_REPLIES, f"{len(asked['source'])} {asked['source']} {asked['id']}")),

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import flask
 
-from function.batcher import Ask
+from function.batcher import CallContext
 from function.errors import AgentFailed, BadInput, ClientGone, FunctionError, TimedOut, Unavailable, UnsupportedMediaType
 from function.http import URGENCY_OF_BATCH, Function, parse_json
 from function.memory import Memory, Work
@@ -71,11 +71,11 @@ class Events:
 
     def _one(self, event: Event) -> Reply:
         """The reply to an event that came alone."""
-        patience = _Patience(self._function.ask(event.urgency))
+        patience = _Patience(self._function.context(event.urgency))
 
         def work(_: list[int]) -> Iterator[tuple[int, Outcome]]:
             try:
-                outputs = self._function.predict(event.question.inputs, patience.ask())
+                outputs = self._function.predict(event.question.inputs, patience.context())
                 yield 0, reply_to(self._source, event, outputs)
             except FunctionError as error:
                 yield 0, error
@@ -90,7 +90,7 @@ class Events:
         total, most = sum(len(event.question.inputs) for event in events), self._function.settings.max_inputs
         if total > most:
             raise BadInput(f"{total} inputs in one batch of events; at most {most} (FUNCTION_MAX_INPUTS)")
-        patience = _Patience(self._function.ask())
+        patience = _Patience(self._function.context())
         outcomes = self._outcomes(events, patience, lambda numbers: self._work(events, numbers, patience))
         failed = {number: outcome for number, outcome in enumerate(outcomes) if isinstance(outcome, FunctionError)}
         if not failed:
@@ -109,7 +109,7 @@ class Events:
         """
         found: dict[int, Outcome] = {}
         while left := [number for number in range(len(events)) if number not in found]:
-            begun = {number: self._memory.begin(events[number].key) for number in left}
+            begun = {number: self._memory.claim(events[number].key) for number in left}
             ours = {number: one for number, (one, is_ours) in begun.items() if is_ours}
             try:
                 for number, outcome in work(list(ours)) if ours else ():
@@ -161,7 +161,7 @@ class Events:
         """The reply to each event of a group, or the error it fails with; halved until the culprit is alone. Raises ClientGone."""
         inputs = [item for number in group for item in events[number].question.inputs]
         try:
-            outputs = iter(self._function.model.predict(inputs, patience.ask(is_batch)))
+            outputs = iter(self._function.model.predict(inputs, patience.context(is_batch)))
         except ClientGone:
             raise
         except (BadInput, AgentFailed) as error:
@@ -200,31 +200,31 @@ def _groups(events: Sequence[Event], numbers: Sequence[int], room: int) -> Itera
 class _Patience:
     """One deadline for all that is done and awaited for a request."""
 
-    def __init__(self, ask: Ask) -> None:
-        self._ask = ask
+    def __init__(self, context: CallContext) -> None:
+        self._context = context
         self._began = time.monotonic()
         self._is_whole = True  # nothing of the time is used up
 
     def is_batch(self, event: Event) -> bool:
         """Whether it may wait for interactive ones. The request's own priority counts where the event's is silent."""
-        return self._ask.is_batch if event.urgency is None else event.urgency >= URGENCY_OF_BATCH
+        return self._context.is_batch if event.urgency is None else event.urgency >= URGENCY_OF_BATCH
 
-    def ask(self, is_batch: bool | None = None) -> Ask:
+    def context(self, is_batch: bool | None = None) -> CallContext:
         """For the next call; others may have used up some of the time. Raises TimedOut when it is up."""
-        ask = self._ask if is_batch is None else replace(self._ask, is_batch=is_batch)
+        context = self._context if is_batch is None else replace(self._context, is_batch=is_batch)
         if self._is_whole:
             self._is_whole = False
-            return ask
+            return context
         left_s = self._left_s()
         if left_s <= 0:
             raise self.late()
-        return replace(ask, timeout_s=left_s, is_own_deadline=False)
+        return replace(context, timeout_s=left_s, is_own_deadline=False)
 
     def wait(self, work: Work[Reply]) -> TimedOut | None:
         """Until it is over, or else what is said when the time is up. Raises ClientGone."""
         self._is_whole = False
         while not work.wait(min(_LOOK_S, self._left_s())):
-            if self._ask.is_gone():
+            if self._context.is_gone():
                 raise ClientGone("the caller has hung up")
             if self._left_s() <= 0:
                 return self.late()
@@ -232,10 +232,10 @@ class _Patience:
 
     def late(self) -> TimedOut:
         """What is said when the time is up."""
-        return self._ask.late()
+        return self._context.late()
 
     def _left_s(self) -> float:
-        return self._began + self._ask.timeout_s - time.monotonic()
+        return self._began + self._context.timeout_s - time.monotonic()
 
 
 def _told(events: Sequence[Event], failed: Mapping[int, FunctionError]) -> str:

@@ -199,7 +199,7 @@ class Shape:
     chunk: str  # and of a part of one
     said: Callable[[str], dict[str, Any]]  # what a choice holds of a text
     part: Callable[[str], dict[str, Any]]  # and of a piece of it
-    opening: dict[str, Any] | None  # what a choice holds in a chunk before the first piece, if there is to be one
+    stream_call: dict[str, Any] | None  # what a choice holds in a chunk before the first piece, if there is to be one
     ending: dict[str, Any]  # and in the one after the last
 
 
@@ -384,7 +384,7 @@ def _streamed(stream: Stream, head: dict[str, Any], shape: Shape, *, with_usage:
             chunks.append(event({**head, "choices": [], "usage": usage([answer])}))
         return [*chunks, b"data: [DONE]\n\n"]
 
-    first = [event(chunk(shape.opening))] if shape.opening else []
+    first = [event(chunk(shape.stream_call))] if shape.stream_call else []
     return events(
         stream,
         lambda piece: chunk(shape.part(text_of(piece))),

@@ -170,7 +170,7 @@ def _own() -> Routes:
         "/",
         "post",
         _operation(
-            "Ask the function: JSON in, JSON out; a CloudEvent in, a CloudEvent out",
+            "CallContext the function: JSON in, JSON out; a CloudEvent in, a CloudEvent out",
             {JSON: {}, BINARY: {}, cloudevents.EVENT: replied, cloudevents.BATCH: _list(replied)},
             body={JSON: anything, cloudevents.EVENT: event, cloudevents.BATCH: _list(event)},
             refusals=(*READING, *RUNNING),

@@ -4,7 +4,7 @@ import os
 
 import flask
 
-from function.http import Function, Prediction, reply
+from function.http import Function, PredictRoute, reply
 from function.protocols import cloudevents
 from function.protocols.events import Events
 from function.protocols.v1 import of_value
@@ -12,7 +12,7 @@ from function.protocols.v1 import of_value
 
 def add_routes(app: flask.Flask, function: Function) -> None:
     """Add `POST /`."""
-    function.predictions["/"] = Prediction("/", of_value)
+    function.predictions["/"] = PredictRoute("/", of_value)
     answers = Events(function, cloudevents.own_source(function.settings.model_name, os.environ.get("K_SERVICE")))
 
     @app.post("/")

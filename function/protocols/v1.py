@@ -6,14 +6,14 @@ import flask
 from werkzeug.exceptions import MethodNotAllowed
 
 from function.errors import BadInput
-from function.http import Function, Prediction, Question, reply
+from function.http import Function, PredictRequest, PredictRoute, reply
 
 
 def add_routes(app: flask.Flask, function: Function) -> None:
     """Add `/v1/models…`."""
     name = function.settings.model_name
     predictions = "/v1/models/<wanted>:predict"
-    function.predictions[predictions.replace("<wanted>", name)] = Prediction(predictions, of_instances)
+    function.predictions[predictions.replace("<wanted>", name)] = PredictRoute(predictions, of_instances)
     card = {"id": name, "object": "model", "created": 0, "owned_by": "relight"}
 
     @app.get("/v1/models")
@@ -34,18 +34,18 @@ def add_routes(app: flask.Flask, function: Function) -> None:
         return reply(asked.answer(function.predict(asked.inputs)))
 
 
-def of_instances(document: Any) -> Question:
+def of_instances(document: Any) -> PredictRequest:
     """What a V1 body asks. Raises BadInput."""
     found = document.get("instances") if isinstance(document, dict) else None
     if not isinstance(found, list):
         raise BadInput('the body must be {"instances": [...]} with one input an item; "instances" is missing or not a list')
     if not found:
         raise BadInput('"instances" is empty')
-    return Question(found, is_bare=False)
+    return PredictRequest(found, is_bare=False)
 
 
-def of_value(document: Any) -> Question:
+def of_value(document: Any) -> PredictRequest:
     """What any JSON value asks: {"instances": [...]} as in V1, everything else is one input. Raises BadInput."""
     if isinstance(document, dict) and "instances" in document:
         return of_instances(document)
-    return Question([document], is_bare=True)
+    return PredictRequest([document], is_bare=True)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from function.batcher import Ask, Batcher, Call, Cost, Opening
+from function.batcher import Batcher, Call, CallContext, Cost, StreamCall
 from function.errors import ClientGone, TimedOut
 from function.streams import Stream
 from tests.support import wait_until
@@ -21,12 +21,12 @@ def queue(max_batch: int = 4, wait_s: float = 0.0, limit: int = 1000) -> Batcher
 
 
 def call(*inputs: Any, timeout_s: float = 60.0, **ask: Any) -> Call:
-    return Call(inputs, Ask(timeout_s, **ask), time.monotonic())
+    return Call(inputs, CallContext(timeout_s, **ask), time.monotonic())
 
 
-def opening(name: Any, timeout_s: float = 60.0, **ask: Any) -> Opening:
-    found = Ask(timeout_s, **ask)
-    return Opening(name, found, time.monotonic(), Stream(found))
+def stream_call(name: Any, timeout_s: float = 60.0, **ask: Any) -> StreamCall:
+    found = CallContext(timeout_s, **ask)
+    return StreamCall(name, found, time.monotonic(), Stream(found))
 
 
 def batches(batcher: Batcher) -> list[list[Any]]:
@@ -79,7 +79,7 @@ def computing(batcher: Batcher) -> Batcher:
 def test_what_waits_is_bounded() -> None:
     batcher = computing(queue(limit=2))
     assert batcher.put(call(1))
-    assert batcher.put(opening("s"))
+    assert batcher.put(stream_call("s"))
     assert batcher.is_full()
     assert not batcher.put(call(2))
     assert batcher.waiting() == 2
@@ -90,7 +90,7 @@ def test_batch_work_that_waits_keeps_no_interactive_caller_out() -> None:
     assert [batcher.put(call(*range(3), is_batch=True)) for _ in range(3)] == [True, True, False]
     assert batcher.is_full(is_batch=True)
     assert not batcher.is_full()
-    assert [batcher.put(item) for item in (call(1), opening("s"), call(2))] == [True, True, False]
+    assert [batcher.put(item) for item in (call(1), stream_call("s"), call(2))] == [True, True, False]
     # Who comes next waits for its own class, and batch work for both.
     assert batcher.ahead(is_batch=False) == (1, 1)
     assert batcher.ahead(is_batch=True) == (7, 1)
@@ -103,7 +103,7 @@ def test_batch_work_is_not_taken_at_once_while_interactive_callers_wait() -> Non
     assert batcher.is_full(is_batch=True)
 
 
-def accepted(batcher: Batcher, items: Iterable[Call | Opening]) -> int:
+def accepted(batcher: Batcher, items: Iterable[Call | StreamCall]) -> int:
     return [batcher.put(item) for item in items].count(True)
 
 
@@ -127,12 +127,12 @@ def test_an_idle_model_takes_as_many_rows_as_fit_and_whole_calls_only() -> None:
 
 def test_an_idle_model_takes_streams_for_its_places() -> None:
     batcher = queue(max_batch=4, limit=2)
-    assert accepted(batcher, map(opening, range(12))) == 6
+    assert accepted(batcher, map(stream_call, range(12))) == 6
     batcher = queue(max_batch=4, limit=2)
     batcher.places = 1
-    assert accepted(batcher, map(opening, range(12))) == 3
-    assert len(batcher.openings(1, 1)) == 1
-    assert not batcher.put(opening("while it is made"))
+    assert accepted(batcher, map(stream_call, range(12))) == 3
+    assert len(batcher.stream_calls(1, 1)) == 1
+    assert not batcher.put(stream_call("while it is made"))
 
 
 def test_nobody_computes_for_callers_who_have_left_or_whose_time_is_up() -> None:
@@ -150,7 +150,7 @@ def test_nobody_computes_for_callers_who_have_left_or_whose_time_is_up() -> None
 
 
 class Clock:
-    """Shows what it is set to; calls and openings are of this world's time."""
+    """Shows what it is set to; calls and stream_calls are of this world's time."""
 
     def __init__(self) -> None:
         self.now = time.monotonic()
@@ -162,20 +162,20 @@ class Clock:
 def test_openings_that_are_over_keep_nobody_out_although_there_is_no_place_for_them() -> None:
     clock = Clock()
     batcher = Batcher(max_batch=4, wait_s=0, limit=2, clock=clock)
-    assert accepted(batcher, (opening("running") for _ in range(4))) == 4
-    assert len(batcher.openings(4, 4)) == 4
-    gone, late, kept = opening("gone"), opening("late", timeout_s=1, is_batch=True), opening("kept")
+    assert accepted(batcher, (stream_call("running") for _ in range(4))) == 4
+    assert len(batcher.stream_calls(4, 4)) == 4
+    gone, late, kept = stream_call("gone"), stream_call("late", timeout_s=1, is_batch=True), stream_call("kept")
     assert accepted(batcher, (gone, late, kept)) == 3
     assert batcher.is_full()
     gone.stream.close()
     clock.now += 2
     assert batcher.batch(may_wait=False) == []
-    assert batcher.openings(0, 0) == []
+    assert batcher.stream_calls(0, 0) == []
     assert batcher.waiting() == 1
     with pytest.raises(ClientGone):
-        gone.stream.begin()
+        gone.stream.wait_first()
     with pytest.raises(TimedOut, match="no piece within 1 s"):
-        late.stream.begin()
+        late.stream.wait_first()
 
 
 def test_batch_work_that_is_over_keeps_nobody_out_while_interactive_callers_go_first() -> None:
@@ -195,7 +195,7 @@ def test_batch_work_that_is_over_keeps_nobody_out_while_interactive_callers_go_f
 def test_who_asks_for_a_full_queue_does_not_find_the_dead_in_it_while_a_long_batch_is_computed() -> None:
     clock = Clock()
     batcher = computing(Batcher(max_batch=1, wait_s=0, limit=2, clock=clock))
-    assert accepted(batcher, (call(1, timeout_s=1), opening("s", timeout_s=1))) == 2
+    assert accepted(batcher, (call(1, timeout_s=1), stream_call("s", timeout_s=1))) == 2
     assert batcher.is_full()
     clock.now += 2
     assert not batcher.is_full()
@@ -233,7 +233,7 @@ def test_a_call_that_missed_the_last_batch_waits_for_its_company_too() -> None:
     for item in range(2):
         batcher.put(call(item))
     assert len(batcher.batch(may_wait=True)) == 2
-    batcher.put(Call(["missed it"], Ask(60), time.monotonic() - 10))
+    batcher.put(Call(["missed it"], CallContext(60), time.monotonic() - 10))
     threading.Timer(0.05, lambda: batcher.put(call("again"))).start()
     assert [part.inputs for part in batcher.batch(may_wait=True)] == [["missed it"], ("again",)]
 
@@ -316,11 +316,11 @@ def test_a_full_batch_is_not_held_up_either() -> None:
 def test_streams_begin_interactive_ones_first() -> None:
     batcher = queue()
     for name in ("b1", "i1", "b2", "i2"):
-        batcher.put(opening(name, is_batch=name.startswith("b")))
-    assert [found.input for found in batcher.openings(1, 1)] == ["i1"]
-    assert [found.input for found in batcher.openings(2, -1)] == ["i2"]
-    assert [found.input for found in batcher.openings(2, 1)] == ["b1"]
-    assert [found.input for found in batcher.openings(2, 2)] == ["b2"]
+        batcher.put(stream_call(name, is_batch=name.startswith("b")))
+    assert [found.input for found in batcher.stream_calls(1, 1)] == ["i1"]
+    assert [found.input for found in batcher.stream_calls(2, -1)] == ["i2"]
+    assert [found.input for found in batcher.stream_calls(2, 1)] == ["b1"]
+    assert [found.input for found in batcher.stream_calls(2, 2)] == ["b2"]
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), max_size=30), st.integers(1, 7))

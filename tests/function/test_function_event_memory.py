@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from function.http import Question
+from function.http import PredictRequest
 from function.memory import Key, Memory, Work
 from function.protocols import cloudevents
 from tests.support import BIN, Reply, Server, clean_environment, free_port, request, running, wait_until
@@ -49,7 +49,7 @@ class Deliveries(RuleBasedStateMachine):
 
     @rule(key=st.tuples(st.sampled_from(["/a", "/b"]), st.sampled_from("123")))
     def come(self, key: Key) -> None:
-        work, is_ours = self.memory.begin(key)
+        work, is_ours = self.memory.claim(key)
         if key in self.running:
             assert (work, is_ours) == (self.running[key], False)
             assert not work.is_over()
@@ -112,11 +112,11 @@ TestDeliveries.settings = settings(max_examples=60, stateful_step_count=40, dead
 
 def test_without_entries_every_event_is_worked_on() -> None:
     memory: Memory[Text] = Memory(entries=0, size_bytes=1000, keep_s=10)
-    first, is_first = memory.begin(("/s", "1"))
-    second, is_second = memory.begin(("/s", "1"))
+    first, is_first = memory.claim(("/s", "1"))
+    second, is_second = memory.claim(("/s", "1"))
     memory.finish(first, Text("a", 1))
     assert (is_first, is_second, first is second) == (True, True, False)
-    assert memory.begin(("/s", "1"))[1]
+    assert memory.claim(("/s", "1"))[1]
     assert memory.kept() == (0, 0)
 
 
@@ -126,8 +126,8 @@ def test_what_is_kept_takes_no_more_than_it_is_counted_for() -> None:
     tracemalloc.start()
     try:
         for number in range(2000):
-            event = cloudevents.Event(REQUIRED | {"id": f"event-{number}"}, Question([number], is_bare=True))
-            memory.finish(memory.begin(event.key)[0], cloudevents.reply_to("/models/m", event, [{"got": number}]))
+            event = cloudevents.Event(REQUIRED | {"id": f"event-{number}"}, PredictRequest([number], is_bare=True))
+            memory.finish(memory.claim(event.key)[0], cloudevents.reply_to("/models/m", event, [{"got": number}]))
         taken = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from function.agent import Weights
-from function.batcher import Ask, Call, Opening
+from function.batcher import Call, CallContext, StreamCall
 from function.http import retry_after
 from function.model import Model
 from function.settings import FunctionSettings
@@ -56,17 +56,17 @@ def make_model(tmp_path: Path) -> MakeModel:
     return make
 
 
-def ask() -> Ask:
-    return Ask(20)
+def ask() -> CallContext:
+    return CallContext(20)
 
 
 def call(*inputs: float) -> Call:
     return Call(inputs, ask(), time.monotonic())
 
 
-def opening(*pieces: float) -> Opening:
+def stream_call(*pieces: float) -> StreamCall:
     found = ask()
-    return Opening(pieces, found, time.monotonic(), Stream(found))
+    return StreamCall(pieces, found, time.monotonic(), Stream(found))
 
 
 def fill(model: Model, make: Callable[[], Call]) -> list[Call]:
@@ -83,11 +83,11 @@ def fill_with_streams(model: Model, places: int) -> list[Stream]:
     """Have all places taken by streams that nobody reads, and the queue full of others."""
     found = [model.stream([0] * 10**6, ask()) for _ in range(places)]
     for _ in range(WAITING):
-        assert model.batcher.put(opening(0))
+        assert model.batcher.put(stream_call(0))
     return found
 
 
-def told(model: Model) -> float:
+def retry_after_of(model: Model) -> float:
     """The seconds that a caller is told who comes now."""
     error = model.refusal(is_batch=False)
     assert error is not None
@@ -99,14 +99,14 @@ def test_it_follows_the_predictions(make_model: MakeModel) -> None:
     model = make_model(max_batch=1)
     model.predict([0.3], ask())
     waiting = fill(model, lambda: call(0))
-    assert WAITING * 0.3 <= told(model) < WAITING * 3  # generous, as the machine may be busy
+    assert WAITING * 0.3 <= retry_after_of(model) < WAITING * 3  # generous, as the machine may be busy
     Paced.gate.set()
     for item in waiting:
         item.reply.result(20)
     for _ in range(40):
         model.predict([0], ask())
     fill(model, lambda: call(0))
-    assert told(model) < WAITING * 0.3
+    assert retry_after_of(model) < WAITING * 0.3
     Paced.gate.set()
 
 
@@ -114,7 +114,7 @@ def test_it_counts_inputs(make_model: MakeModel) -> None:
     model = make_model(max_batch=2)
     model.predict([0.2, 0.2], ask())
     fill(model, lambda: call(0, 0))
-    assert told(model) >= WAITING * 2 * 0.2
+    assert retry_after_of(model) >= WAITING * 2 * 0.2
     Paced.gate.set()
 
 
@@ -122,19 +122,19 @@ def test_it_follows_the_streams(make_model: MakeModel) -> None:
     model = make_model(max_batch=2)
     assert list(model.stream([0.1] * 6, ask()).pieces()) == [0.1] * 6
     fill_with_streams(model, 2)
-    assert WAITING * 0.6 / 2 <= told(model) < WAITING * 6 / 2
+    assert WAITING * 0.6 / 2 <= retry_after_of(model) < WAITING * 6 / 2
 
 
 def test_streams_that_take_longer_than_any_before_them_count_as_they_grow_old(make_model: MakeModel) -> None:
     model = make_model(max_batch=2)
     fill_with_streams(model, 2)
-    wait_until("they are old", lambda: told(model) >= WAITING * 0.5 / 2, 10)
+    wait_until("they are old", lambda: retry_after_of(model) >= WAITING * 0.5 / 2, 10)
 
 
 def test_before_anything_was_seen_it_is_a_second(make_model: MakeModel) -> None:
     model = make_model(max_batch=1)
     fill(model, lambda: call(0))
-    assert retry_after(told(model)) == "1"
+    assert retry_after(retry_after_of(model)) == "1"
     Paced.gate.set()
 
 
@@ -142,5 +142,5 @@ def test_who_waits_longer_than_the_deadline_does_not_wait_any_more(make_model: M
     model = make_model(max_batch=1, timeout_s=2)
     model.predict([0.5], ask())
     fill(model, lambda: call(0))
-    assert told(model) == 2
+    assert retry_after_of(model) == 2
     Paced.gate.set()

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from function.agent import BadInput, Weights
-from function.batcher import Ask
+from function.batcher import CallContext
 from function.errors import AgentFailed, CannotStream, ClientGone, NoPlace, TimedOut, Unavailable
 from function.model import Model, Observer
 from function.settings import FunctionSettings
@@ -100,8 +100,8 @@ def make_model(tmp_path: Path) -> MakeModel:
     return make
 
 
-def ask(timeout_s: float = 10.0, **more: Any) -> Ask:
-    return Ask(timeout_s, **more)
+def ask(timeout_s: float = 10.0, **more: Any) -> CallContext:
+    return CallContext(timeout_s, **more)
 
 
 def together(calls: Sequence[Callable[[], Any]]) -> list[Any]:

@@ -3,7 +3,7 @@
 The worker's loop reads them, the model's thread computes, the loop answers: two thread switches for a batch, where a thread for each
 request, gunicorn's parser and Flask cost five for each, and three times the processor. Everything else goes there, so what is read here
 may be narrow: whatever it does not know is not ordinary. The rules are those of Flask's routes, and in the same places: Gate, Function,
-Prediction, Access and `failure`.
+PredictRoute, Access and `failure`.
 """
 
 import math
@@ -16,7 +16,7 @@ import flask
 from function.access import Access, Note
 from function.batcher import Call
 from function.gate import Gate
-from function.http import JSON, Function, Prediction, dumps, failure, parse_json
+from function.http import JSON, Function, PredictRoute, dumps, failure, parse_json
 
 MOST_BYTES = 16 * 1024  # of head and body together; more than that would keep the loop from others
 
@@ -88,12 +88,12 @@ def glance(data: bytes) -> Request | None:
     return Request(found[1].decode(), found[2].decode(), headers, b"", b"" if is_last else data[end + 4 :], is_last)
 
 
-class Errand:
+class FastCall:
     """A prediction that was begun."""
 
     __slots__ = ("call", "failed", "note", "prediction", "question", "request")
 
-    def __init__(self, prediction: Prediction, request: Request, note: Note) -> None:
+    def __init__(self, prediction: PredictRoute, request: Request, note: Note) -> None:
         self.prediction = prediction
         self.request = request
         self.note = note
@@ -102,7 +102,7 @@ class Errand:
         self.failed: Exception | None = None  # before it was a call
 
 
-class Express:
+class FastPath:
     """Answers for one function; used by the worker's loop alone."""
 
     def __init__(self, function: Function, access: Access, gate: Gate, probes: Mapping[str, Callable[[], flask.Response]]) -> None:
@@ -120,7 +120,7 @@ class Express:
         view = self._probes.get(path)
         if view is None:
             return None
-        note = self._access.begin(request.method, path, request.headers)
+        note = self._access.open(request.method, path, request.headers)
         try:
             response = view()
         except Exception as error:  # noqa: BLE001  see `failure`
@@ -128,25 +128,25 @@ class Express:
         answer = self._answer(response, note, path)
         return answer._replace(body=b"") if request.method == "HEAD" else answer
 
-    def begin(self, request: Request, sock: Any, then: Callable[[Errand], object]) -> Errand | None:
+    def submit(self, request: Request, sock: Any, then: Callable[[FastCall], object]) -> FastCall | None:
         """Begin a prediction; None if the request is no ordinary one. `then` is called from any thread, unless it has failed already."""
         prediction = self._function.predictions.get(request.path)
         kind, size = request.headers.get("content-type", JSON).partition(";")[0].strip().lower(), len(request.body)
         if not prediction or request.method != "POST" or kind != JSON or size > self._function.settings.max_body_bytes:
             return None
-        note = self._access.begin(request.method, request.path, request.headers)
-        errand = Errand(prediction, request, note)
+        note = self._access.open(request.method, request.path, request.headers)
+        fast_call = FastCall(prediction, request, note)
         try:
             self._gate.check(request.path, request.headers.get("authorization", ""), is_event=False)
             self._function.model.check()
-            errand.question = prediction.read(parse_json(request.body))
-            ask = self._function.ask_of(request.headers, sock, note)
-            call = errand.call = self._function.begin(errand.question.inputs, ask, lambda: then(errand))
+            fast_call.question = prediction.read(parse_json(request.body))
+            context = self._function.context_of(request.headers, sock, note)
+            call = fast_call.call = self._function.submit(fast_call.question.inputs, context, lambda: then(fast_call))
             self._calls[id(call)] = call
-            self.wake_at = min(self.wake_at, call.arrived + ask.timeout_s)
+            self.wake_at = min(self.wake_at, call.arrived + context.timeout_s)
         except Exception as error:  # noqa: BLE001  see `failure`
-            errand.failed = error
-        return errand
+            fast_call.failed = error
+        return fast_call
 
     def refused(self, head: bytes, began: float) -> tuple[Note, dict[str, str]]:
         """A request is refused with no more than a look at its head, without the empty line at the end: see Access."""
@@ -157,21 +157,21 @@ class Express:
         if now < self.wake_at:
             return
         for call in list(self._calls.values()):
-            if now >= call.arrived + call.ask.timeout_s:
-                call.fail(call.ask.late())
+            if now >= call.arrived + call.context.timeout_s:
+                call.fail(call.context.late())
                 self._calls.pop(id(call), None)
-        self.wake_at = min((call.arrived + call.ask.timeout_s for call in self._calls.values()), default=math.inf)
+        self.wake_at = min((call.arrived + call.context.timeout_s for call in self._calls.values()), default=math.inf)
 
-    def answer(self, errand: Errand) -> Answer:
+    def answer(self, fast_call: FastCall) -> Answer:
         """The answer to a prediction that has failed or whose call is settled."""
-        request, note, route = errand.request, errand.note, errand.prediction.rule
-        error, call = errand.failed, errand.call
+        request, note, route = fast_call.request, fast_call.note, fast_call.prediction.rule
+        error, call = fast_call.failed, fast_call.call
         if call:
             self._calls.pop(id(call), None)
             error = call.reply.error
             if not error:
                 try:
-                    body = dumps(errand.question.answer(call.reply.outputs))
+                    body = dumps(fast_call.question.answer(call.reply.outputs))
                 except Exception as unsayable:  # noqa: BLE001  see `failure`
                     error = unsayable
                 else:

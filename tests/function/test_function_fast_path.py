@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from function.express import Request, glance, read
+from function.fast_path import Request, glance, read
 from tests.support import BIN, ROOT, Reply, Server, clean_environment, free_port, request, running, wait_until
 
 AGENT = """
