@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from weights_cache.errors import HeaderError
+from weights_cache.excerpt import plain, quoted
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own cap
+MAX_DIMENSIONS = 64  # of what torch computes with
 LENGTH_BYTES = 8
 
 _LIMIT = 1 << 63  # JSON's numbers have none, those of a file and of torch do
@@ -40,8 +42,10 @@ def read_header(read: Callable[[int, int], bytes], size: int, file: str) -> list
     """The tensors of a safetensors file in file order.
 
     read(start, stop): those bytes of the file; called for the header only, after its length was checked. size: the file's, in bytes.
-    Raises HeaderError, naming `file` and what is wrong, unless offsets, shapes and sizes agree with each other and with the file.
+    Takes time and memory by the length of the header, and by nothing that it says. Raises HeaderError, naming `file` and what is wrong,
+    unless offsets, shapes and sizes agree with each other and with the file.
     """
+    file = plain(file)
     if size < LENGTH_BYTES:
         raise HeaderError(f"{file}: {size} bytes are too few for a safetensors file")
     length = int.from_bytes(read(0, LENGTH_BYTES), "little")
@@ -60,7 +64,7 @@ def read_header(read: Callable[[int, int], bytes], size: int, file: str) -> list
     for tensor in tensors:
         if tensor.start != at:
             raise HeaderError(
-                f"{file}: tensor {tensor.name!r} begins at byte {tensor.start}, expected {at}: tensors overlap or leave a gap"
+                f"{file}: tensor {quoted(tensor.name)} begins at byte {tensor.start}, expected {at}: tensors overlap or leave a gap"
             )
         at = tensor.stop
     if at != size:
@@ -70,28 +74,28 @@ def read_header(read: Callable[[int, int], bytes], size: int, file: str) -> list
 
 def _tensor(name: str, entry: Any, base: int, file: str) -> TensorInfo:
     def wrong(what: str) -> HeaderError:  # the text is made only for those that are wrong: a model may have ten thousand that are right
-        return HeaderError(f"{file}: tensor {name!r}{what}")
+        return HeaderError(f"{file}: tensor {quoted(name)}{what}")
 
     try:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError):
         raise wrong(" lacks dtype, shape or data_offsets") from None
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise wrong(f" has dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
-    if not _is_counts(shape) or math.prod([n or 1 for n in shape]) >= _LIMIT:
-        raise wrong(f" has shape {shape!r}; it must be a list of whole numbers, with a product below 2^63")
-    if not _is_counts(offsets) or len(offsets) != 2:
-        raise wrong(f" has data_offsets {offsets!r}; they must be two whole numbers below 2^63")
+        raise wrong(f" has dtype {quoted(dtype)}; known are {', '.join(DTYPE_BITS)}")
+    if not _is_counts(shape, MAX_DIMENSIONS) or math.prod([n or 1 for n in shape]) >= _LIMIT:
+        raise wrong(f" has shape {quoted(shape)}; it must be a list of whole numbers, {MAX_DIMENSIONS} at most, with a product below 2^63")
+    if not _is_counts(offsets, 2) or len(offsets) != 2:
+        raise wrong(f" has data_offsets {quoted(offsets)}; they must be two whole numbers below 2^63")
     begin, end = offsets
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or end - begin != bits // 8:
-        raise wrong(f": {dtype} {shape} takes {bits / 8:g} bytes, its offsets {offsets} span {end - begin}")
+        raise wrong(f": {dtype} {quoted(shape)} takes {bits / 8:g} bytes, its offsets {offsets} span {end - begin}")
     return TensorInfo(name, dtype, tuple(shape), base + begin, base + end)
 
 
-def _is_counts(values: Any) -> bool:
-    """Whether it is a list of numbers of bytes or elements."""
-    if not isinstance(values, list):
+def _is_counts(values: Any, most: int) -> bool:
+    """Whether it is a list of numbers of bytes or elements, and not of more than so many."""
+    if not isinstance(values, list) or len(values) > most:
         return False
     for value in values:  # noqa: SIM110  a generator would take as long as all the rest
         if type(value) is not int or not 0 <= value < _LIMIT:

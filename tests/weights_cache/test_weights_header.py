@@ -1,6 +1,7 @@
 """The safetensors header: what the library writes is read as it was meant, and a lie is told from the truth before it costs anything."""
 
 import json
+import time
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -215,6 +216,70 @@ def test_a_lie_about_sizes_costs_no_memory(data: bytes) -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < 200_000
+
+
+def seconds(data: bytes) -> float:
+    """What it takes to refuse it, the best of three."""
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        with pytest.raises(HeaderError):
+            parse(data)
+        took.append(time.perf_counter() - began)
+    return min(took)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        pytest.param(lambda count: entry(shape=[1 << 62] * count), id="a shape of large numbers"),
+        pytest.param(lambda count: entry(shape=[1] * count), id="a shape of ones"),
+        pytest.param(lambda count: entry(shape=[0] * count), id="a shape of noughts"),
+        pytest.param(lambda count: entry(offsets=[1 << 62] * count), id="offsets"),
+        pytest.param(lambda count: entry(dtype=[1 << 62] * count), id="a dtype"),
+    ],
+)
+def test_time_grows_no_faster_than_the_header(numbers: Callable[[int], dict[str, Any]]) -> None:
+    few, many = (file_of({"a": numbers(count)}, 8) for count in (10_000, 80_000))
+    assert seconds(many) < 20 * seconds(few) + 0.01
+
+
+LONG = "very long " * 10_000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(file_of({LONG: 1}), id="a name"),
+        pytest.param(file_of({LONG: entry(offsets=(4, 12))}, 12), id="a name with a gap"),
+        pytest.param(file_of({"a\n" * 10_000: 1}), id="a name of many lines"),
+        pytest.param(file_of({"a": entry(LONG)}, 8), id="a dtype"),
+        pytest.param(file_of({"a": entry({LONG: [[[[LONG]]]]})}, 8), id="a dtype that is something else"),
+        pytest.param(file_of({"a": entry(shape=LONG)}, 8), id="a shape"),
+        pytest.param(file_of({"a": entry(shape=[LONG] * 100)}, 8), id="a shape of texts"),
+        pytest.param(file_of({"a": entry(shape=[1 << 62] * 64)}, 8), id="a shape of numbers"),
+        pytest.param(file_of({"a": entry(shape=[1] * 63 + [3])}, 8), id="a shape of other bytes"),
+        pytest.param(file_of({"a": entry(offsets=[10**4000] * 2)}, 8), id="offsets"),
+        pytest.param(file_of({"a": entry(), "b" * 10_000: entry()}, 8), id="an overlap"),
+        pytest.param(file_of(b'{"' + b"a" * 10_000 + b'": 1, ' * 2 + b"}"), id="no JSON"),
+    ],
+)
+def test_a_reason_is_of_some_hundred_signs_and_one_line_whatever_the_header_says(data: bytes) -> None:
+    for file in ("m.safetensors", "m\n.safetensors", "d" * 1000):
+        with pytest.raises(HeaderError) as caught:
+            read_header(reader(data), len(data), file)
+        assert 20 < len(str(caught.value)) < 500
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(("dimensions", "is_taken"), [(64, True), (65, False)])
+def test_a_tensor_has_as_many_dimensions_as_torch_computes_with(dimensions: int, is_taken: bool) -> None:
+    data = file_of({"a": entry(shape=[1] * (dimensions - 1) + [2])}, 8)
+    if is_taken:
+        assert len(parse(data)[0].shape) == dimensions
+        return
+    with pytest.raises(HeaderError, match="whole numbers, 64 at most"):
+        parse(data)
 
 
 def test_noise_is_refused() -> None:

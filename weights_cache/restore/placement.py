@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from weights_cache.errors import WeightsError
+from weights_cache.excerpt import listed, quoted
 
 
 class Placement:
@@ -27,7 +28,7 @@ class Placement:
             if device := self._map.get(prefix):
                 return device
             if not prefix:
-                raise WeightsError(f"the device map has no device for tensor {name!r}; it has {', '.join(self._map)} (and no '')")
+                raise WeightsError(f"the device map has no device for tensor {quoted(name)}; it has {listed(self._map)} (and no '')")
             prefix = prefix.rpartition(".")[0]
 
     def sole(self) -> str | None:

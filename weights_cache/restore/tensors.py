@@ -3,6 +3,7 @@
 import torch
 
 from weights_cache.errors import WeightsError
+from weights_cache.excerpt import quoted
 from weights_cache.safetensors_header import TensorInfo
 
 _DTYPES = {
@@ -38,10 +39,12 @@ def torch_type(tensor: TensorInfo) -> tuple[torch.dtype, tuple[int, ...]]:
     name, kind, shape, _, _ = tensor
     dtype = _DTYPES.get(kind)
     if dtype is None:
-        raise WeightsError(f"tensor {name!r} has dtype {kind}, which torch has no type for")
+        raise WeightsError(f"tensor {quoted(name)} has dtype {kind}, which torch has no type for")
     if kind == "F4":
         if not shape or shape[-1] % 2:
-            raise WeightsError(f"tensor {name!r} has dtype F4 and shape {list(shape)}; torch holds an even last dimension only")
+            raise WeightsError(
+                f"tensor {quoted(name)} has dtype F4 and shape {quoted(list(shape))}; torch holds an even last dimension only"
+            )
         shape = (*shape[:-1], shape[-1] // 2)
     return dtype, shape
 
