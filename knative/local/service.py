@@ -40,7 +40,8 @@ class LiveService:
         self._route = resolve(service.traffic, self._latest.name)
 
     def start(self) -> None:
-        """Begin with the first revision."""
+        """Begin with the first revision. What was before it is the first sample: a pod that starts quickly is seen to have come."""
+        self._sample(time.monotonic())
         self._latest.start()
         self._spawn(self._beat())
 

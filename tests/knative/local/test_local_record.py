@@ -1,6 +1,7 @@
 """What a revision remembers of its pods' starts and of the seconds that passed."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -75,14 +76,33 @@ def test_a_request_is_a_latency_and_each_second_is_a_sample() -> None:
         live = LiveService(parsed(), FakePod, Events())
         revision = live.choose()
         async with revision.request():
-            revision._sample(revision.meter._changed_at + 1)
-            live._sample(revision.meter._changed_at + 1)
-        assert live.record.samples[-1].concurrency == pytest.approx(1, abs=0.1)  # the clock goes on meanwhile
+            since, arrived = revision.meter._reported_at, revision.meter._changed_at  # some time apart: the clock goes on meanwhile
+            revision._sample(arrived + 1)
+            live._sample(arrived + 1)
+        assert live.record.samples[-1].concurrency == pytest.approx(1 / (arrived + 1 - since), abs=0.001)
         assert live.record.samples[-1].p50 is None
         live._sample(revision.meter._changed_at + 1)
         assert live.record.samples[-1].p50 is not None
         assert [sample["ready"] for sample in live.record.history()] == [0, 0]
         assert live.status("", "")["sample"] == live.record.history()[-1]
         assert live.state == "zero"
+
+    asyncio.run(scenario())
+
+
+def test_history_begins_with_what_was_before_anything_started_however_quickly_a_pod_comes() -> None:
+    async def scenario() -> None:
+        live = LiveService(parsed(scale={"initial-scale": "1"}), FakePod, Events())
+        live.start()
+        (first,) = live.record.history()
+        assert (first["ready"], first["desired"], first["concurrency"], first["p50"]) == (0, 0, 0, None)
+        await asyncio.sleep(0)
+        (pod,) = live.pods
+        assert isinstance(pod, FakePod)
+        pod.become("ready")  # before a second has passed
+        live._sample(time.monotonic())
+        assert [sample["ready"] for sample in live.record.history()] == [0, 1]
+        pod.gone.set()
+        await live.stop()
 
     asyncio.run(scenario())
