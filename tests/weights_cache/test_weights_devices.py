@@ -325,6 +325,7 @@ def test_a_later_shard_is_on_its_way_before_its_header_is_known(node: Node, weig
 @pytest.mark.parametrize("begun", [False, True], ids=["before the header", "after a tensor"])
 def test_a_file_found_damaged_in_the_store_fails_the_restore(node: Node, weights: Weights, device: str, begun: bool) -> None:
     node.pin({"model.safetensors": FILE})
+    weights.watch()
     assert weights.restored().total_bytes  # it has found its snapshot, and does not wait for the next one
     tensors = weights.to(device)
     if begun:

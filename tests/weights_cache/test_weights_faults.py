@@ -254,6 +254,7 @@ def test_who_has_mapped_a_file_that_turns_out_to_be_damaged_is_told(bucket: Buck
     proxy.faults.append("flipped bit")
     proxy.hold_after(2 * MIB)
     weights = Weights(WeightsSettings(uri=bucket.uri, cache_dir=cache.root))
+    weights.watch()
     told: list[str] = []
 
     def read() -> None:

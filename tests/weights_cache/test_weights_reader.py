@@ -1,12 +1,15 @@
 """What a function sees of its weights while a sidecar brings them, and after."""
 
+import contextlib
 import json
 import mmap
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -14,11 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
 
 from tests.support import ROOT, fill_cache, free_port, wait_until
 from tests.weights_cache.node import URI, Node, later, still_waits
-from weights_cache import chunks, room
+from weights_cache import chunks, room, snapshot
 from weights_cache.cache import NodeCache, Ref
 from weights_cache.chunks import CHUNK_BYTES
 from weights_cache.environment import SettingsError
@@ -241,27 +244,110 @@ def test_a_file_that_is_not_in_the_snapshot_is_an_error_that_lists_those_that_ar
 # How far it is
 
 
+def seen(weights: Weights, expected: Restored) -> bool:
+    return bool(wait_until(f"{expected}", lambda: weights.restored() == expected, seconds=10))
+
+
+def watching() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "weights"]
+
+
+def all_seen(weights: Weights) -> Restored:
+    return wait_until("all bytes", lambda: weights.restored().seconds is not None and weights.restored(), seconds=10)
+
+
 def test_progress_is_told_in_bytes_and_ends_with_the_time_it_took(node: Node, weights: Weights) -> None:
-    steps = [weights.restored()]
+    weights.watch()
+    assert weights.restored() == Restored(0, 0, "store", None)
     node.pin(FILES)
-    steps.append(weights.restored())
+    assert seen(weights, Restored(0, TOTAL, "store", None))
     node.land("model.safetensors", 0, LAST)
-    steps.append(weights.restored())
+    assert seen(weights, Restored(MIB + len(FILE) - LAST * MIB, TOTAL, "store", None))
     node.finish()
-    *before, end = [*steps, weights.restored()]
-    tail = len(FILE) - LAST * MIB
-    assert before == [Restored(0, 0, "store", None), Restored(0, TOTAL, "store", None), Restored(MIB + tail, TOTAL, "store", None)]
+    end = all_seen(weights)
     assert (end.bytes, end.total_bytes, end.source) == (TOTAL, TOTAL, "store")
-    assert end.seconds is not None
     assert weights.restored() == end
 
 
 def test_weights_that_were_complete_when_it_came_are_from_the_cache(node: Node, weights: Weights) -> None:
     node.pin(FILES)
     node.finish()
-    found = weights.restored()
+    before = threading.active_count()
+    weights.watch()
+    found = weights.restored()  # at once: who waits for nothing needs no thread
     assert (found.bytes, found.total_bytes, found.source) == (TOTAL, TOTAL, "cache")
     assert found.seconds is not None
+    assert threading.active_count() == before
+
+
+def test_who_waits_for_bytes_sees_how_far_they_are_without_a_watch(node: Node, weights: Weights) -> None:
+    node.pin(FILES)
+    asked = later(lambda: list(weights.to("cpu")))
+    assert seen(weights, Restored(0, TOTAL, "store", None))
+    node.land("model.safetensors", 0)
+    assert seen(weights, Restored(MIB, TOTAL, "store", None))
+    node.finish()
+    asked.result(10)
+    assert weights.restored().seconds is not None  # at once
+
+
+def test_the_time_is_that_of_the_last_byte_and_not_of_who_asks_for_it(node: Node, weights: Weights) -> None:
+    began = time.monotonic()
+    weights.watch()
+    node.pin(FILES)
+    asked = later(lambda: dict(weights))
+    assert still_waits(asked)
+    node.finish()
+    landed_s = time.monotonic() - began
+    asked.result(10)
+    time.sleep(0.3)
+    assert weights.restored().seconds == pytest.approx(landed_s, abs=0.1)
+
+
+def test_asking_how_far_they_are_looks_at_nothing(node: Node, weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.pin(FILES)
+    weights.watch()
+    weights.folder("unet").watch()  # a second time, which is none
+    wait_until("one thread, and those of earlier tests gone", lambda: len(watching()) == 1, seconds=5)
+    before = weights.restored()
+    with weights._snapshot._lock, monkeypatch.context() as patch:  # as while somebody looks
+        for name in ("stat", "open", "readlink", "fstat"):
+            patch.setattr(os, name, None)
+        assert later(weights.restored).result(5) == before
+        assert later(weights.folder("unet").restored).result(5) == before
+        assert not later(weights.is_empty).result(5)
+
+
+@pytest.mark.parametrize("wrong", ["layout", "damage"])
+def test_what_is_wrong_is_told_to_who_waits_and_not_to_who_watches(node: Node, weights: Weights, wrong: str) -> None:
+    if wrong == "layout":
+        (node.cache.root / "FORMAT").write_text("2\n")
+    node.pin(FILES)
+    weights.watch()
+    node.land("model.safetensors", 0, 1)
+    if wrong == "damage":
+        assert seen(weights, Restored(2 * MIB, TOTAL, "store", None))
+        node.reject("model.safetensors")
+        time.sleep(0.15)
+        node.finish("config.json")
+    before = weights.restored()
+    for _ in range(2):
+        with pytest.raises(WeightsError, match="layout '2'" if wrong == "layout" else "damaged in the store"):
+            weights["t3"]
+    assert weights.restored() == before
+    assert watching()
+
+
+def test_a_watch_keeps_nobody_from_letting_go(node: Node) -> None:
+    node.pin(FILES)
+    weights = [Weights(WeightsSettings(uri=URI, cache_dir=node.cache.root))]
+    weights[0].watch()
+    assert weights[0].restored().total_bytes == TOTAL
+    node.leave()
+    assert evict(node.cache, node.snapshot) is None
+    weights.clear()
+    wait_until("eviction", lambda: evict(node.cache, node.snapshot) is not None, seconds=5)
+    wait_until("the thread's end", lambda: not watching(), seconds=5)
 
 
 # When the objects are replaced
@@ -318,6 +404,7 @@ def test_a_part_that_was_thrown_away_and_fetched_anew_is_an_error_and_never_zero
 ) -> None:
     node.pin(FILES)
     before(node)
+    weights.watch()
     assert weights.restored().total_bytes == TOTAL  # it has mapped the parts
     node.leave()
     for path in (node.cache.root / "blobs").glob(what):
@@ -418,6 +505,7 @@ def test_weights_that_were_settled_are_read_at_once(node: Node, weights: Weights
 
 # Sharded checkpoints
 
+LONG_NAME = "long " * 10_000
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 PARAMETERS = {name: torch.full((2, 2), float(number)) for number, name in enumerate("cdab")}
 SHARDS = {ONE: save({name: PARAMETERS[name] for name in "cd"}), TWO: save({name: PARAMETERS[name] for name in "ab"})}
@@ -524,6 +612,161 @@ def test_an_index_that_is_none_is_an_error_that_names_it(node: Node, weights: We
     node.finish()
     with pytest.raises(WeightsError, match=f"{INDEX} has no weight_map from tensor names to files"):
         list(weights)
+
+
+# Files of many, and all of them
+
+
+def test_a_file_that_is_not_there_among_many_is_an_error_of_some_hundred_signs(node: Node, weights: Weights) -> None:
+    node.pin({f"{'long' * 20}-{number}.bin": b"" for number in range(100)} | {"a\nb": b""})
+    with pytest.raises(WeightsError, match=r"has no file 'vocab\.txt'; it has 'a\\nb', long.* and \d+ more$") as caught:
+        weights.path("vocab.txt")
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("name", [".", ""])
+def test_a_path_that_is_the_folder_itself_is_an_error_that_says_how_to_have_it(node: Node, weights: Weights, name: str) -> None:
+    node.pin(FILES)
+    with pytest.raises(WeightsError, match=r"it has config\.json, .*; weights\.directory\(\) is the folder with all of them"):
+        weights.path(name)
+
+
+def test_the_folder_is_had_once_every_file_is_complete(node: Node, weights: Weights) -> None:
+    node.pin({**SHARDS, INDEX: index(), "tokenizer/vocab.txt": b"a\n"})
+    asked = later(weights.directory)
+    node.finish(INDEX, ONE)
+    node.land(TWO, 0)  # all its bytes; but it may still be rejected
+    assert still_waits(asked)
+    node.finish(TWO)
+    assert still_waits(asked)
+    node.finish("tokenizer/vocab.txt")
+    folder = asked.result(10)
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert found == {**SHARDS, INDEX: index(), "tokenizer/vocab.txt": b"a\n"}
+    assert load_file(folder / TWO)["a"].equal(PARAMETERS["a"])
+    assert weights.restored().seconds is not None
+
+
+def test_the_folder_of_files_that_are_damaged_is_an_error(node: Node, weights: Weights) -> None:
+    node.pin(FILES)
+    node.finish("config.json")
+    node.land("model.safetensors", 0)
+    asked = later(weights.directory)
+    assert still_waits(asked)
+    node.reject("model.safetensors")
+    with pytest.raises(WeightsError, match="is damaged in the store"):
+        asked.result(10)
+
+
+def test_without_a_uri_there_is_no_folder(tmp_path: Path) -> None:
+    weights = Weights(WeightsSettings(cache_dir=tmp_path))
+    with pytest.raises(WeightsError, match="the folder cannot be had: WEIGHTS_URI is not set"):
+        weights.directory()
+    assert dict(weights.folder("unet")) == {}
+
+
+# Folders of a pipeline
+
+PIPELINE = {
+    "model_index.json": b"{}",
+    "unet/config.json": b'{"unet": 1}',
+    "unet/diffusion_pytorch_model.safetensors.index.json": index({"conv.weight": f"diffusion-{ONE}", "conv.bias": f"diffusion-{TWO}"}),
+    f"unet/diffusion-{ONE}": save({"conv.weight": torch.ones(2, 2), "extra": torch.ones(1)}),
+    f"unet/diffusion-{TWO}": save({"conv.bias": torch.ones(2)}),
+    "vae/config.json": b'{"vae": 1}',
+    "vae/decoder/model.safetensors": save({"conv.weight": torch.zeros(2, 2), "conv.bias": torch.zeros(2)}),
+    "vae2/model.safetensors": save({"conv.weight": torch.full((2, 2), 2.0)}),
+}
+
+
+def test_each_folder_has_the_tensors_and_files_below_it(node: Node, weights: Weights) -> None:
+    node.pin(PIPELINE)
+    node.finish()
+    unet, vae = weights.folder("unet"), weights.folder("vae/")
+    assert list(unet) == ["conv.weight", "conv.bias"]
+    assert (len(unet), "extra" in unet) == (2, False)
+    assert {name: tensor.sum().item() for name, tensor in unet.to("host")} == {"conv.weight": 4, "conv.bias": 2}
+    assert {name: tensor.sum().item() for name, tensor in vae.items()} == {"conv.weight": 0, "conv.bias": 0}
+    assert list(weights.folder("vae/decoder")) == list(vae.folder("decoder")) == ["conv.bias", "conv.weight"]
+    assert vae.path("config.json").read_bytes() == b'{"vae": 1}'
+    assert vae.path("decoder/model.safetensors") == vae.directory() / "decoder/model.safetensors"
+    assert vae.directory() == weights.directory() / "vae"
+    made = unet.module(lambda: torch.nn.ModuleDict({"conv": torch.nn.Linear(2, 2)}), "cpu")
+    assert {name: tensor.sum().item() for name, tensor in made.named_parameters()} == {"conv.weight": 4, "conv.bias": 2}
+    assert unet.restored() == weights.restored()
+
+
+def test_a_folder_waits_for_its_own_files_alone(node: Node, weights: Weights) -> None:
+    node.pin(PIPELINE)
+    asked = later(weights.folder("vae").directory)
+    node.finish("vae/config.json", "vae2/model.safetensors")
+    assert still_waits(asked)
+    node.finish("vae/decoder/model.safetensors")
+    assert asked.result(10).name == "vae"
+    assert torch.equal(weights.folder("vae2")["conv.weight"], torch.full((2, 2), 2.0))
+
+
+def test_one_name_in_two_folders_is_an_error_that_says_how_to_have_either(node: Node, weights: Weights) -> None:
+    node.pin(PIPELINE)
+    node.finish()
+    with pytest.raises(
+        WeightsError, match=rf"'conv.bias' is in both unet/diffusion-{TWO} and vae/decoder/.*; weights\.folder\('unet'\) has those"
+    ):
+        dict(weights)
+
+
+def test_a_folder_that_is_not_there_is_an_error_that_says_what_is(node: Node, weights: Weights) -> None:
+    node.pin(PIPELINE)
+    nothing = weights.folder("va")
+    for ask in (nothing.directory, lambda: list(nothing), lambda: nothing.path("config.json")):
+        with pytest.raises(WeightsError, match=r"has no folder 'va'; it has model_index\.json, unet/config\.json, "):
+            ask()
+    with pytest.raises(WeightsError, match=r"has no file 'vae/x'; it has config\.json, decoder/model\.safetensors"):
+        weights.folder("vae").path("x")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../other", "/", "a//b", "a/.."])
+def test_what_can_be_no_folder_is_an_error(weights: Weights, name: str) -> None:
+    with pytest.raises(WeightsError, match="is no folder below the weights"):
+        weights.folder(name)
+
+
+def test_the_lease_is_held_for_as_long_as_one_of_the_folders(node: Node) -> None:
+    node.pin(PIPELINE)
+    node.finish()
+    node.leave()
+    weights = [Weights(WeightsSettings(uri=URI, cache_dir=node.cache.root))]
+    weights.append(weights[0].folder("vae"))
+    assert "conv.bias" in weights[1]
+    del weights[0]
+    assert evict(node.cache, node.snapshot) is None
+    weights.clear()
+    assert evict(node.cache, node.snapshot) is not None
+
+
+def test_what_an_index_says_is_told_in_some_hundred_signs(node: Node, weights: Weights) -> None:
+    for number, wrong in enumerate([{LONG_NAME: ONE}, {"c": LONG_NAME}, {LONG_NAME: LONG_NAME}]):
+        node.pin({**SHARDS, INDEX: index(wrong)}, version=str(number))
+        node.finish()
+        with pytest.raises(WeightsError) as caught:
+            list(Weights(WeightsSettings(uri=URI, cache_dir=node.cache.root)))
+        assert len(str(caught.value)) < 400
+
+
+def test_finding_tensors_takes_time_by_their_number_and_not_by_that_of_the_files(cache: NodeCache, weights: Weights) -> None:
+    def seconds(files: int, tensors: int) -> float:
+        names = [f"m-{number:05}.safetensors" for number in range(files)]
+        content = {name: save({f"{name}.{at}": torch.ones(1) for at in range(tensors)}) for name in names}
+        map_ = {f"{name}.{at}": name for name in names for at in range(tensors)}
+        fill_cache(cache.root, f"{URI}/{files}", {**content, INDEX: index(map_)})
+        found = Weights(WeightsSettings(uri=f"{URI}/{files}", cache_dir=cache.root))
+        len(found)
+        began = time.process_time()
+        for name in map_:
+            assert name in found
+        return time.process_time() - began
+
+    assert seconds(400, 10) < 5 * seconds(4, 1000) + 0.02
 
 
 # In use
@@ -682,6 +925,100 @@ def test_who_asks_first_waits_for_as_long_as_there_is_no_answer(
     wait_until("a few questions", lambda: len(sidecar.asked) > 2)
     assert not asked.done()
     assert careful.restored() == Restored(0, 0, "store", None)
+    sidecar.say(uri=URI, snapshot=node.snapshot, checked=True)
+    assert torch.equal(asked.result(10), MODEL["t0"])
+
+
+class Uncertain:
+    """A sidecar that does what it is told to with each connection; `asked` is how many there were."""
+
+    def __init__(self, serve: Callable[[socket.socket], None]) -> None:
+        self.serve = serve
+        self.asked = 0
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=50)
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                self.asked += 1
+                threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection:
+            connection.recv(1000)
+            self.serve(connection)
+
+    def __enter__(self) -> "Uncertain":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+HALF = b'{"snapshots": [{"uri": "s3://bucket/model", "checked": true, "snap'
+
+
+def silence(connection: socket.socket) -> None:
+    connection.recv(1)  # until the other side has had enough
+
+
+def drip(connection: socket.socket) -> None:
+    for at in range(len(HEAD)):
+        connection.sendall(HEAD[at : at + 1])
+        time.sleep(0.05)
+
+
+def half(connection: socket.socket) -> None:
+    connection.sendall(HEAD + HALF)
+
+
+def half_and_silence(connection: socket.socket) -> None:
+    half(connection)
+    silence(connection)
+
+
+def flood(connection: socket.socket) -> None:
+    while True:
+        connection.sendall(b"HTTP/1.1 200 OK\r\n" * 10_000)
+
+
+@pytest.mark.parametrize("serve", [silence, drip, half, half_and_silence, flood, socket.socket.close])
+def test_a_sidecar_that_does_not_answer_in_time_is_asked_again_and_no_probe_waits_for_it(
+    node: Node, monkeypatch: pytest.MonkeyPatch, serve: Callable[[socket.socket], None]
+) -> None:
+    monkeypatch.setattr(snapshot, "ASK_S", 0.2)
+    node.pin(FILES)
+    node.finish()
+    with Uncertain(serve) as sidecar:
+        weights = Weights(WeightsSettings(uri=URI, cache_dir=node.cache.root, revalidate="before", port=sidecar.port))
+        weights.watch()
+        asked = later(lambda: weights["t0"])
+        took = []
+        while sidecar.asked < 4:
+            began = time.perf_counter()
+            assert weights.restored() == Restored(0, 0, "store", None)
+            took.append(time.perf_counter() - began)
+            time.sleep(0.01)
+        assert sorted(took)[len(took) * 9 // 10] < 0.05
+        assert still_waits(asked)
+        body = json.dumps({"snapshots": [{"uri": URI, "checked": True, "snapshot": node.snapshot}]}).encode()
+        sidecar.serve = lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + body)
+        assert torch.equal(asked.result(10), MODEL["t0"])
+
+
+def test_what_the_sidecar_calls_a_snapshot_stays_in_the_cache(node: Node, sidecar: Sidecar, careful: Weights, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "x")
+    sidecar.say(uri=URI, snapshot="../" * 3 + str(tmp_path)[1:], checked=True)
+    asked = later(lambda: careful["t0"])
+    wait_until("a few questions", lambda: len(sidecar.asked) > 2)
+    assert still_waits(asked)
+    node.pin(FILES)
+    node.finish()
     sidecar.say(uri=URI, snapshot=node.snapshot, checked=True)
     assert torch.equal(asked.result(10), MODEL["t0"])
 

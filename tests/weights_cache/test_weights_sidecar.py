@@ -348,6 +348,7 @@ def test_told_to_ask_first_nobody_starts_before_the_store_has_answered(
     proxy.edit_listing = hold
     found = sidecar(bucket.uri, WEIGHTS_REVALIDATE="before")
     weights = Weights(WeightsSettings(uri=bucket.uri, cache_dir=cache.root, port=found.port, revalidate="before"))
+    weights.watch()
     wait_until("the question", is_asked.is_set)
     assert not found.is_ready()
     assert not found.row()["checked"]
