@@ -26,8 +26,11 @@ def service(
     env: Mapping[str, str] | None = None,
     progress_deadline: str = "60s",
 ) -> dict[str, Any]:
-    """A Service whose user container is pods/pod.py; its volume `notes` is the claim `notes-<name>`, `scratch` is the pod's own."""
-    annotations = {"initial-scale": "0", "window": "6s", **(scale or {})}
+    """A Service whose user container is pods/pod.py; its volume `notes` is the claim `notes-<name>`, `scratch` is the pod's own.
+
+    Its pods stay, however long a test takes to look at them; one that is to go to zero has a `window` in its `scale`.
+    """
+    annotations = {"initial-scale": "0", "window": "1h", **(scale or {})}
     main = {
         "name": "function",
         "command": ["python", POD],
@@ -160,7 +163,7 @@ class Platform:
             check=False,
         )
 
-    def wait_for(self, name: str, what: str, probe: Any, seconds: float = 30) -> Any:
+    def wait_for(self, name: str, what: str, probe: Any, seconds: float = 60) -> Any:
         """The Service's status, as soon as `probe` says so of it."""
 
         def look() -> Any:

@@ -170,9 +170,9 @@ def with_gpus(name: str, count: int = 1, **more: object) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     services = [
-        with_gpus("a", scale={"window": "1m"}),
-        with_gpus("b", scale={"window": "1m"}),
-        with_gpus("hasty", scale={"window": "1m"}, spec={"timeoutSeconds": 2}, progress_deadline="1s"),
+        with_gpus("a"),
+        with_gpus("b"),
+        with_gpus("hasty", spec={"timeoutSeconds": 2}, progress_deadline="1s"),
         service("free"),
     ]
     with platform_running(tmp_path_factory.mktemp("gpus"), services, "--gpus", "1", CUDA_VISIBLE_DEVICES="4") as running:
@@ -193,7 +193,7 @@ def test_two_functions_take_turns_with_one_device(platform: Platform) -> None:
         assert device["holder"].startswith(f"{name}-00001-")
     said = platform.server.said()
     assert "is idle and gives its GPU up, which another function needs" in said
-    # The one that gave its device up is not wanted back before somebody calls, though its window is a minute.
+    # The one that gave its device up is not wanted back before somebody calls, though its window is an hour.
     platform.wait_for("a", "no pods", lambda found: not found["pods"])
     assert platform.service("a")["state"] == "zero"
 
@@ -236,7 +236,7 @@ def test_a_pod_that_min_scale_promises_keeps_its_device(tmp_path: Path) -> None:
 
 
 def test_a_new_revision_gets_the_device_of_the_old_one_when_that_is_idle(tmp_path: Path) -> None:
-    scale = {"initial-scale": "1", "window": "1m"}
+    scale = {"initial-scale": "1"}
     with platform_running(tmp_path, [with_gpus("a", scale=scale)], "--gpus", "1") as platform:
         assert visible(platform, "a") == "0"
         platform.rewrite(with_gpus("a", scale=scale, env={"VERSION": "2"}))
