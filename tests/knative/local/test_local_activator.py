@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import io
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -65,8 +65,10 @@ class Pod:
 
     def __init__(self) -> None:
         self.answers = asyncio.Event()
+        self.asked = 0
 
     async def handle(self, request: web.BaseRequest) -> web.Response:
+        self.asked += 1
         await self.answers.wait()
         return web.Response(body=await request.read())
 
@@ -122,22 +124,41 @@ def test_a_full_queue_is_a_503_that_says_when_to_come_again(monkeypatch: pytest.
     asyncio.run(scenario())
 
 
+async def stand_still(bodies: Sequence[io.BytesIO]) -> None:
+    """Returns once no more of these bodies is taken: on their way every buffer is full."""
+    taken, looks = [-1], 0
+    while looks < 30:
+        await asyncio.sleep(0.01)
+        now = [body.tell() for body in bodies]
+        taken, looks = now, looks + 1 if now == taken else 0
+
+
 @pytest.mark.parametrize(("size", "hangs"), [(0, True), (10, True), (LARGE, True), (None, False)])
-def test_a_pod_does_not_hang_if_it_waits_for_what_the_client_does_not_send(size: int | None, hangs: bool) -> None:
+def test_a_pod_does_not_hang_if_it_waits_for_what_the_client_does_not_send(
+    monkeypatch: pytest.MonkeyPatch, size: int | None, hangs: bool
+) -> None:
     """size: bytes that are sent whole; None for a body that stalls."""
 
     async def stalling() -> AsyncIterator[bytes]:
         yield b"some"
-        await asyncio.sleep(60)
+        await asyncio.Event().wait()
 
     async def scenario() -> None:
-        async with setting(timeout_s=1) as (revision, _, address), aiohttp.ClientSession() as client:
+        loop, patient = asyncio.get_running_loop(), aiohttp.ClientTimeout(total=None)
+        async with setting(timeout_s=300) as (revision, pod, address), aiohttp.ClientSession(timeout=patient) as client:
+            bodies = [io.BytesIO(bytes(size or 0)) for _ in range(TIME_OUTS)]
 
-            async def call() -> int:
-                async with client.post(address, data=stalling() if size is None else io.BytesIO(bytes(size))) as reply:
+            async def call(body: io.BytesIO) -> int:
+                async with client.post(address, data=stalling() if size is None else body) as reply:
                     return reply.status
 
-            assert await asyncio.gather(*(call() for _ in range(TIME_OUTS))) == [504] * TIME_OUTS
+            calls = asyncio.gather(*map(call, bodies))
+            while pod.asked < TIME_OUTS:
+                await asyncio.sleep(0.01)
+            await stand_still(bodies)
+            clock = loop.time
+            monkeypatch.setattr(loop, "time", lambda: clock() + 301)
+            assert await calls == [504] * TIME_OUTS
             assert revision.record.hung_total == hangs
 
     asyncio.run(scenario())

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from knative.local import tables
 from tests.knative.local.running import Platform, platform_running, service
-from tests.support import BIN, clean_environment, free_port
+from tests.support import BIN, clean_environment, free_port, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
 def relight(*words: str, stdin: str = "", state: Path | None = None) -> subprocess.CompletedProcess[str]:
     where = ["--state-dir", str(state)] if state else []
     return subprocess.run(
-        [BIN / "relight", *words, *where], input=stdin, capture_output=True, text=True, timeout=30, env=clean_environment(), check=False
+        [BIN / "relight", *words, *where], input=stdin, capture_output=True, text=True, timeout=60, env=clean_environment(), check=False
     )
 
 
@@ -111,7 +111,7 @@ def test_invoke_prints_each_piece_of_a_stream_when_it_is_there(platform: Platfor
         assert streaming.stdout.readline() == b'{"piece": 1}\n'
         platform.note("echo", "go-on")  # the rest exists only from now on
         assert streaming.stdout.read() == b'{"piece": 2}\n'
-        assert streaming.wait(10) == 0
+        assert streaming.wait(60) == 0
 
 
 def test_an_answer_that_is_cut_off_is_a_failure(platform: Platform) -> None:
@@ -137,11 +137,12 @@ def test_a_log_is_followed(platform: Platform) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=clean_environment()) as following:
         try:
             assert following.stdout
-            # Until it is there, what is said is older than its beginning.
-            for _ in range(100):
+
+            def said() -> bool:
                 platform.call("echo", "/say", "POST", b"good morning")
-                if _readable(following.stdout):
-                    break
+                return _readable(following.stdout)
+
+            wait_until("a line", said)  # until it is there, what is said is older than its beginning
             assert following.stdout.readline() == b"good morning\n"
         finally:
             following.terminate()

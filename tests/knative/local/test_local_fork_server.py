@@ -125,7 +125,7 @@ async def ask(process: Process) -> Any:
             assert reply.status in (200, 503), process.log.read_text()
             return reply.json()["predictions"][0] if reply.status == 200 else None
 
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while time.monotonic() < end:
         if told := await asyncio.to_thread(call):
             return told
@@ -133,7 +133,7 @@ async def ask(process: Process) -> Any:
     raise AssertionError(f"no answer; its log:\n{process.log.read_text()}")
 
 
-async def until(what: str, probe: Callable[[], object], seconds: float = 20) -> None:
+async def until(what: str, probe: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not probe():
         assert time.monotonic() < end, f"{what}: not within {seconds:g} s"
@@ -269,10 +269,12 @@ def test_a_function_outlives_the_fork_server_and_another_one_takes_its_place(sit
         async with stage.running(process):
             await ask(process)
             first = await stage.warm()
+            stage.is_busy = True  # so that the next one waits until it was seen that there is none
             os.kill(first, signal.SIGKILL)
             await until("its end", lambda: stage.server.pid != first)
             async with stage.running(stage.process(name="meanwhile")) as meanwhile:
                 assert (meanwhile.running, meanwhile.is_forked) == (True, False)
+            stage.is_busy = False
             await stage.warm(but=first)
             async with stage.running(stage.process(name="after")) as after:
                 assert after.is_forked
@@ -520,11 +522,16 @@ def test_a_process_is_ours_however_soon_the_one_in_between_is_gone(site: Path, t
     play(tmp_path, scene)
 
 
-def test_the_end_of_a_process_that_was_never_ours_is_seen_too() -> None:
+def test_the_end_of_a_process_that_was_never_ours_is_seen_too(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+
     async def scene() -> None:
-        between = await asyncio.create_subprocess_exec("sh", "-c", "sleep 0.2 >/dev/null & echo $!", stdout=asyncio.subprocess.PIPE)
+        between = await asyncio.create_subprocess_exec("sh", "-c", f"cat {gate} >/dev/null & echo $!", stdout=asyncio.subprocess.PIPE)
         told, _ = await between.communicate()
-        async with asyncio.timeout(10):
-            assert await Forked(int(told)).wait() == 1
+        forked = Forked(int(told))
+        gate.write_bytes(b"")  # now it may end
+        async with asyncio.timeout(60):
+            assert await forked.wait() == 1
 
     asyncio.run(scene())

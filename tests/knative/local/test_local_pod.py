@@ -50,7 +50,7 @@ class Stage:
         self._session = session
 
     def probe(self, path: str | None = "/readyz", failures: int = 2) -> Probe:
-        return Probe(self.function.port, path, {"X-Probe": "yes"}, period_s=EVERY_S, timeout_s=1, failures=failures, delay_s=0)
+        return Probe(self.function.port, path, {"X-Probe": "yes"}, period_s=EVERY_S, timeout_s=60, failures=failures, delay_s=0)
 
     def process(self, name: str = "function", *argv: str, readiness: Probe | None = None, liveness: Probe | None = None) -> Process:
         return Process(
@@ -92,7 +92,7 @@ def play(folder: Path, scene: Callable[[Stage], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
-async def until(what: str, probe: Callable[[], object], seconds: float = 10) -> None:
+async def until(what: str, probe: Callable[[], object], seconds: float = 60) -> None:
     try:
         async with asyncio.timeout(seconds):
             while not probe():
@@ -265,12 +265,12 @@ def test_a_container_whose_startup_probe_fails_too_often_is_started_again_and_it
 
 def test_a_command_can_say_whether_a_container_is_ready(tmp_path: Path) -> None:
     async def scene(stage: Stage) -> None:
-        ready = tmp_path / "ready"
-        pod = stage.pod(
-            stage.process(readiness=replace(stage.probe(), command=("sh", "-c", f"test -e {ready} || sleep 60"), timeout_s=0.1))
-        )
+        ready, asked = tmp_path / "ready", tmp_path / "asked"
+        command = ("sh", "-c", f"echo >> {asked}; test -e {ready} || sleep 60")
+        pod = stage.pod(stage.process(readiness=replace(stage.probe(), command=command, timeout_s=0.5)))
         await pod.start()
-        await asyncio.sleep(0.2)  # a command that takes too long says no
+        # A command that takes too long says no: then it is asked again.
+        await until("the next try", lambda: asked.exists() and asked.stat().st_size > 1)
         assert pod.phase == "starting"
         ready.touch()
         await becomes(pod, "ready")
@@ -394,7 +394,7 @@ def test_a_pod_that_goes_does_not_wait_for_its_requests_for_ever(tmp_path: Path)
         pod = stage.pod()
         await pod.start()
         pod.in_flight = 1
-        await asyncio.wait_for(pod.drain(0.05), 10)
+        await asyncio.wait_for(pod.drain(0.05), 60)
         assert not (tmp_path / "pod").exists()
 
     play(tmp_path, scene)

@@ -146,7 +146,7 @@ def test_a_request_that_waits_for_a_revision_that_cannot_start_is_served_by_the_
             change(live, version(2, scale={"initial-scale": "0"}))  # nobody is served: it gets the traffic at once
             await settle()
             become_ready(live, NEW)
-            await asyncio.wait_for(caller, 10)
+            await asyncio.wait_for(caller, 60)
 
     asyncio.run(main())
 
@@ -415,7 +415,7 @@ def test_a_service_that_leaves_serves_who_is_there_and_is_gone_then() -> None:
             assert not going.done()
             leave.set()
             await caller
-            await asyncio.wait_for(going, 10)
+            await asyncio.wait_for(going, 60)
             assert list(live.pods) == []
 
     asyncio.run(main())

@@ -88,10 +88,10 @@ def test_what_a_source_does_is_told_to_people_and_to_programs(platform: Platform
 
 
 def test_a_source_that_crashes_is_started_again_with_a_pause_and_says_why(platform: Platform) -> None:
-    found = wait_until("its second end", lambda: (source := platform.source("never-events"))["restarts"] == {"poll": 1} and source)
-    wait_until("its second end", lambda: platform.source("never-events")["phase"] == "failed")
+    found = wait_until("its second start", lambda: (source := platform.source("never-events"))["restarts"]["poll"] and source)
     assert found["exits"] == {"poll": "ended with status 3"}
-    assert "never-events is started again and again: poll ended with status 3" in relight(platform, "status")
+    told = "never-events is started again and again: poll ended with status 3"
+    wait_until("its second end", lambda: told in relight(platform, "status"))  # in the pause, and not while it is tried again
     assert relight(platform, "logs", "never-events").splitlines()[0] == "there is no queue"
     assert "never-events" in platform.server.said()
     assert "poll ended with status 3: there is no queue" in platform.server.said()
@@ -154,8 +154,8 @@ def test_a_platform_that_ends_leaves_no_source_behind(tmp_path: Path, number: si
         wait_until("it polls", lambda: platform.source("work-events")["phase"] == "ready")
         assert len(living(tmp_path)) == 1
         platform.server.signal(number)
-        assert platform.server.wait(20) in (0, -number)
-        wait_until("their end", lambda: not living(tmp_path), 20)
+        assert platform.server.wait(60) in (0, -number)
+        wait_until("their end", lambda: not living(tmp_path))
 
 
 def test_a_platform_ends_soon_though_a_source_waits_for_a_function_that_does_not_start(tmp_path: Path) -> None:
@@ -163,4 +163,4 @@ def test_a_platform_ends_soon_though_a_source_waits_for_a_function_that_does_not
         relight(platform, "send", "work", "--data", "1")
         wait_until("it waits", lambda: platform.service("echo")["queued"] == 1)
         platform.server.signal(signal.SIGINT)
-        assert platform.server.wait(15) == 0
+        assert platform.server.wait(25) == 0  # and not after the 30 s that a source has for what it holds
