@@ -114,10 +114,14 @@ def test_a_busy_sink_is_asked_again_and_holds_what_may_be_held_and_no_message_is
 
 def test_a_cold_start_longer_than_the_visibility_costs_no_second_receive(sqs: Sqs, sink: Sink) -> None:
     url = sqs.queue("cold", receives=1)
-    ready = time.monotonic() + 4.5
-    sink.answer = lambda _: time.sleep(max(ready - time.monotonic(), 0)) or Reply()  # type: ignore[func-returns-value]
+    sqs.control(watch="cold")
+    is_up = threading.Event()
+    sink.answer = lambda _: Reply() if is_up.wait(60) else Reply(500)
     ids = sqs.send(url, *range(12))
-    with running_here(url, sink.url, VISIBILITY_S="3", CONCURRENCY="12"):
+    with running_here(url, sink.url, VISIBILITY_S="6", CONCURRENCY="12"):
+        # The visibility is renewed when a third of it has passed: after four times each it would have run out.
+        wait_until("each was renewed four times", lambda: len(sqs.stats()["changes"]) >= 12 * 4)
+        is_up.set()
         sqs.wait_empty(url)
     assert receives(sqs, ids) == {1}
     assert sorted(post.json()["n"] for post in sink.posts) == list(range(12))
@@ -251,7 +255,7 @@ def test_an_answer_that_takes_too_long_is_a_failure_of_that_message(sqs: Sqs, si
     url = sqs.queue("hung", receives=2)
     over = threading.Event()
     sink.answer = lambda post: (post.json()["n"] == "hang" and over.wait(30) and False) or Reply()
-    with running_here(url, sink.url, TIMEOUT_S="0.3"):
+    with running_here(url, sink.url, TIMEOUT_S="1"):
         sqs.send(url, "hang", 1)
         (parked,) = sqs.take(sqs.queue("hung-dead"))
     over.set()

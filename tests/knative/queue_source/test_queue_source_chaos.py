@@ -94,7 +94,7 @@ class Chaos:
             found = [json.loads(one["Body"])["n"] for one in self.sqs.take(self.sqs.queue("chaos-dead"), self.poison, 20)]
         return sorted(found)
 
-    def check(self, most_repeated: int) -> None:
+    def check(self, most_repeated: int, just_before_s: float = JUST_BEFORE_S) -> None:
         done = self.done()
         repeated = {number: times for number, times in done.items() if len(times) > 1}
         print(
@@ -104,7 +104,7 @@ class Chaos:
         assert len(repeated) <= most_repeated, f"{len(repeated)} of {self.messages}"
         for times in repeated.values():  # only what a kill caught between its being done and its being deleted
             for done_at in times[:-1]:
-                assert any(-0.1 <= killed - done_at <= JUST_BEFORE_S for killed in self.killed_at), times
+                assert any(-0.1 <= killed - done_at <= just_before_s for killed in self.killed_at), times
         assert self.parked() == sorted(f"poison-{n}" for n in range(self.poison))
 
 
@@ -112,7 +112,8 @@ def test_nothing_is_lost_and_poison_alone_is_parked(tmp_path: Path) -> None:
     with sqs_running(tmp_path) as sqs:
         chaos = Chaos(sqs, tmp_path, messages=200, poison=3, seconds=4.0, seed=1)
         chaos.run(6)
-        chaos.check(most_repeated=chaos.kills["source"] * CONCURRENCY)  # what it held, on a busy machine; the long run below is strict
+        # What it held, and as long as it takes on a busy machine to delete that; the long run below is strict.
+        chaos.check(most_repeated=chaos.kills["source"] * CONCURRENCY, just_before_s=10 * JUST_BEFORE_S)
 
 
 @pytest.mark.soak
