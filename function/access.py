@@ -1,6 +1,5 @@
 """What is noted of each request: its id, how long it took and where, one JSON line in the log, `Server-Timing` for the caller, a trace."""
 
-import os
 import re
 import time
 import uuid
@@ -10,8 +9,8 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import flask
-import orjson
 
+from function import log
 from function.batcher import Span
 from function.metrics import Metrics
 
@@ -20,7 +19,7 @@ _ID = re.compile(r"[!-~]{1,128}")
 _QUIET = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
 NO_ROUTE = "none"
 REFUSED = "*"  # any of them
-# A line of the log is to fit into any pipe that is ready (4096 bytes), even if each character is written as six.
+# A line of the log is to fit into any pipe in one piece (4096 bytes), even if each character is written as six.
 _MOST_PATH, _MOST_METHOD, _MOST_TRACEPARENT = 400, 20, 64
 
 
@@ -88,7 +87,8 @@ class Access:
         """A request has come."""
         said = headers.get("x-request-id") or ""
         request_id = said if _ID.fullmatch(said) else uuid.uuid4().hex
-        note = Note(method, path, request_id, headers.get("traceparent"), time.monotonic())
+        traceparent = (headers.get("traceparent") or "")[:_MOST_TRACEPARENT] or None
+        note = Note(method[:_MOST_METHOD], path[:_MOST_PATH], request_id, traceparent, time.monotonic())
         if self._trace:
             note.spans, note.tracestate = [], headers.get("tracestate")
         return note
@@ -122,8 +122,8 @@ class Access:
         first, *lines = head.decode("latin-1").split("\r\n")
         method, path, *_ = *first.split(" "), "", ""
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        note = self.open(method[:_MOST_METHOD], path.partition("?")[0][:_MOST_PATH], headers)
-        note.began, note.traceparent = began, note.traceparent and note.traceparent[:_MOST_TRACEPARENT]
+        note = self.open(method, path.partition("?")[0], headers)
+        note.began = began
         said = self.end(note, REFUSED, 503)
         note.route = NO_ROUTE  # to a trace that is none
         return note, said
@@ -135,8 +135,4 @@ def finish(note: Note) -> None:
         note.trace(note)
     if note.line is None:
         return
-    line = {**note.line, "total_s": round(time.monotonic() - note.began, 6)}
-    try:
-        os.write(2, orjson.dumps(line) + b"\n")  # one call, which no other line can come into
-    except OSError:
-        pass  # nobody reads the log any more
+    log.write(log.json_line({**note.line, "total_s": round(time.monotonic() - note.began, 6)}))

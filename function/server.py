@@ -21,6 +21,7 @@ from prometheus_client import start_http_server
 from function import tracing
 from function.app import create
 from function.keys import Keys
+from function.log import install
 from function.metrics import Metrics
 from function.model import Model
 from function.settings import FunctionSettings, from_environment
@@ -86,6 +87,7 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
             "keepalive": 75,  # longer than any proxy in front, so that it is the proxy that closes an idle connection
             "worker_tmp_dir": "/dev/shm" if Path("/dev/shm").is_dir() else None,  # noqa: S108  a read-only root has no other place
             "control_socket_disable": True,
+            "errorlog": None,  # its records are written by the handler that `install` gives it
             "loglevel": "warning",
             "post_worker_init": self._start_model,
         }
@@ -123,7 +125,7 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
 
 def main() -> None:
     """Serve until SIGTERM. Exits 2 with one line on stderr when a setting is wrong, 3 when the agent cannot be brought up."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    install()
     try:
         settings, weights = from_environment()
         Weights(weights)  # says now what is wrong with WEIGHTS_URI

@@ -8,9 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
+from function import log
+from function.access import Access, finish
+from function.agent import Weights
+from function.metrics import Metrics
+from function.model import Model
+from function.settings import FunctionSettings
 from tests.support import BIN, Server, clean_environment, free_port, request, running, wait_until
+from weights_cache.settings import WeightsSettings
 
+METRICS = Metrics(Model(FunctionSettings(agent="function.agents.echo:Echo"), Weights(WeightsSettings()), started_at=0.0), "m")
 StartFunction = Callable[..., Server]
 
 
@@ -45,6 +56,28 @@ def test_each_request_has_an_id_and_a_line_in_the_log(start: StartFunction) -> N
     assert (first["request_id"], first["traceparent"], first["method"], first["path"], first["status"]) == ("mine", trace, "POST", "/", 200)
     assert first["total_s"] >= first["queue_s"] + first["model_s"] > 0
     assert (second["request_id"], second["status"], second["traceparent"]) == (made.headers["x-request-id"], 404, None)
+
+
+RAW = st.text(st.characters(max_codepoint=0xFF) | st.sampled_from('\n\r\x1b\x85\x9b\u2028\u202e{}"\\'), max_size=2000)
+
+
+@hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(method=RAW, path=RAW, headers=st.dictionaries(st.sampled_from(["x-request-id", "traceparent"]), RAW))
+@example(method="\U0001f600" * 900, path="\U0001f600" * 900, headers={"traceparent": "\U0001f600" * 900, "x-request-id": "~" * 128})
+def test_whatever_a_caller_sends_its_line_is_one_without_control_characters_that_fits_into_a_pipe(
+    method: str, path: str, headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[bytes] = []
+    monkeypatch.setattr(log, "write", written.append)
+    access = Access(METRICS, is_logged=True)
+    note = access.open(method, path, headers)
+    access.end(note, "none", 404)
+    finish(note)
+    (line,) = written
+    assert re.fullmatch("\\{[^\0-\x1f\x7f-\x9f\u2028-\u202e]*\\}\n", line.decode())
+    assert len(line) <= 4096
+    said = json.loads(line)
+    assert (said["path"], said["method"]) == (path[:400], method[:20])
 
 
 def test_callers_are_told_where_their_time_went(start: StartFunction) -> None:
