@@ -51,7 +51,7 @@ def pod(sidecar: Start, cache: NodeCache) -> Start:
 
 def ask(cache: NodeCache, body: bytes, path: str = "/v1/snapshots", **headers: str) -> tuple[int, Any]:
     """A POST through the agent's socket."""
-    connection = http.client.HTTPConnection("localhost", timeout=10)
+    connection = http.client.HTTPConnection("localhost", timeout=60)
     connection.sock = socket.socket(socket.AF_UNIX)
     connection.sock.connect(str(cache.root / SOCKET))
     try:
@@ -107,7 +107,7 @@ weights = Weights(WeightsSettings(uri=sys.argv[1], cache_dir=pathlib.Path(sys.ar
 print(weights.path("model.safetensors").stat().st_size, weights.restored().source)
 """
     command = on_read_only(cache.root, [sys.executable, "-c", code, bucket.uri, str(cache.root)])
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert found.stdout.split() == [str(3 * MIB + 777), "cache"]
 
 
@@ -187,7 +187,7 @@ def test_told_to_end_it_exits_with_0_and_its_socket_is_gone(bucket: Bucket, cach
     assert (cache.root / SOCKET).is_socket()
     for one in (found, node):
         one.server.signal(signal.SIGTERM)
-        assert one.server.wait(10) == 0
+        assert one.server.wait(60) == 0
     assert not (cache.root / SOCKET).exists()
 
 
@@ -257,13 +257,13 @@ def test_an_order_is_not_served_by_a_pull_that_only_waits_for_the_disk(
 
     def settle(puller: Puller) -> None:
         is_slow.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
 
     monkeypatch.setattr(Puller, "settle", settle)
     node = Agent(WeightsSettings(cache_dir=cache.root))
     try:
         node.ask(bucket.uri)
-        assert is_slow.wait(10)
+        assert is_slow.wait(60)
         push(bucket, NEWER)
         node.ask(bucket.uri)
         (row,) = node.rows()
@@ -289,7 +289,7 @@ def test_a_second_agent_on_the_same_directory_is_refused_and_the_first_goes_on(b
     node = agent()
     command = [sys.executable, "-m", "weights_cache", "serve", "--agent"]
     ours = {"WEIGHTS_CACHE_DIR": str(cache.root), "WEIGHTS_HOST": "127.0.0.1", "WEIGHTS_PORT": str(free_port())}
-    refused = subprocess.run(command, cwd=ROOT, env={**os.environ, **ours}, capture_output=True, text=True, timeout=30, check=False)
+    refused = subprocess.run(command, cwd=ROOT, env={**os.environ, **ours}, capture_output=True, text=True, timeout=60, check=False)
     assert refused.returncode == 1
     assert refused.stderr == f"Error: another agent is answering at {cache.root / SOCKET}\n"
     bucket.put(MODEL)
@@ -312,7 +312,7 @@ def test_a_path_that_is_too_long_for_a_socket_is_an_error_that_says_so(aws: None
     folder = tmp_path / ("x" * 100)
     command = [sys.executable, "-m", "weights_cache", "serve", "--agent"]
     ours = {"WEIGHTS_CACHE_DIR": str(folder), "WEIGHTS_HOST": "127.0.0.1", "WEIGHTS_PORT": str(free_port())}
-    refused = subprocess.run(command, cwd=ROOT, env={**os.environ, **ours}, capture_output=True, text=True, timeout=30, check=False)
+    refused = subprocess.run(command, cwd=ROOT, env={**os.environ, **ours}, capture_output=True, text=True, timeout=60, check=False)
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
     assert "such a path may have 107 bytes" in refused.stderr
 

@@ -102,14 +102,14 @@ def on_a_terminal(*arguments: str, **environ: str) -> Iterator[tuple["subprocess
 
         def said() -> str:
             if process.poll() is not None:
-                reader.join(10)  # until the last of it
+                reader.join(60)  # until the last of it
             return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.decode(errors="replace"))
 
         try:
             yield process, said
         finally:
             process.kill()
-            reader.join(10)
+            reader.join(60)
             os.close(ours)
 
 

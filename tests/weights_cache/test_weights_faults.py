@@ -100,7 +100,7 @@ def nothing_wrong_is_seen(cache: NodeCache, pull: Puller, files: Mapping[str, by
 def test_reads_that_fail_are_made_again(
     bucket: Bucket, proxy: Proxy, cache: NodeCache, puller: Pull, put: Put, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
-    monkeypatch.setattr(connection, "STALL_S", 0.2)
+    monkeypatch.setattr(connection, "STALL_S", 0.5)
     files = put(bucket, MODEL)
     proxy.faults.extend([fault] * 6)
     pull = puller(bucket.uri, connections=3)
@@ -130,7 +130,7 @@ def test_a_store_that_says_when_to_come_back_is_left_alone_until_then(
     proxy.before_read = lambda: asked_at.append(time.monotonic())
     puller(bucket.uri).run()
     refused, answered = asked_at
-    assert 1.0 <= answered - refused < 3
+    assert 1.0 <= answered - refused < 60
 
 
 @pytest.mark.parametrize("fault", ["cut", "503", "no reply"])
@@ -270,7 +270,7 @@ def test_who_has_mapped_a_file_that_turns_out_to_be_damaged_is_told(bucket: Buck
         proxy.release()
         with pytest.raises(StoreError, match="damaged in the store"):
             pulling.result(20)
-    wait_until("the reader's error", lambda: told, seconds=5)
+    wait_until("the reader's error", lambda: told)
     assert told == ["a is damaged in the store, which was found out after some of it had been read; upload it again"]
 
 

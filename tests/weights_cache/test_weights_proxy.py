@@ -75,7 +75,7 @@ def store(request: pytest.FixtureRequest) -> Setup:
 def test_what_a_read_is_answered(
     store: Setup, fault: Fault | None, status: int, content_range: str | None, length: int, body: bytes
 ) -> None:
-    found = store.read(fault, timeout=1)
+    found = store.read(fault, timeout=2 if fault == "stall" else 20)
     assert (found.status, found.headers.get("content-range"), found.headers["content-length"]) == (status, content_range, str(length))
     assert found.body == body
     assert store.proxy.sent == len(body)
@@ -166,10 +166,17 @@ def test_reads_at_the_same_time_are_counted(store: Setup) -> None:
 
 def test_each_connection_may_be_slow(store: Setup) -> None:
     store.proxy.rate = 400_000
-    began = time.monotonic()
-    with ThreadPoolExecutor(3) as pool:
-        assert [reading.body for reading in pool.map(lambda _: store.read(), range(3))] == [WANTED] * 3
-    assert 0.4 < time.monotonic() - began < 1.2
+
+    def time_of(count: int) -> float:
+        began = time.monotonic()
+        with ThreadPoolExecutor(count) as pool:
+            assert [reading.body for reading in pool.map(lambda _: store.read(), range(count))] == [WANTED] * count
+        return time.monotonic() - began
+
+    one_s = time_of(1)
+    assert one_s > 0.4
+    # Three that had to share would always take three times as long; on a busy machine some do nevertheless.
+    wait_until("three in the time of one", lambda: time_of(3) < 2 * one_s)
 
 
 def test_a_proxy_that_stops_leaves_no_connection_open(moto: tuple[str, int]) -> None:

@@ -15,6 +15,7 @@ from tests.support import ROOT, free_port, wait_until
 from tests.weights_cache.conftest import Sidecar, counted, current, noise, push
 from tests.weights_cache.stores import Bucket, Proxy
 from weights_cache.cache import NodeCache
+from weights_cache.connection import STALL_S
 from weights_cache.fetch import Puller
 from weights_cache.reader import Weights
 from weights_cache.settings import WeightsSettings
@@ -111,7 +112,7 @@ def test_who_waited_for_a_neighbours_download_counts_the_wait_and_what_the_neigh
     wait_until("the hold", proxy.is_holding)
     second = sidecar(bucket.uri)
     wait_until("that it waits", lambda: second.row().get("total_bytes") == TOTAL)
-    time.sleep(0.2)
+    time.sleep(1)  # what it knows by then it has looked up a moment before it waits
     proxy.release()
     for found in (first, second):
         wait_until("its end", lambda found=found: counted(found)["misses"] == 1)  # type: ignore[misc]
@@ -363,18 +364,17 @@ def test_told_to_ask_first_nobody_starts_before_the_store_has_answered(
 # Ending
 
 
-def end(found: Sidecar) -> float:
-    began = time.monotonic()
+def end(found: Sidecar) -> None:
+    """Have it end, before any wait for the store is over."""
     found.server.signal(signal.SIGTERM)
-    assert found.server.wait(30) == 0
-    return time.monotonic() - began
+    assert found.server.wait(0.9 * STALL_S) == 0
 
 
 def test_told_to_end_it_exits_with_0_at_once(bucket: Bucket, sidecar: Callable[..., Sidecar]) -> None:
     bucket.put(MODEL)
     found = sidecar(bucket.uri)
     wait_until("ready", found.is_ready)
-    assert end(found) < 2
+    end(found)
 
 
 def test_told_to_end_while_the_store_stalls_it_exits_soon_and_the_next_one_carries_on(
@@ -385,7 +385,7 @@ def test_told_to_end_while_the_store_stalls_it_exits_soon_and_the_next_one_carri
     first = sidecar(bucket.uri)
     wait_until("the hold", proxy.is_holding)
     there = wait_until("a chunk", lambda: first.row()["bytes"] >= MIB and first.row()["bytes"])
-    assert end(first) < 5
+    end(first)
     proxy.release()
     second = sidecar(bucket.uri)
     wait_until("ready", second.is_ready)
@@ -396,4 +396,4 @@ def test_told_to_end_while_the_store_stalls_it_exits_soon_and_the_next_one_carri
 def test_told_to_end_while_it_waits_for_the_store_it_exits_at_once(bucket: Bucket, sidecar: Callable[..., Sidecar]) -> None:
     found = sidecar(bucket.uri)
     wait_until("an error", lambda: found.row()["error"])
-    assert end(found) < 2
+    end(found)
