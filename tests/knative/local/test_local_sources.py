@@ -74,6 +74,7 @@ def test_ten_messages_for_a_function_at_zero_are_one_cold_start_and_ten_results(
 
 
 def test_what_a_source_does_is_told_to_people_and_to_programs(platform: Platform) -> None:
+    wait_until("it polls", lambda: platform.source("work-events")["phase"] == "ready")
     lines = [line.split() for line in relight(platform, "status").splitlines()]
     assert ["QUEUE", "SOURCE", "PHASE"] in [line[:3] for line in lines]
     assert ["work-events", "ready", "work", "echo"] in [line[:4] for line in lines]
