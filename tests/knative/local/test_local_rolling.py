@@ -201,7 +201,7 @@ def test_a_terminal_that_is_closed_ends_the_platform(tmp_path: Path) -> None:
     try:
         wait_until("the platform", lambda: request(admin, "GET", "/api/status").status == 200)
         os.close(terminal)
-        wait_until("its end", lambda: os.waitpid(child, os.WNOHANG)[0] == child, 30)
+        wait_until("its end", lambda: os.waitpid(child, os.WNOHANG)[0] == child)
     except AssertionError:
         os.kill(child, signal.SIGKILL)
         raise

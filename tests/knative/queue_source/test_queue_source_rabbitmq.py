@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -207,12 +206,13 @@ def test_a_reply_is_sent_on_in_its_requests_trace(broker: Broker, sink: Sink) ->
 
 def test_a_sink_that_is_busy_costs_no_delivery_and_no_more_are_unacknowledged_than_may_be(broker: Broker, sink: Sink) -> None:
     url = broker.queue("busy", deliveries=1)
-    until = time.monotonic() + 1.5
-    sink.answer = lambda _: Reply(503, {"Retry-After": "0"}) if time.monotonic() < until else Reply()
+    is_up = threading.Event()
+    sink.answer = lambda _: Reply() if is_up.is_set() else Reply(503, {"Retry-After": "0"})
     broker.send("busy", *range(8))
     with running_here(url, sink.url, CONCURRENCY="3") as source:
         wait_until("the first refusals", lambda: sink.posts)
         assert broker.ready("busy") >= 5
+        is_up.set()
         wait_until("done", lambda: b"queue_source_done_total 8.0" in source.metrics.text())
     assert broker.ready("busy") == broker.ready("busy-dead") == 0
 
