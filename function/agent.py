@@ -11,7 +11,8 @@
 """
 
 import importlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,19 +45,28 @@ class InferenceAgent(Protocol):
     An agent may also have
 
     - `warm_up(self) -> None`: called once after `load` and before the first request;
+    - `close(self) -> None`: called once after the last answer, before the process ends;
     - `stream(self, input) -> Iterator`: the pieces of one answer as they are made; or, better,
     - `start(self, input) -> sequence` and `step(self, sequences) -> list`: a sequence is an answer being made, an object of the agent's
       own; `step` makes the next piece of each, None at its end, so that all share a forward pass. Sequences come and go between steps, and
       one may be left out of some (batch work, when interactive callers want its place): twice FUNCTION_MAX_BATCH may be held at once. Of
-      a sequence that has them, `prompt_tokens`, `completion_tokens` and `finish_reason` ("stop", "length") are told to the caller;
-    - `inputs` and `outputs`, lists of TensorSpec: what `/v2/models/<name>` says; without them one BYTES tensor each, one row an input.
+      a sequence that has them, `prompt_tokens`, `completion_tokens` and `finish_reason` ("stop", "length") are told to the caller; its
+      `close()` is called when nobody wants it any more;
+    - `inputs` and `outputs`, lists of TensorSpec: what `/v2/models/<name>` says; without them one BYTES tensor each, one row an input;
+    - `arrays = True`: it is handed numpy arrays, not lists, for the rows of tensors of the Open Inference Protocol;
+    - `media_types = ("image/*", "audio/wav")`: it takes bodies of these types at `POST /`, each as one input of bytes.
+
+    Python lets no thread but the main one set signal handlers, and the model's is another one: an agent that needs them starts a process.
     """
 
     def load(self, weights: Weights, device: str) -> None:
         """Bind the model's tensors; called once, before the function is ready. device: `cpu`, `cuda:0`."""
 
     def predict(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        """One output for each input, in the same order; outputs are what JSON can hold.
+        """One output for each input, in the same order; outputs are what JSON can hold, and what is like it (see `function/values.py`).
+
+        With a second argument of that name, `predict(self, inputs, parameters)`, it is handed what the request says in "parameters", the
+        same for all inputs ({} without any); an agent without it has such requests refused.
 
         Raises BadInput for an input it cannot use. It must have no side effects: when it raises for several inputs it is called again
         with one at a time, so that only the culprit fails.
@@ -66,7 +76,8 @@ class InferenceAgent(Protocol):
 def load_agent(name: str) -> InferenceAgent:
     """Import and construct the agent `package.module:Class`.
 
-    Raises SettingsError if there is no such class or it lacks a method; what its module raises on import passes through.
+    Raises SettingsError if there is no such class or a method of it is not of a shape that can be called; what its module or its
+    constructor raises passes through.
     """
     module_name, _, class_name = name.partition(":")
     if not module_name or not class_name.isidentifier():
@@ -80,10 +91,83 @@ def load_agent(name: str) -> InferenceAgent:
     agent_class = getattr(module, class_name, None)
     if agent_class is None:
         raise SettingsError(f"FUNCTION_AGENT={name!r}: module {module_name!r} has no {class_name!r}")
-    needed = ["load", "predict"]
-    needed += ["start", "step"] if hasattr(agent_class, "start") or hasattr(agent_class, "step") else []
-    for method in needed:
-        if not callable(getattr(agent_class, method, None)):
-            raise SettingsError(f"FUNCTION_AGENT={name!r}: the class has no method {method!r}; see function/agent.py for the contract")
-    agent: InferenceAgent = agent_class()
+    try:
+        _check_class(agent_class)
+        agent: InferenceAgent = agent_class()
+        _check_methods(agent)
+    except _WrongShape as error:
+        raise SettingsError(f"FUNCTION_AGENT={name!r}: {error}; see function/agent.py for the contract") from None
     return agent
+
+
+def takes_parameters(method: Callable[..., Any]) -> bool:
+    """Whether `predict` has an argument for what the request says in "parameters"."""
+    signature = _signature(method)
+    return signature is not None and "parameters" in signature.parameters
+
+
+class _WrongShape(Exception):
+    """A class or method that cannot be called as the contract has it; the text says how to mend it."""
+
+
+_REQUIRED = ("load", "predict")
+_SHARED = ("start", "step")  # both, or none
+_ARGUMENTS = {
+    "load": ("weights", "device"),
+    "predict": ("inputs",),
+    "warm_up": (),
+    "close": (),
+    "stream": ("input",),
+    "start": ("input",),
+    "step": ("sequences",),
+}
+
+
+def _check_class(found: Any) -> None:
+    if not inspect.isclass(found):
+        raise _WrongShape(f"it is a {type(found).__name__}, not a class")
+    if (signature := _signature(found)) and not _can_be_called(signature, ()):
+        raise _WrongShape(f"the class is constructed without arguments, and its __init__ wants {signature}; give them defaults")
+
+
+def _check_methods(agent: Any) -> None:
+    needed = {*_REQUIRED, *(_SHARED if any(hasattr(agent, name) for name in _SHARED) else ())}
+    for name, arguments in _ARGUMENTS.items():
+        method = getattr(agent, name, None)
+        if name not in needed and method is None:
+            continue
+        if not callable(method):
+            raise _WrongShape(f"the class has no method {name!r}")
+        _check_method(name, method, arguments)
+
+
+def _check_method(name: str, method: Callable[..., Any], arguments: Sequence[str]) -> None:
+    if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
+        raise _WrongShape(f"{name} is `async def`, and there is no event loop; write `def {name}`, with asyncio.run(...) inside if needed")
+    if inspect.isgeneratorfunction(method) and name in ("load", "warm_up", "close", "start"):
+        raise _WrongShape(f"{name} has a `yield`, so that calling it does nothing; write it without")
+    signature = _signature(method)
+    if signature is None or _can_be_called(signature, arguments):
+        return
+    if name == "predict" and _can_be_called(signature, arguments, ("parameters",)):
+        return
+    wanted = ", ".join(("self", *arguments))
+    raise _WrongShape(
+        f"{name} is called as {name}({', '.join(arguments)}), which its signature {signature} does not allow; write `def {name}({wanted})`"
+    )
+
+
+def _signature(method: Callable[..., Any]) -> inspect.Signature | None:
+    """None for what has none that Python can tell, such as functions in C."""
+    try:
+        return inspect.signature(method)
+    except (ValueError, TypeError):
+        return None
+
+
+def _can_be_called(signature: inspect.Signature, arguments: Sequence[str], named: Sequence[str] = ()) -> bool:
+    try:
+        signature.bind(*arguments, **dict.fromkeys(named))
+    except TypeError:
+        return False
+    return True

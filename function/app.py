@@ -4,13 +4,14 @@ import flask
 from werkzeug.exceptions import HTTPException
 
 from function.access import Access, Trace
+from function.bodies import ParseBudget
+from function.errors import HttpError, NotFound
 from function.fast_path import FastPath
 from function.gate import Gate
-from function.http import Function, failure, refusal, reply
+from function.http import Function, failure, reply
 from function.metrics import Metrics
 from function.model import Model
 from function.protocols import openai, openapi, plain, v1, v2
-from function.protocols.cloudevents import are_here
 from function.settings import FunctionSettings
 
 
@@ -22,17 +23,22 @@ def create_app(settings: FunctionSettings, model: Model, metrics: Metrics | None
 def create(settings: FunctionSettings, model: Model, metrics: Metrics, trace: Trace | None = None) -> tuple[flask.Flask, FastPath]:
     """The app, and what answers ordinary requests without it, by the same rules. trace: who wants to know of each request."""
     app = flask.Flask("function", static_folder=None)
-    function, gate = Function(settings, model, metrics), Gate(settings)
+    budget = ParseBudget.for_bodies_of(settings.max_body_bytes)
+    function, gate = Function(settings, model, metrics, budget), Gate(settings)
     access = Access(metrics, is_logged=settings.access_log, trace=trace)
     access.watch(app)
     for protocol in (plain, v1, v2, openai, openapi):
         protocol.add_routes(app, function)
+    if gate.may_wait("/"):
+        del function.predictions["/"]  # it has to have a thread, which may wait for the issuer of tokens
 
     @app.get("/healthz")
     def healthz() -> flask.Response:
         if model.is_alive():
             return reply({"status": "ok"})
-        return refusal(503, "stuck", f"a call of the model has not come back for more than twice FUNCTION_TIMEOUT_S={settings.timeout_s:g}")
+        raise HttpError(
+            503, "stuck", f"a call of the model has not come back for more than twice FUNCTION_TIMEOUT_S={settings.timeout_s:g}"
+        )
 
     @app.get("/readyz")
     def readyz() -> flask.Response:
@@ -46,18 +52,23 @@ def create(settings: FunctionSettings, model: Model, metrics: Metrics, trace: Tr
     @app.before_request
     def authorize() -> None:
         request = flask.request
-        is_event = request.url_rule is not None and request.url_rule.rule == "/" and are_here(request)
-        gate.check(request.path, request.headers.get("Authorization", ""), is_event=is_event)
+        flask.g.caller = gate.check(request.path, request.headers.get("Authorization", ""), method=request.method)
+
+    @app.teardown_request
+    def release(_: BaseException | None) -> None:
+        for reservation in flask.g.pop("reservations", ()):
+            reservation.release()
 
     @app.errorhandler(HTTPException)
-    def http(error: HTTPException) -> flask.Response:
+    def routing(error: HTTPException) -> flask.Response:
         path, method = flask.request.path, flask.request.method
         if error.code == 404:
-            return refusal(404, "not_found", f"there is no route {path!r}; POST / or /v1/models/{settings.model_name}:predict")
-        response = refusal(error.code or 500, (error.name or "error").lower().replace(" ", "_"), f"{method} {path}: {error.description}")
-        if allowed := getattr(error, "valid_methods", None):
-            response.headers["Allow"] = ", ".join(allowed)
-        return response
+            known = f"POST / or /v1/models/{settings.model_name}:predict"
+            return failure(NotFound(f"there is no route {path!r:.200}; {known}"), method, path)
+        kind = (error.name or "error").lower().replace(" ", "_")
+        allowed = getattr(error, "valid_methods", None)
+        headers = {"Allow": ", ".join(allowed)} if allowed else {}
+        return failure(HttpError(error.code or 500, kind, f"{method} {path!s:.200}: {error.description}", headers), method, path)
 
     @app.errorhandler(Exception)
     def other(error: Exception) -> flask.Response:

@@ -13,11 +13,12 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from function.errors import ClientGone, TimedOut
+from function.priority import Priority
 
 SWEEP_S = 0.02  # between two looks at all that wait for those who do not any more
 
@@ -37,7 +38,7 @@ class CallContext:
 
     timeout_s: float
     is_own_deadline: bool = True  # the server's own; False if the caller asked for a shorter one
-    is_batch: bool = False
+    priority: Priority = Priority.INTERACTIVE
     is_gone: Callable[[], bool] = lambda: False  # whether the caller has hung up
     timing: dict[str, float] = field(default_factory=dict)  # seconds in the queue and in the model, noted as they pass
     spans: list[Span] | None = None  # the same one by one; None if nobody wants to know
@@ -139,6 +140,7 @@ class Call:
     outputs: list[Any] = field(default_factory=list)
     taken: int = 0  # inputs that were handed to the model, or are about to be
     reply: Reply = field(default_factory=Reply)
+    parameters: Mapping[str, Any] | None = None  # what the request says in "parameters"; calls in a batch have the same
 
     def is_over(self, now: float) -> bool:
         """Whether nobody waits for it any more; says so to whoever does."""
@@ -187,6 +189,7 @@ class Slice:
 
     call: Call
     inputs: Sequence[Any]
+    is_first: bool  # of a call that is in several batches
 
 
 class Batcher:
@@ -200,9 +203,10 @@ class Batcher:
         self._limit = limit
         self._clock = clock
         self._lock = threading.Condition()  # guards what follows
-        self._calls: tuple[deque[Call], deque[Call]] = deque(), deque()  # interactive, batch
+        self._calls: tuple[deque[Call], deque[Call]] = deque(), deque()  # by priority, as all of these
         self._stream_calls: tuple[deque[StreamCall], deque[StreamCall]] = deque(), deque()
         self._inputs = [0, 0]  # that wait
+        self._is_stopped = False
         self._swept = -math.inf  # when those who do not wait any more were last looked for
         self._is_idle = True  # nothing is being computed, so that the model takes what comes at once
         self._company = 1  # calls in the last batch
@@ -216,59 +220,65 @@ class Batcher:
     def put(self, item: Call | StreamCall) -> bool:
         """Queue it; False if too many wait already."""
         with self._lock:
-            if self.is_full(is_batch=item.context.is_batch):
+            priority = item.context.priority
+            if self.is_full(priority):
                 return False
             if isinstance(item, Call):
-                self._calls[item.context.is_batch].append(item)
-                self._inputs[item.context.is_batch] += len(item.inputs)
+                self._calls[priority].append(item)
+                self._inputs[priority] += len(item.inputs)
                 self._away -= 1
                 if self._away == 0:
                     self._back_s.add(self._clock() - self._ended)
             else:
-                self._stream_calls[item.context.is_batch].append(item)
+                self._stream_calls[priority].append(item)
             self._lock.notify_all()
             return True
 
-    def is_full(self, *, is_batch: bool = False) -> bool:
+    def is_full(self, priority: Priority) -> bool:
         """Whether no more of a class may wait. What an idle model takes at once does not count, although on a busy machine its thread
         comes late."""
-        if self._waiting_of(is_batch) < self._limit:
+        if self._waiting_of(priority) < self._limit:
             return False
         with self._lock:
             self._sweep()
-            return self._waiting_of(is_batch) - self._taken_at_once(is_batch) >= self._limit
+            return self._waiting_of(priority) - self._taken_at_once(priority) >= self._limit
 
-    def _taken_at_once(self, is_batch: bool) -> int:
+    def _taken_at_once(self, priority: Priority) -> int:
         """How many of those of a class that wait an idle model takes together: those that fit into its next batch, or else the streams
         there is a place for."""
-        if not self._is_idle or (is_batch and self._waiting_of(False)):
+        if not self._is_idle or any(self._waiting_of(first) for first in Priority if first < priority):
             return 0
         room, calls = self._max_batch, 0
-        for call in self._calls[is_batch]:
+        for call in self._calls[priority]:
             room -= len(call.inputs) - call.taken
             if room < 0:
                 break
             calls += 1
-        return calls or min(len(self._stream_calls[is_batch]), self.places)
+        return calls or min(len(self._stream_calls[priority]), self.places)
 
-    def _waiting_of(self, is_batch: bool) -> int:
-        return len(self._calls[is_batch]) + len(self._stream_calls[is_batch])
+    def _waiting_of(self, priority: Priority) -> int:
+        return len(self._calls[priority]) + len(self._stream_calls[priority])
 
     def waiting(self) -> int:
         """Calls and stream_calls that wait."""
         (interactive, batch), (first, last) = self._calls, self._stream_calls
         return len(interactive) + len(batch) + len(first) + len(last)  # asked several times for each request
 
-    def ahead(self, *, is_batch: bool) -> tuple[int, int]:
-        """Inputs and stream_calls that wait, and that would be before one more of a class."""
-        (inputs, more), (first, last) = self._inputs, self._stream_calls
-        return (inputs + more, len(first) + len(last)) if is_batch else (inputs, len(first))
+    def ahead(self, priority: Priority) -> tuple[int, int]:
+        """Inputs and stream calls that wait, and that would be before one more of a class."""
+        return sum(self._inputs[: priority + 1]), sum(map(len, self._stream_calls[: priority + 1]))
 
     def wait(self) -> None:
-        """Until something is there; the model is idle."""
+        """Until something is there, or nothing will come any more; the model is idle."""
         with self._lock:
             self._is_idle = True
-            self._lock.wait_for(lambda: any(self._calls) or any(self._stream_calls))
+            self._lock.wait_for(lambda: self._is_stopped or any(self._calls) or any(self._stream_calls))
+
+    def stop(self) -> None:
+        """Nothing will come any more: nobody waits for it."""
+        with self._lock:
+            self._is_stopped = True
+            self._lock.notify_all()
 
     def computed(self, inputs: int, seconds: float, *, is_idle: bool) -> None:
         """A batch is done; its callers are about to be told. is_idle: the model takes the next at once."""
@@ -291,7 +301,7 @@ class Batcher:
                     self._lock.wait_for(
                         lambda: sum(map(len, self._calls)) >= everybody or sum(self._inputs) >= self._max_batch, min(self._wait_s, saved_s)
                     )
-            slices = list(self._slices(False, most)) or list(self._slices(True, most))
+            slices = next((found for priority in Priority if (found := list(self._slices(priority, most)))), [])
             if slices:
                 self._company, self._is_idle = len(slices), False
             if self.waiting():  # whose turn may be far off
@@ -304,38 +314,42 @@ class Batcher:
         if now < self._swept + SWEEP_S:
             return
         self._swept = now
-        for is_batch, calls in enumerate(self._calls):
-            self._inputs[is_batch] -= sum(len(call.inputs) - call.taken for call in _sift(calls, now))
+        for priority, calls in enumerate(self._calls):
+            self._inputs[priority] -= sum(len(call.inputs) - call.taken for call in _sift(calls, now))
         for stream_calls in self._stream_calls:
             _sift(stream_calls, now)
 
-    def _slices(self, is_batch: bool, most: int) -> Iterator[Slice]:
-        """Of so many calls at most."""
-        queue, room, now = self._calls[is_batch], self._max_batch, self._clock()
+    def _slices(self, priority: Priority, most: int) -> Iterator[Slice]:
+        """Of so many calls at most, all with the same parameters."""
+        queue, room, now = self._calls[priority], self._max_batch, self._clock()
+        first: Call | None = None
         while queue and room and most:
             call = queue[0]
             if call.is_over(now):
-                self._inputs[is_batch] -= len(call.inputs) - call.taken
+                self._inputs[priority] -= len(call.inputs) - call.taken
                 queue.popleft()
                 continue
+            if first and first.parameters != call.parameters:
+                return
+            first = first or call
             most -= 1
             start, call.taken = call.taken, min(call.taken + room, len(call.inputs))
             inputs = call.inputs[start : call.taken]
             room -= len(inputs)
-            self._inputs[is_batch] -= len(inputs)
+            self._inputs[priority] -= len(inputs)
             if call.taken == len(call.inputs):
                 queue.popleft()
-            yield Slice(call, inputs)
+            yield Slice(call, inputs, start == 0)
 
-    def stream_calls(self, interactive: int, batch: int) -> list[StreamCall]:
-        """The next streams to begin: so many at most, and if there is batch work among them no more than `batch`."""
+    def stream_calls(self, room: Sequence[int]) -> list[StreamCall]:
+        """The next streams to start. room: by priority, so many at most once there is one of that class among them."""
         taken: list[StreamCall] = []
         if not any(self._stream_calls):
             return taken
         with self._lock:
             now = self._clock()
-            for queue, room in zip(self._stream_calls, (interactive, batch), strict=True):
-                while queue and len(taken) < room:
+            for queue, most in zip(self._stream_calls, room, strict=True):
+                while queue and len(taken) < most:
                     stream_call = queue.popleft()
                     if not stream_call.is_over(now):
                         taken.append(stream_call)

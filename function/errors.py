@@ -2,20 +2,34 @@
 
 request → parse (Unauthorized, Forbidden, BadInput, NotFound, TooLarge, TooSlow, UnsupportedMediaType) → admit (Unavailable) → agent
 (AgentFailed, TimedOut, CannotStream) → reply. Each error knows its HTTP status; only these reach the caller, anything else stays in the
-log.
+log. How they are written is each protocol's own (see `http.failure`).
 """
 
-import logging
-
-log = logging.getLogger("relight.function")
+from collections.abc import Mapping
+from types import MappingProxyType
 
 
 class FunctionError(Exception):
-    """Base of what callers are told. `retry_after_s`: when the same request may succeed, unchanged."""
+    """Base of what callers are told.
+
+    `retry_after_s`: when the same request may succeed, unchanged; `param`: the parameter that is wrong, for protocols that name it;
+    `headers`: what the answer says besides; `ends_connection`: some of the request was left unread, so that no other can follow it.
+    """
 
     status = 500
     type = "internal_error"
     retry_after_s: float | None = None
+    param: str | None = None
+    headers: Mapping[str, str] = MappingProxyType({})
+    ends_connection = False
+
+
+class HttpError(FunctionError):
+    """What HTTP itself has a status for: no such route, another method, a head that is none."""
+
+    def __init__(self, status: int, kind: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.type, self.headers = status, kind, headers or {}
 
 
 class BadInput(FunctionError):
@@ -36,6 +50,7 @@ class Unauthorized(FunctionError):
 
     status = 401
     type = "unauthorized"
+    headers = MappingProxyType({"WWW-Authenticate": "Bearer"})
 
 
 class Forbidden(FunctionError):
@@ -57,6 +72,7 @@ class TooLarge(FunctionError):
 
     status = 413
     type = "too_large"
+    ends_connection = True
 
 
 class TooSlow(FunctionError):
@@ -64,6 +80,7 @@ class TooSlow(FunctionError):
 
     status = 408
     type = "too_slow"
+    ends_connection = True
 
 
 class UnsupportedMediaType(FunctionError):
@@ -108,9 +125,11 @@ class NoPlace(TimedOut):
     """The same for a stream that others left no place until then: the model itself is well."""
 
 
-def to_function_error(error: Exception) -> FunctionError:
-    """What the caller is told of what the agent raised; the log has the rest."""
-    if isinstance(error, FunctionError):
-        return error
-    log.error("the agent failed", exc_info=error)
-    return AgentFailed("the model failed on this request; the function's log says why")
+_MOST_TEXT = 1000  # characters of somebody else's text in an error
+
+
+def bounded(text: str, most: int = _MOST_TEXT) -> str:
+    """A text of somebody else's as an error may quote it: the middle of a long one is left out, and UTF-8 can say all of it."""
+    if len(text) > most:
+        text = f"{text[: most // 2]} … {text[-(most // 2) :]}"
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Ordinary requests, answered without a thread of their own: whole, in one piece, and with nothing about them that needs a second look.
+"""Ordinary requests, answered without a thread of their own: there is nothing about them that needs a second look.
 
 The worker's loop reads them, the model's thread computes, the loop answers: two thread switches for a batch, where a thread for each
 request, gunicorn's parser and Flask cost five for each, and three times the processor. Everything else goes there, so what is read here
@@ -15,10 +15,12 @@ import flask
 
 from function.access import Access, Note
 from function.batcher import Call
+from function.bodies import parse_json
 from function.gate import Gate
-from function.http import JSON, Function, PredictRoute, dumps, failure, parse_json
+from function.http import JSON, Function, PredictRequest, PredictRoute, failure
+from function.values import dumps
 
-MOST_BYTES = 16 * 1024  # of head and body together; more than that would keep the loop from others
+MOST_BYTES = 16 * 1024  # of a body; a larger one would keep the loop from others
 
 # A subset of what gunicorn accepts, with the same meaning. Names with `_`, values with anything but printable ASCII and other line ends
 # are for gunicorn to judge.
@@ -33,15 +35,14 @@ _LINE = re.compile(r"[A-Za-z0-9_-]+:[^\r\n]*")
 _ENDING = {"connection", "content-length", "expect", "transfer-encoding", "upgrade"}  # say where a request ends, or what follows
 
 
-class Request(NamedTuple):
-    """An ordinary one."""
+class Head(NamedTuple):
+    """Of a request that is ordinary, or of a probe."""
 
     method: str
     path: str
     headers: Mapping[str, str]  # by name, in lower case
-    body: bytes
-    rest: bytes  # what came behind it
-    is_last: bool = False  # no other can follow, as nobody has looked where it ends
+    length: int = 0  # of the body, in bytes
+    is_last: bool = False  # no other request can follow, as nobody has looked where this one ends
 
 
 class Answer(NamedTuple):
@@ -52,9 +53,9 @@ class Answer(NamedTuple):
     body: bytes
 
 
-def read(data: bytes) -> Request | None:
-    """The request that data begins with; None if it is not ordinary, or not all there."""
-    found = _HEAD.match(data) if len(data) <= MOST_BYTES else None
+def read(data: bytes) -> Head | None:
+    """The head that data begins with; None if it is not ordinary."""
+    found = _HEAD.match(data)
     if not found or found.end() > _MOST_HEAD_BYTES:
         return None
     lines = found[3].decode("ascii").split("\r\n")[:-1]
@@ -69,15 +70,12 @@ def read(data: bytes) -> Request | None:
     if headers.get("connection", "keep-alive").lower() != "keep-alive":
         return None
     method, size = found[1].decode(), headers.get("content-length")
-    if (size is None) != (method != "POST") or not (size or "0").isdecimal():  # a GET has no body, a POST says how long its is
-        return None
-    begin, end = found.end(), found.end() + int(size or 0)
-    if end > len(data):
-        return None
-    return Request(method, found[2].decode(), headers, data[begin:end], data[end:])
+    if (size is None) != (method != "POST") or not (size or "0").isdecimal() or len(size or "") > 15:
+        return None  # a GET has no body, a POST says how long its is
+    return Head(method, found[2].decode(), headers, int(size or 0))
 
 
-def glance(data: bytes) -> Request | None:
+def glance(data: bytes) -> Head | None:
     """The same of a GET or HEAD that is not ordinary, for answers that depend on nothing else of it. Its body, if it has one, is left."""
     found, end = _FIRST_LINE.match(data), data.find(b"\r\n\r\n")
     if not found or end < 0:
@@ -85,19 +83,19 @@ def glance(data: bytes) -> Request | None:
     lines = [line for line in data[found.end() : end].decode("latin-1").split("\r\n") if line]
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     is_last = found[3] == b"0" or not _ENDING.isdisjoint(headers) or not all(map(_LINE.fullmatch, lines))
-    return Request(found[1].decode(), found[2].decode(), headers, b"", b"" if is_last else data[end + 4 :], is_last)
+    return Head(found[1].decode(), found[2].decode(), headers, is_last=is_last)
 
 
 class FastCall:
     """A prediction that was begun."""
 
-    __slots__ = ("call", "failed", "note", "prediction", "question", "request")
+    __slots__ = ("call", "failed", "head", "note", "request", "route")
 
-    def __init__(self, prediction: PredictRoute, request: Request, note: Note) -> None:
-        self.prediction = prediction
-        self.request = request
+    def __init__(self, route: PredictRoute, head: Head, note: Note) -> None:
+        self.route = route
+        self.head = head
         self.note = note
-        self.question: Any = None
+        self.request: PredictRequest | None = None
         self.call: Call | None = None  # None if it did not get so far
         self.failed: Exception | None = None  # before it was a call
 
@@ -108,49 +106,45 @@ class FastPath:
     def __init__(self, function: Function, access: Access, gate: Gate, probes: Mapping[str, Callable[[], flask.Response]]) -> None:
         """probes: by path, what answers a GET or HEAD at once, whoever asks."""
         self._function = function
-        self._access = access
+        self.access = access
         self._gate = gate
         self._probes = probes
         self._calls: dict[int, Call] = {}  # that were begun and have no answer yet, by identity
         self.wake_at = math.inf  # when `expire` is wanted, on `time.monotonic`'s clock
 
-    def probe(self, request: Request) -> Answer | None:
+    def probe(self, head: Head) -> Answer | None:
         """The answer to a probe; None if it is another request."""
-        path = request.path.partition("?")[0] if request.method != "POST" else ""
+        path = head.path.partition("?")[0] if head.method != "POST" else ""
         view = self._probes.get(path)
         if view is None:
             return None
-        note = self._access.open(request.method, path, request.headers)
+        note = self.access.open(head.method, path, head.headers)
         try:
             response = view()
         except Exception as error:  # noqa: BLE001  see `failure`
-            response = failure(error, request.method, path)
+            response = failure(error, head.method, path)
         answer = self._answer(response, note, path)
-        return answer._replace(body=b"") if request.method == "HEAD" else answer
+        return answer._replace(body=b"") if head.method == "HEAD" else answer
 
-    def submit(self, request: Request, sock: Any, then: Callable[[FastCall], object]) -> FastCall | None:
+    def submit(self, head: Head, body: bytes, sock: Any, then: Callable[[FastCall], object]) -> FastCall | None:
         """Begin a prediction; None if the request is no ordinary one. `then` is called from any thread, unless it has failed already."""
-        prediction = self._function.predictions.get(request.path)
-        kind, size = request.headers.get("content-type", JSON).partition(";")[0].strip().lower(), len(request.body)
-        if not prediction or request.method != "POST" or kind != JSON or size > self._function.settings.max_body_bytes:
+        route = self._function.predictions.get(head.path)
+        kind = head.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+        if not route or head.method != "POST" or kind != JSON or len(body) > MOST_BYTES:
             return None
-        note = self._access.open(request.method, request.path, request.headers)
-        fast_call = FastCall(prediction, request, note)
+        fast_call = FastCall(route, head, self.access.open(head.method, head.path, head.headers))
         try:
-            self._gate.check(request.path, request.headers.get("authorization", ""), is_event=False)
-            self._function.model.check()
-            fast_call.question = prediction.read(parse_json(request.body))
-            context = self._function.context_of(request.headers, sock, note)
-            call = fast_call.call = self._function.submit(fast_call.question.inputs, context, lambda: then(fast_call))
+            self._gate.check(head.path, head.headers.get("authorization", ""), is_event=False)
+            request = fast_call.request = route.read(parse_json(body)[0])
+            context = self._function.context_of(head.headers, sock, fast_call.note)
+            call = fast_call.call = self._function.submit(request, context, lambda: then(fast_call))
             self._calls[id(call)] = call
             self.wake_at = min(self.wake_at, call.arrived + context.timeout_s)
         except Exception as error:  # noqa: BLE001  see `failure`
             fast_call.failed = error
+        else:
+            self._function.metrics.fast_path.inc()
         return fast_call
-
-    def refused(self, head: bytes, began: float) -> tuple[Note, dict[str, str]]:
-        """A request is refused with no more than a look at its head, without the empty line at the end: see Access."""
-        return self._access.refused(head, began)
 
     def expire(self, now: float) -> None:
         """Fail the calls whose deadline has come."""
@@ -164,22 +158,18 @@ class FastPath:
 
     def answer(self, fast_call: FastCall) -> Answer:
         """The answer to a prediction that has failed or whose call is settled."""
-        request, note, route = fast_call.request, fast_call.note, fast_call.prediction.rule
+        head, note, rule = fast_call.head, fast_call.note, fast_call.route.rule
         error, call = fast_call.failed, fast_call.call
         if call:
             self._calls.pop(id(call), None)
             error = call.reply.error
-            if not error:
-                try:
-                    body = dumps(fast_call.question.answer(call.reply.outputs))
-                except Exception as unsayable:  # noqa: BLE001  see `failure`
-                    error = unsayable
-                else:
-                    headers = {"Content-Type": JSON, "Content-Length": str(len(body)), **self._access.end(note, route, 200)}
-                    return Answer("200 OK", headers.items(), body)
+            if not error and fast_call.request:
+                body = dumps(fast_call.request.answer(call.reply.outputs))
+                headers = {"Content-Type": JSON, "Content-Length": str(len(body)), **self.access.end(note, rule, 200)}
+                return Answer("200 OK", headers.items(), body)
         assert error
-        return self._answer(failure(error, request.method, request.path), note, route)
+        return self._answer(failure(error, head.method, head.path), note, rule)
 
     def _answer(self, response: flask.Response, note: Note, route: str) -> Answer:
-        response.headers.update(self._access.end(note, route, response.status_code))
+        response.headers.update(self.access.end(note, route, response.status_code))
         return Answer(response.status, list(response.headers), response.get_data())

@@ -2,41 +2,30 @@
 
 import logging
 import math
-import re
 import select
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import flask
-import orjson
-from gunicorn.http.errors import ParseException
 
+from function import error_shapes
 from function.access import Headers, Note
 from function.batcher import Call, CallContext
-from function.errors import (
-    BadInput,
-    ClientGone,
-    FunctionError,
-    NotFound,
-    TooLarge,
-    TooSlow,
-    Unauthorized,
-    UnsupportedMediaType,
-    to_function_error,
-)
+from function.bodies import ParseBudget, decompress, parse_json
+from function.errors import AgentFailed, BadInput, ClientGone, FunctionError, NotFound, TooLarge, TooSlow, UnsupportedMediaType
 from function.metrics import Metrics
 from function.model import Model
+from function.priority import Priority
 from function.settings import FunctionSettings
 from function.streams import Stream, is_empty
+from function.values import dumps
 
 log = logging.getLogger("relight.function")
 
 JSON = "application/json"
 HEARTBEAT_S = 10.0  # a comment line when the model is silent for so long, so that nothing in between takes the connection for dead
-MAX_DEPTH = 200  # levels of lists and objects; an answer may add some to its input, and 254 are the most that orjson writes
-URGENCY_OF_BATCH = 5  # RFC 9218; below it is interactive
 _SETTLED_S = 0.01  # who asked so lately is there; the look costs more than it would save
 
 
@@ -46,9 +35,10 @@ class PredictRequest:
 
     inputs: list[Any]
     is_bare: bool  # one value, answered as such
+    parameters: Mapping[str, Any] | None = None
 
     def answer(self, outputs: list[Any]) -> Any:
-        """The outputs in the shape of the question."""
+        """The outputs in the shape of the request."""
         return outputs[0] if self.is_bare else {"predictions": outputs}
 
 
@@ -67,6 +57,7 @@ class Function:
     settings: FunctionSettings
     model: Model
     metrics: Metrics
+    parse_budget: ParseBudget
     predictions: dict[str, PredictRoute] = field(default_factory=dict)  # by path: what may be answered without Flask, too
 
     def known(self, name: Any) -> None:
@@ -74,16 +65,16 @@ class Function:
         if name != self.settings.model_name:
             raise NotFound(f"there is no model {name!r:.100} here; this function serves {self.settings.model_name!r}")
 
-    def predict(self, inputs: list[Any], context: CallContext | None = None) -> list[Any]:
+    def predict(self, request: PredictRequest, context: CallContext | None = None) -> list[Any]:
         """One output for each input. Raises what Model.predict does, and BadInput when there are too many."""
         context = context or self.context()
-        self._count(inputs)
-        return self.model.predict(inputs, context)
+        self._count(request.inputs)
+        return self.model.predict(request.inputs, context, request.parameters)
 
-    def submit(self, inputs: list[Any], context: CallContext, then: Callable[[], object]) -> Call:
+    def submit(self, request: PredictRequest, context: CallContext, then: Callable[[], object]) -> Call:
         """The same without waiting: see Model.submit."""
-        self._count(inputs)
-        return self.model.submit(inputs, context, then)
+        self._count(request.inputs)
+        return self.model.submit(request.inputs, context, then, request.parameters)
 
     def _count(self, inputs: list[Any]) -> None:
         if len(inputs) > self.settings.max_inputs:
@@ -108,17 +99,19 @@ class Function:
         """The same of any request. sock: its connection; note: where its time is noted. Raises BadInput."""
         own_s, said = self.settings.timeout_s, headers.get("x-request-timeout-ms")
         timeout_s = own_s if said is None else min(own_s, _milliseconds(said) / 1000)
-        is_batch = is_batch_work(headers.get("priority") or "") if urgency is None else urgency >= URGENCY_OF_BATCH
-        return CallContext(timeout_s, timeout_s == own_s, is_batch, _is_gone(sock), note.timing, note.spans)
+        priority = Priority.of_header(headers.get("priority") or "") if urgency is None else Priority.of_urgency(urgency)
+        return CallContext(timeout_s, timeout_s == own_s, priority, _is_gone(sock), note.timing, note.spans)
+
+    # The request's body
 
     def json_body(self) -> Any:
-        """The request's body, parsed. Raises what `body` does, and BadInput."""
+        """The request's body, parsed. Raises what `body` and `parse` do."""
         request = flask.request
         if request.mimetype and request.mimetype != JSON and not request.mimetype.endswith("+json"):
             raise UnsupportedMediaType(
-                f"a body of type {request.mimetype!r} is not understood here; send JSON with Content-Type: application/json"
+                f"a body of type {request.mimetype!r:.100} is not understood here; send JSON with Content-Type: application/json"
             )
-        return parse_json(self.body())
+        return self.parse(self.body())
 
     def json_object(self) -> dict[str, Any]:
         """The same where it has to be an object."""
@@ -127,80 +120,53 @@ class Function:
             raise BadInput(f"the body must be a JSON object, not {_kind(document)}")
         return document
 
+    def parse(self, body: bytes) -> Any:
+        """JSON, the memory of which is counted until the request is answered. Raises BadInput, TooLarge and Unavailable."""
+        document, reservation = parse_json(body, self.parse_budget, self.settings.max_inputs)
+        flask.g.setdefault("reservations", []).append(reservation)
+        return document
+
     def body(self) -> bytes:
-        """The request's body.
+        """The request's body, as it was before it was compressed.
 
         Raises Unavailable, before anything is read, if the request would be refused anyway, and TooLarge: it reads one byte past the limit
         instead of trusting Content-Length, as a chunked body has none.
         """
-        if (encoding := flask.request.headers.get("Content-Encoding", "identity")) != "identity":
-            raise UnsupportedMediaType(f"a body with Content-Encoding {encoding!r} is not understood here; send it as it is")
-        self.model.check()
-        limit, length = self.settings.max_body_bytes, flask.request.content_length or 0
+        request, limit = flask.request, self.settings.max_body_bytes
+        self.model.admit(Priority.of_request({name.lower(): value for name, value in request.headers.items()}))
+        length = request.content_length or 0
         try:
-            body: bytes = flask.request.stream.read(limit + 1) if length <= limit else b""
-        except BlockingIOError:  # the kernel's time-out, which the worker sets
+            body: bytes = request.stream.read(limit + 1) if length <= limit else b""
+        except BlockingIOError:
             raise TooSlow("the body did not come") from None
         except OSError as error:
             raise ClientGone("the connection ended within the body") from error
-        except ParseException as error:
-            raise BadInput(f"the body is not framed as HTTP has it: {error}") from None
         if max(length, len(body)) > limit:
             raise TooLarge(f"the body is larger than {limit} bytes (FUNCTION_MAX_BODY_BYTES)")
-        return body
-
-
-def parse_json(text: bytes) -> Any:
-    """What it says. Raises BadInput."""
-    try:
-        document = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise BadInput(f"the body is not JSON: {error}") from None
-    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _is_deeper(document, MAX_DEPTH):
-        raise BadInput(f"the body is nested more than {MAX_DEPTH} levels deep")
-    return document
-
-
-def _is_deeper(document: Any, limit: int) -> bool:
-    level = [document] if isinstance(document, dict | list) else []
-    for _ in range(limit):
-        children = (child for item in level for child in (item.values() if isinstance(item, dict) else item))
-        level = [child for child in children if isinstance(child, dict | list)]
-        if not level:
-            return False
-    return True
+        coding = request.headers.get("Content-Encoding", "")
+        return decompress(body, coding, limit) if coding else body
 
 
 def reply(document: Any, status: int = 200) -> flask.Response:
-    """A JSON answer. Raises TypeError for what JSON cannot say."""
+    """A JSON answer."""
     return flask.Response(dumps(document), status, content_type=JSON)
 
 
-def dumps(document: Any) -> bytes:
-    """JSON; numpy's arrays and numbers are fine."""
-    try:
-        return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
-    except TypeError as error:
-        raise TypeError(f"the agent's output is not JSON: {error}") from error
-
-
-def refusal(status: int, kind: str, message: str, retry_after_s: float | None = None) -> flask.Response:
-    """An error in our own shape."""
-    response = reply({"error": {"type": kind, "message": message}}, status)
-    if retry_after_s is not None:
-        response.headers["Retry-After"] = retry_after(retry_after_s)
-    return response
-
-
 def failure(error: Exception, method: str, path: str) -> flask.Response:
-    """What is answered when a request ends in an error; what nobody raised on purpose goes to the log."""
+    """What is answered when a request ends in an error, in the shape of its path; what nobody raised on purpose goes to the log."""
     if not isinstance(error, FunctionError):
         log.error("%s %s failed", method, path, exc_info=error)
-        return refusal(500, "internal_error", "the function failed on this request; its log says why")
-    response = refusal(error.status, error.type, str(error), error.retry_after_s)
-    if isinstance(error, Unauthorized):
-        response.headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, TooLarge | TooSlow):
+        error = FunctionError("the function failed on this request; its log says why")
+    return written(error, error_shapes.shape_of(path))
+
+
+def written(error: FunctionError, shape: error_shapes.Shape) -> flask.Response:
+    """What is answered for an error."""
+    response = reply(shape(error), error.status)
+    response.headers.update(error.headers)
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = retry_after(error.retry_after_s)
+    if error.ends_connection:
         response.headers["Connection"] = "close"  # the rest of the body is not read
     return response
 
@@ -211,18 +177,16 @@ def retry_after(seconds: float) -> str:
 
 
 def events(
-    stream: Stream,
-    shape: Callable[[Any], Any],
-    last: Callable[[], list[bytes]] = list,
-    first: Sequence[bytes] = (),
-    failure: Callable[[FunctionError], Any] = lambda error: {"error": {"type": error.type, "message": str(error)}},
+    stream: Stream, shape: Callable[[Any], Any], last: Callable[[], list[bytes]] = list, first: Sequence[bytes] = ()
 ) -> flask.Response:
-    """Server-sent events: `first`, each piece as `shape` makes it, and what `last` gives, which may ask `stream.sequence` how it ended.
+    """Server-sent events: `first`, each piece as `shape` makes it, and what `last` gives, which may ask `stream.usage` how it ended.
 
-    An error half-way is told in an event, as `failure` makes it, since the status is out already. The stream ends when the client leaves.
+    An error half-way is told in an event, in the shape of the path, since the status is out already. The stream ends when the client
+    leaves.
     """
 
     note: Note = flask.g.note
+    shape_error = error_shapes.shape_of(flask.request.path)
 
     def lines() -> Iterator[bytes]:
         try:
@@ -231,16 +195,21 @@ def events(
                 if not is_empty(piece):
                     yield b": still working\n\n" if piece is None else event(shape(piece))
             yield from last()
-        except Exception as error:  # noqa: BLE001  to_function_error logs it
-            found = error if isinstance(error, FunctionError) else to_function_error(error)
+        except Exception as error:  # noqa: BLE001  what is no FunctionError is logged there
+            found = error if isinstance(error, FunctionError) else _failed(error)
             note.error = found.type
-            yield event(failure(found))
+            yield event(shape_error(found))
         finally:
             stream.close()
 
     return flask.Response(
         lines(), content_type="text/event-stream; charset=utf-8", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     )
+
+
+def _failed(error: Exception) -> FunctionError:
+    log.error("a stream failed", exc_info=error)
+    return AgentFailed("the function failed on this request; its log says why")
 
 
 def event(document: Any) -> bytes:
@@ -256,12 +225,6 @@ def _milliseconds(text: str) -> float:
     if not 0 < found < math.inf:
         raise BadInput(f"X-Request-Timeout-Ms: {text!r} is not a number of milliseconds above 0")
     return found
-
-
-def is_batch_work(priority: str) -> bool:
-    """Whether the urgency in a Priority header (RFC 9218) is that of batch work; interactive if there is none that makes sense."""
-    found = re.search(r"(?:^|,)\s*u=([0-7])\s*(?:[,;]|$)", priority) if priority else None
-    return bool(found and int(found[1]) >= URGENCY_OF_BATCH)
 
 
 def _is_gone(sock: Any) -> Callable[[], bool]:

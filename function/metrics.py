@@ -7,7 +7,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from function.model import Model, Observer
+from function.model import Model
+from function.runner import Observer
 from function.streams import Made
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -24,6 +25,9 @@ class Metrics(Observer):
         self.requests = Counter("function_requests", "Requests answered.", ["route", "code"], registry=self.registry)
         self.seconds = Histogram(
             "function_request_seconds", "Seconds to answer a request.", ["route"], buckets=_SECONDS, registry=self.registry
+        )
+        self.fast_path = Counter(
+            "function_fast_path", "Predictions that the loop took in without a thread of their own.", registry=self.registry
         )
         self.instances = Counter("function_instances", "Inputs handed to the model.", registry=self.registry)
         self.first_piece = Histogram(
@@ -53,7 +57,7 @@ class Metrics(Observer):
         self._steps = Histogram("function_step_sequences", "Streams that shared a step.", buckets=_SIZES, registry=self.registry)
         self._step_seconds = Counter("function_step_seconds", "Seconds spent in steps.", registry=self.registry)
         self._pieces = Counter("function_pieces", "Pieces of streams that were made for callers.", registry=self.registry)
-        model.observer = self
+        model.observe(self)
 
     def watch_memory(self, kept: Callable[[], tuple[int, int]]) -> None:
         """kept: how many events are remembered, and their bytes."""

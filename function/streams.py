@@ -11,11 +11,13 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from function.batcher import CallContext, Recent, Span, StreamCall
-from function.errors import ClientGone, FunctionError, NoPlace, TimedOut, to_function_error
+from function.errors import ClientGone, FunctionError, NoPlace, TimedOut
+from function.guarded_agent import GuardedAgent, Sequence_, Usage
+from function.priority import Priority
 
 log = logging.getLogger("relight.function")
 
@@ -34,7 +36,7 @@ class Stream:
         self.context = context
         self.began = math.inf  # to be made, on `time.monotonic`'s clock
         self.is_held = False  # others have all the places; the model's thread says so
-        self.sequence: Any = None  # the agent's own object, from its start on; None for an agent that streams one caller at a time
+        self.usage = Usage()  # what the agent tells of it so far
         self._pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._on_timeout = on_timeout
@@ -125,7 +127,7 @@ class Stream:
         self._pieces.put(error or _END)
 
 
-_Entry = tuple[Stream, Any]  # with the agent's sequence, or the iterator that `stream` gave
+_Entry = tuple[Stream, Sequence_]
 
 
 def is_empty(piece: Any) -> bool:
@@ -147,21 +149,22 @@ class Made(NamedTuple):
 class Streams:
     """The streams that are being made; used by the model's thread, others only ask how many, and how long one more will wait."""
 
-    def __init__(self, agent: Any, limit: int) -> None:
+    def __init__(self, agent: GuardedAgent, limit: int) -> None:
         """limit: of sequences that share a step."""
         self._agent = agent
-        self._shared = hasattr(agent, "step")
-        self._limit = limit if self._shared else 1
+        self._limit = limit if agent.shares_steps else 1
         self._active: list[_Entry] = []  # in the order they began in
         self._took_s = Recent()  # those that ended, from start to end
 
     def room(self) -> tuple[int, int]:
-        """How many more may start, interactive ones and batch work; `step` holds batch work for the former.
+        """How many more may start, by priority; `step` holds batch work for interactive ones.
 
         An agent that streams one caller at a time goes on with that one to its end.
         """
         free = self._limit - len(self._active)
-        return (self._limit - sum(not stream.context.is_batch for stream, _ in self._active) if self._shared else free), free
+        if not self._agent.shares_steps:
+            return free, free
+        return self._limit - sum(stream.context.priority is Priority.INTERACTIVE for stream, _ in self._active), free
 
     @property
     def active(self) -> int:
@@ -182,14 +185,11 @@ class Streams:
         context.timing.setdefault("queue", now - stream_call.arrived)
         if context.spans is not None:
             context.spans.append(Span("queue", stream_call.arrived, now))
+        make = self._agent.start if self._agent.shares_steps else self._agent.stream
         try:
-            if self._shared:
-                stream.sequence = self._agent.start(stream_call.input)
-                self._active.append((stream, stream.sequence))
-            else:
-                self._active.append((stream, iter(self._agent.stream(stream_call.input))))
-        except Exception as error:  # noqa: BLE001  it is told apart there
-            stream.end(to_function_error(error))
+            self._active.append((stream, make(stream_call.input)))
+        except FunctionError as error:
+            stream.end(error)
 
     def step(self) -> Made:
         """One piece more for each whose reader keeps up; interactive ones first, if there are too many."""
@@ -199,68 +199,57 @@ class Streams:
             if self._active:
                 time.sleep(PAUSE_S)
             return Made(0, 0)
-        due.sort(key=lambda entry: entry[0].context.is_batch)  # those of a class stay in the order they came in
+        due.sort(key=lambda entry: entry[0].context.priority)  # those of a class stay in the order they came in
         for at, (stream, _) in enumerate(due):
             stream.is_held = at >= self._limit
         del due[self._limit :]
         pieces = self._next(due)
-        ended = self._hand_over(due, pieces)
-        self._active = [entry for entry in self._active if entry[0] not in ended]
-        for stream in ended:
-            self._took_s.add(time.monotonic() - stream.began)
+        self._hand_over(due, pieces)
         return Made(len(due), sum(_is_for_caller(piece) for piece in pieces))
 
-    def _next(self, entries: list[_Entry]) -> Sequence[Any]:
+    def _next(self, entries: list[_Entry]) -> list[Any]:
         """The next piece of each of these: None at its end, or why there is none."""
-        if not self._shared:
-            return [self._next_of(entries[0][1])]
         try:
-            return self._step([sequence for _, sequence in entries])
-        except Exception as error:  # noqa: BLE001  see to_function_error
-            return [to_function_error(error)] if len(entries) == 1 else self._step_apart(entries)
-
-    def _next_of(self, iterator: Iterator[Any]) -> Any:
-        try:
-            return next(iterator, None)
-        except Exception as error:  # noqa: BLE001  see to_function_error
-            return to_function_error(error)
+            if not self._agent.shares_steps:
+                return [self._agent.advance(entries[0][1])]
+            return self._agent.step([sequence for _, sequence in entries])
+        except FunctionError as error:
+            return [error] if len(entries) == 1 else self._step_apart(entries)
 
     def _step_apart(self, entries: list[_Entry]) -> list[Any]:
         """Find the culprit: what one sequence does is no business of the others."""
         log.warning("a step of %d sequences failed; taking them one at a time", len(entries))
-        pieces: list[Any] = []
-        for _, sequence in entries:
-            try:
-                pieces += self._step([sequence])
-            except Exception as error:  # noqa: BLE001  see to_function_error
-                pieces.append(to_function_error(error))
-        return pieces
+        return [piece for entry in entries for piece in self._next([entry])]
 
-    def _step(self, sequences: Sequence[Any]) -> Sequence[Any]:
-        pieces: Sequence[Any] = self._agent.step(list(sequences))
-        if len(pieces) != len(sequences):
-            raise ValueError(f"step gave {len(pieces)} pieces for {len(sequences)} sequences")
-        return pieces
-
-    def _hand_over(self, entries: list[_Entry], pieces: Sequence[Any]) -> set[Stream]:
-        """Returns those that have ended."""
-        ended: set[Stream] = set()
-        for (stream, _), piece in zip(entries, pieces, strict=True):
+    def _hand_over(self, entries: list[_Entry], pieces: list[Any]) -> None:
+        """Give the pieces to their readers, and forget the streams that have ended."""
+        ended: list[_Entry] = []
+        for entry, piece in zip(entries, pieces, strict=True):
+            stream, sequence = entry
+            stream.usage = sequence.usage
             if piece is None or isinstance(piece, FunctionError):
-                ended.add(stream)
+                ended.append(entry)
                 stream.end(piece)
             else:
                 stream.put(piece)
-        return ended
+        self._forget(ended)
 
     def _drop_unwanted(self) -> None:
-        kept: list[_Entry] = []
-        for stream, made in self._active:
-            if stream.is_wanted():
-                kept.append((stream, made))
-                continue
+        unwanted = [entry for entry in self._active if not entry[0].is_wanted()]
+        for stream, _ in unwanted:
             stream.end(ClientGone("the caller has hung up"))
+        self._forget(unwanted)
+
+    def _forget(self, entries: list[_Entry]) -> None:
+        """Their places are free; what the agent holds for them is freed now, whether they came to their end or not."""
+        if entries:
+            self._active = [entry for entry in self._active if entry not in entries]
+        for stream, sequence in entries:
             self._took_s.add(time.monotonic() - stream.began)
-            if close := getattr(made, "close", None):  # a generator's, so that what it holds is freed now
-                close()
-        self._active = kept
+            self._agent.drop(sequence)
+
+    def end(self, error: FunctionError) -> None:
+        """End all of them, as the agent is about to go."""
+        for stream, _ in self._active:
+            stream.end(error)
+        self._forget(list(self._active))

@@ -10,15 +10,17 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
 import flask
 
 from function.errors import BadInput, FunctionError
-from function.http import Function, dumps, event, events, reply
+from function.guarded_agent import Usage
+from function.http import Function, PredictRequest, event, events, reply
 from function.streams import Stream
+from function.values import dumps
 
 Schema = dict[str, Any]
 
@@ -219,21 +221,13 @@ CHAT_SHAPE = Shape(
 
 @dataclass(frozen=True)
 class Answer:
-    """One choice. Tokens are 0, and the reason is `stop`, where the agent does not tell."""
+    """One choice."""
 
-    text: str = ""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    finish_reason: str = "stop"
-
-    @classmethod
-    def of(cls, text: str, sequence: Any) -> "Answer":
-        """With what the agent's sequence tells."""
-        told = {name: getattr(sequence, name, None) for name in ("prompt_tokens", "completion_tokens", "finish_reason")}
-        return cls(text, **{name: value for name, value in told.items() if value is not None})
+    text: str
+    usage: Usage = field(default_factory=Usage)
 
 
-def usage(answers: Iterable[Answer]) -> dict[str, int]:
+def usage(answers: Iterable[Usage]) -> dict[str, int]:
     """What all of them took together."""
     found = list(answers)
     prompt, completion = sum(one.prompt_tokens for one in found), sum(one.completion_tokens for one in found)
@@ -250,12 +244,11 @@ def text_of(output: Any) -> str:
 
 def add_routes(app: flask.Flask, function: Function) -> None:
     """Add `/v1/embeddings`, `/v1/completions` and `/v1/chat/completions`."""
-    routes = flask.Blueprint("openai", __name__)
 
-    @routes.post("/v1/embeddings")
+    @app.post("/v1/embeddings")
     def embeddings() -> flask.Response:
         body = _checked(function, EMBEDDINGS)
-        vectors = [_vector(output) for output in function.predict(_texts(body["input"]))]
+        vectors = [_vector(output) for output in function.predict(PredictRequest(_texts(body["input"]), is_bare=False))]
         wanted = body.get("dimensions")
         if wanted not in (None, len(vectors[0])):
             raise _wrong("dimensions", f"'dimensions' must be {len(vectors[0])}, the length of the model's vectors, not {wanted}")
@@ -266,38 +259,24 @@ def add_routes(app: flask.Flask, function: Function) -> None:
             {"object": "list", "data": data, "model": function.settings.model_name, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
         )
 
-    @routes.post("/v1/completions")
+    @app.post("/v1/completions")
     def completions() -> flask.Response:
         body = _checked(function, COMPLETIONS)
         sampling = _sampling(body)
         return _complete(function, body, [{"prompt": prompt, **sampling} for prompt in _texts(body["prompt"])], TEXT_SHAPE)
 
-    @routes.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions")
     def chat() -> flask.Response:
         body = _checked(function, CHAT)
         messages = [_message(message) for message in body["messages"]]
         return _complete(function, body, [{"messages": messages, **_sampling(body)}], CHAT_SHAPE)
 
-    @routes.after_request
-    def in_their_shape(response: flask.Response) -> flask.Response:
-        """Errors as OpenAI words them, whoever raised them; status and headers stay."""
-        if response.status_code >= 400 and response.is_json:
-            said = response.get_json()["error"]
-            response.set_data(dumps(_error(response.status_code, said["type"], said["message"], flask.g.get("param"))))
-        return response
-
-    app.register_blueprint(routes)
-
-
-def _error(status: int, kind: str, message: str, param: str | None = None) -> dict[str, Any]:
-    said = {"message": message, "type": "invalid_request_error" if status < 500 else "server_error"}
-    return {"error": {**said, "param": param, "code": "model_not_found" if status == 404 else kind}}
-
 
 def _wrong(name: str, message: str) -> BadInput:
     """For a parameter that is not what it should be."""
-    flask.g.param = name
-    return BadInput(message)
+    error = BadInput(message)
+    error.param = name
+    return error
 
 
 def _checked(function: Function, schema: Schema) -> dict[str, Any]:
@@ -315,8 +294,8 @@ def _checked(function: Function, schema: Schema) -> dict[str, Any]:
             raise _wrong(name, f"{name!r} must be {rules[name]['description']}")
     try:
         function.known(given["model"])
-    except FunctionError:
-        flask.g.param = "model"
+    except FunctionError as error:
+        error.param = "model"
         raise
     return {name: int(value) if "integer" in rules[name].get("type", ()) else value for name, value in given.items()}
 
@@ -351,10 +330,10 @@ def _complete(function: Function, body: Mapping[str, Any], items: list[dict[str,
         return _streamed(function.stream(items[0]), {**head, "object": shape.chunk}, shape, with_usage=options.get("include_usage", False))
     answers = _answers(function, items)
     choices = [
-        {"index": index, **shape.said(answer.text), "logprobs": None, "finish_reason": answer.finish_reason}
+        {"index": index, **shape.said(answer.text), "logprobs": None, "finish_reason": answer.usage.finish_reason}
         for index, answer in enumerate(answers)
     ]
-    return reply({**head, "object": shape.whole, "choices": choices, "usage": usage(answers)})
+    return reply({**head, "object": shape.whole, "choices": choices, "usage": usage(answer.usage for answer in answers)})
 
 
 def _answers(function: Function, items: list[dict[str, Any]]) -> list[Answer]:
@@ -363,13 +342,13 @@ def _answers(function: Function, items: list[dict[str, Any]]) -> list[Answer]:
     Raises TimedOut when that takes longer than the deadline.
     """
     if not function.model.can_stream:
-        return [Answer(text_of(output)) for output in function.predict(items)]
+        return [Answer(text_of(output)) for output in function.predict(PredictRequest(items, is_bare=False))]
     if len(items) > function.settings.max_inputs:
         raise BadInput(f"{len(items)} prompts in one request; at most {function.settings.max_inputs} (FUNCTION_MAX_INPUTS)")
     late = 'no whole answer within {} s; ask for fewer tokens, or with "stream": true'
     with ExitStack() as stack:
         streams = [stack.enter_context(closing(function.stream(item))) for item in items]
-        return [Answer.of("".join(map(text_of, stream.whole(late))), stream.sequence) for stream in streams]
+        return [Answer("".join(map(text_of, stream.whole(late))), stream.usage) for stream in streams]
 
 
 def _streamed(stream: Stream, head: dict[str, Any], shape: Shape, *, with_usage: bool) -> flask.Response:
@@ -378,26 +357,19 @@ def _streamed(stream: Stream, head: dict[str, Any], shape: Shape, *, with_usage:
         return {**head, "choices": choices, **({"usage": None} if with_usage else {})}
 
     def last() -> list[bytes]:
-        answer = Answer.of("", stream.sequence)
-        chunks = [event(chunk(shape.ending, answer.finish_reason))]
+        chunks = [event(chunk(shape.ending, stream.usage.finish_reason))]
         if with_usage:
-            chunks.append(event({**head, "choices": [], "usage": usage([answer])}))
+            chunks.append(event({**head, "choices": [], "usage": usage([stream.usage])}))
         return [*chunks, b"data: [DONE]\n\n"]
 
     first = [event(chunk(shape.stream_call))] if shape.stream_call else []
-    return events(
-        stream,
-        lambda piece: chunk(shape.part(text_of(piece))),
-        last,
-        first,
-        failure=lambda error: _error(error.status, error.type, str(error)),
-    )
+    return events(stream, lambda piece: chunk(shape.part(text_of(piece))), last, first)
 
 
 def _vector(output: Any) -> list[float]:
     """Raises BadInput for the output of an agent that does not embed."""
-    vector = output.tolist() if hasattr(output, "tolist") else output
-    if not isinstance(vector, list | tuple) or not vector or not all(issubclass(kind, Real) for kind in set(map(type, vector))):
+    vector = output.tolist() if hasattr(output, "tolist") else output  # an array; lists are lists already, see function/values.py
+    if not isinstance(vector, list) or not vector or not all(issubclass(kind, Real) for kind in set(map(type, vector))):
         raise BadInput("this model does not embed text: its outputs are no lists of numbers")
     return list(vector)
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import flask
 
-from function.http import Function, dumps
+from function.http import Function
 from function.protocols import cloudevents, openai, tensors, v2
 from function.settings import FunctionSettings
+from function.values import dumps
 
 Schema = dict[str, Any]
 
@@ -109,6 +110,13 @@ def _list(items: Schema | None = None, least: int = 0) -> Schema:
     return {"type": "array", "items": items or {}, **({"minItems": least} if least else {})}
 
 
+_INSTANCES = _object(
+    {"instances": _list(least=1)},
+    {"signature_name": {"enum": [None, "", "serving_default"]}, "parameters": {"type": "object", "maxProperties": 0}},
+    additionalProperties=False,
+)
+
+
 def _ref(kind: str, name: str) -> Schema:
     return {"$ref": f"#/components/{kind}/{name}"}
 
@@ -164,13 +172,14 @@ def _probes() -> Routes:
 
 
 def _own() -> Routes:
-    event, anything = _ref("schemas", "Event"), {"description": 'One input; or {"instances": [...]}, as in V1.'}
+    event = _ref("schemas", "Event")
+    anything = {"description": 'One input; or {"instances": [...]}, as in V1.', "anyOf": [_INSTANCES, {"not": _object({"instances": {}})}]}
     replied = _object({"specversion": {"enum": ["1.0"]}, "id": _STRING, "source": _STRING, "type": _STRING})
     yield (
         "/",
         "post",
         _operation(
-            "CallContext the function: JSON in, JSON out; a CloudEvent in, a CloudEvent out",
+            "Call the function: JSON in, JSON out; a CloudEvent in, a CloudEvent out",
             {JSON: {}, BINARY: {}, cloudevents.EVENT: replied, cloudevents.BATCH: _list(replied)},
             body={JSON: anything, cloudevents.EVENT: event, cloudevents.BATCH: _list(event)},
             refusals=(*READING, *RUNNING),
@@ -193,7 +202,7 @@ def _v1() -> Routes:
         _operation(
             "One prediction for each instance",
             {JSON: _object({"predictions": _list(least=1)})},
-            body={JSON: _object({"instances": _list(least=1)})},
+            body={JSON: _INSTANCES},
             refusals=(*READING, 404, *RUNNING),
         ),
     )

@@ -20,4 +20,4 @@ def add_routes(app: flask.Flask, function: Function) -> None:
         if cloudevents.are_here(flask.request):
             return answers.answer()
         asked = of_value(function.json_body())
-        return reply(asked.answer(function.predict(asked.inputs)))
+        return reply(asked.answer(function.predict(asked)))

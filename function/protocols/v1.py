@@ -3,10 +3,12 @@
 from typing import Any
 
 import flask
-from werkzeug.exceptions import MethodNotAllowed
 
-from function.errors import BadInput
+from function.errors import BadInput, HttpError
 from function.http import Function, PredictRequest, PredictRoute, reply
+
+# "signature_name" is what clients of TensorFlow Serving send besides.
+_KNOWN = ("instances", "parameters", "signature_name")
 
 
 def add_routes(app: flask.Flask, function: Function) -> None:
@@ -23,7 +25,7 @@ def add_routes(app: flask.Flask, function: Function) -> None:
     @app.get("/v1/models/<wanted>")
     def v1_model(wanted: str) -> flask.Response:
         if wanted.endswith(":predict"):
-            raise MethodNotAllowed(["POST"], "a prediction is asked for with POST")
+            raise HttpError(405, "method_not_allowed", "a prediction is asked for with POST", {"Allow": "POST"})
         function.known(wanted)
         return reply({"name": name, "ready": function.model.phase == "ready", **card})
 
@@ -31,7 +33,7 @@ def add_routes(app: flask.Flask, function: Function) -> None:
     def v1_predict(wanted: str) -> flask.Response:
         function.known(wanted)
         asked = of_instances(function.json_body())
-        return reply(asked.answer(function.predict(asked.inputs)))
+        return reply(asked.answer(function.predict(asked)))
 
 
 def of_instances(document: Any) -> PredictRequest:
@@ -41,7 +43,14 @@ def of_instances(document: Any) -> PredictRequest:
         raise BadInput('the body must be {"instances": [...]} with one input an item; "instances" is missing or not a list')
     if not found:
         raise BadInput('"instances" is empty')
-    return PredictRequest(found, is_bare=False)
+    parameters = document.get("parameters")
+    if not isinstance(parameters, dict | None):
+        raise BadInput('"parameters" must be an object')
+    if others := [name for name in document if name not in _KNOWN]:
+        raise BadInput(f'{others[0]!r:.100} is not understood beside "instances"; known is "parameters", for agents that take them')
+    if document.get("signature_name") not in (None, "", "serving_default"):
+        raise BadInput('"signature_name" must be "serving_default": there is no other signature')
+    return PredictRequest(found, is_bare=False, parameters=parameters)
 
 
 def of_value(document: Any) -> PredictRequest:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from function.batcher import Batcher, Call, CallContext, Cost, StreamCall
 from function.errors import ClientGone, TimedOut
+from function.priority import Priority
 from function.streams import Stream
 from tests.support import wait_until
 
@@ -51,19 +52,19 @@ def test_a_long_call_is_taken_in_pieces_and_answered_whole() -> None:
     batcher.put(long)
     assert batches(batcher) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert long.reply.result(0) == list(range(10))
-    assert batcher.ahead(is_batch=True) == (0, 0)
+    assert batcher.ahead(Priority.BATCH) == (0, 0)
 
 
 def test_interactive_callers_come_before_batch_work_and_do_not_share_with_it() -> None:
     batcher = queue(max_batch=4)
-    for item in (call("b1", "b2", "b3", is_batch=True), call("i1"), call("b4", is_batch=True), call("i2")):
+    for item in (call("b1", "b2", "b3", priority=Priority.BATCH), call("i1"), call("b4", priority=Priority.BATCH), call("i2")):
         batcher.put(item)
     assert batches(batcher) == [["i1", "i2"], ["b1", "b2", "b3", "b4"]]
 
 
 def test_an_interactive_caller_waits_for_one_batch_of_a_long_batch_call_at_most() -> None:
     batcher = queue(max_batch=4)
-    batcher.put(call(*range(12), is_batch=True))
+    batcher.put(call(*range(12), priority=Priority.BATCH))
     batcher.batch(may_wait=False)
     batcher.put(call("i"))
     assert batches(batcher)[0] == ["i"]
@@ -80,27 +81,27 @@ def test_what_waits_is_bounded() -> None:
     batcher = computing(queue(limit=2))
     assert batcher.put(call(1))
     assert batcher.put(stream_call("s"))
-    assert batcher.is_full()
+    assert batcher.is_full(Priority.INTERACTIVE)
     assert not batcher.put(call(2))
     assert batcher.waiting() == 2
 
 
 def test_batch_work_that_waits_keeps_no_interactive_caller_out() -> None:
     batcher = computing(queue(limit=2))
-    assert [batcher.put(call(*range(3), is_batch=True)) for _ in range(3)] == [True, True, False]
-    assert batcher.is_full(is_batch=True)
-    assert not batcher.is_full()
+    assert [batcher.put(call(*range(3), priority=Priority.BATCH)) for _ in range(3)] == [True, True, False]
+    assert batcher.is_full(Priority.BATCH)
+    assert not batcher.is_full(Priority.INTERACTIVE)
     assert [batcher.put(item) for item in (call(1), stream_call("s"), call(2))] == [True, True, False]
     # Who comes next waits for its own class, and batch work for both.
-    assert batcher.ahead(is_batch=False) == (1, 1)
-    assert batcher.ahead(is_batch=True) == (7, 1)
+    assert batcher.ahead(Priority.INTERACTIVE) == (1, 1)
+    assert batcher.ahead(Priority.BATCH) == (7, 1)
 
 
 def test_batch_work_is_not_taken_at_once_while_interactive_callers_wait() -> None:
     batcher = queue(max_batch=2, limit=1)
-    assert accepted(batcher, (call(number, is_batch=True) for number in range(9))) == 3
+    assert accepted(batcher, (call(number, priority=Priority.BATCH) for number in range(9))) == 3
     assert batcher.put(call("i"))
-    assert batcher.is_full(is_batch=True)
+    assert batcher.is_full(Priority.BATCH)
 
 
 def accepted(batcher: Batcher, items: Iterable[Call | StreamCall]) -> int:
@@ -111,7 +112,7 @@ def test_what_an_idle_model_takes_at_once_does_not_count_however_late_its_thread
     batcher = queue(max_batch=1, limit=2)
     assert accepted(batcher, map(call, range(12))) == 3
     assert batcher.batch(may_wait=False)
-    assert batcher.is_full()
+    assert batcher.is_full(Priority.INTERACTIVE)
     assert not batcher.put(call("while the first is computed"))
     batcher.computed(1, 0.1, is_idle=True)  # and its caller, who hears of it now, may come again before the thread goes on
     assert accepted(batcher, map(call, range(12))) == 1
@@ -131,7 +132,7 @@ def test_an_idle_model_takes_streams_for_its_places() -> None:
     batcher = queue(max_batch=4, limit=2)
     batcher.places = 1
     assert accepted(batcher, map(stream_call, range(12))) == 3
-    assert len(batcher.stream_calls(1, 1)) == 1
+    assert len(batcher.stream_calls((1, 1))) == 1
     assert not batcher.put(stream_call("while it is made"))
 
 
@@ -142,7 +143,7 @@ def test_nobody_computes_for_callers_who_have_left_or_whose_time_is_up() -> None
         batcher.put(item)
     given_up.reply.cancel()
     assert batches(batcher) == [[4]]
-    assert batcher.ahead(is_batch=True) == (0, 0)
+    assert batcher.ahead(Priority.BATCH) == (0, 0)
     with pytest.raises(ClientGone):
         gone.reply.result(0)
     with pytest.raises(TimedOut):
@@ -159,18 +160,18 @@ class Clock:
         return self.now
 
 
-def test_openings_that_are_over_keep_nobody_out_although_there_is_no_place_for_them() -> None:
+def test_streams_that_are_over_keep_nobody_out_although_there_is_no_place_for_them() -> None:
     clock = Clock()
     batcher = Batcher(max_batch=4, wait_s=0, limit=2, clock=clock)
     assert accepted(batcher, (stream_call("running") for _ in range(4))) == 4
-    assert len(batcher.stream_calls(4, 4)) == 4
-    gone, late, kept = stream_call("gone"), stream_call("late", timeout_s=1, is_batch=True), stream_call("kept")
+    assert len(batcher.stream_calls((4, 4))) == 4
+    gone, late, kept = stream_call("gone"), stream_call("late", timeout_s=1, priority=Priority.BATCH), stream_call("kept")
     assert accepted(batcher, (gone, late, kept)) == 3
-    assert batcher.is_full()
+    assert batcher.is_full(Priority.INTERACTIVE)
     gone.stream.close()
     clock.now += 2
     assert batcher.batch(may_wait=False) == []
-    assert batcher.stream_calls(0, 0) == []
+    assert batcher.stream_calls((0, 0)) == []
     assert batcher.waiting() == 1
     with pytest.raises(ClientGone):
         gone.stream.wait_first()
@@ -181,11 +182,11 @@ def test_openings_that_are_over_keep_nobody_out_although_there_is_no_place_for_t
 def test_batch_work_that_is_over_keeps_nobody_out_while_interactive_callers_go_first() -> None:
     clock = Clock()
     batcher = Batcher(max_batch=1, wait_s=0, limit=4, clock=clock)
-    late, gone = call(1, 2, timeout_s=1, is_batch=True), call(3, is_batch=True, is_gone=lambda: True)
+    late, gone = call(1, 2, timeout_s=1, priority=Priority.BATCH), call(3, priority=Priority.BATCH, is_gone=lambda: True)
     assert accepted(batcher, (late, gone, call("i1"), call("i2"))) == 4
     clock.now += 2
     assert [part.inputs for part in batcher.batch(may_wait=False)] == [("i1",)]
-    assert (batcher.waiting(), batcher.ahead(is_batch=True)) == (1, (1, 0))
+    assert (batcher.waiting(), batcher.ahead(Priority.BATCH)) == (1, (1, 0))
     with pytest.raises(TimedOut):
         late.reply.result(0)
     with pytest.raises(ClientGone):
@@ -196,9 +197,9 @@ def test_who_asks_for_a_full_queue_does_not_find_the_dead_in_it_while_a_long_bat
     clock = Clock()
     batcher = computing(Batcher(max_batch=1, wait_s=0, limit=2, clock=clock))
     assert accepted(batcher, (call(1, timeout_s=1), stream_call("s", timeout_s=1))) == 2
-    assert batcher.is_full()
+    assert batcher.is_full(Priority.INTERACTIVE)
     clock.now += 2
-    assert not batcher.is_full()
+    assert not batcher.is_full(Priority.INTERACTIVE)
     assert batcher.waiting() == 0
 
 
@@ -316,17 +317,17 @@ def test_a_full_batch_is_not_held_up_either() -> None:
 def test_streams_begin_interactive_ones_first() -> None:
     batcher = queue()
     for name in ("b1", "i1", "b2", "i2"):
-        batcher.put(stream_call(name, is_batch=name.startswith("b")))
-    assert [found.input for found in batcher.stream_calls(1, 1)] == ["i1"]
-    assert [found.input for found in batcher.stream_calls(2, -1)] == ["i2"]
-    assert [found.input for found in batcher.stream_calls(2, 1)] == ["b1"]
-    assert [found.input for found in batcher.stream_calls(2, 2)] == ["b2"]
+        batcher.put(stream_call(name, priority=Priority(name.startswith("b"))))
+    assert [found.input for found in batcher.stream_calls((1, 1))] == ["i1"]
+    assert [found.input for found in batcher.stream_calls((2, -1))] == ["i2"]
+    assert [found.input for found in batcher.stream_calls((2, 1))] == ["b1"]
+    assert [found.input for found in batcher.stream_calls((2, 2))] == ["b2"]
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), max_size=30), st.integers(1, 7))
 def test_each_call_gets_its_own_outputs_in_order_and_no_batch_is_too_large_or_mixed(calls: list[tuple[int, bool]], max_batch: int) -> None:
     batcher = queue(max_batch=max_batch)
-    made = [call(*((number, at) for at in range(size)), is_batch=is_batch) for number, (size, is_batch) in enumerate(calls)]
+    made = [call(*((number, at) for at in range(size)), priority=Priority(is_batch)) for number, (size, is_batch) in enumerate(calls)]
     for item in made:
         batcher.put(item)
     given_to_model = batches(batcher)
@@ -334,4 +335,4 @@ def test_each_call_gets_its_own_outputs_in_order_and_no_batch_is_too_large_or_mi
     assert all(len({calls[number][1] for number, _ in batch}) == 1 for batch in given_to_model)
     for item in made:
         assert item.reply.result(0) == list(item.inputs)
-    assert (batcher.waiting(), batcher.ahead(is_batch=True)) == (0, (0, 0))
+    assert (batcher.waiting(), batcher.ahead(Priority.BATCH)) == (0, (0, 0))

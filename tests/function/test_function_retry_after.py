@@ -10,8 +10,10 @@ import pytest
 
 from function.agent import Weights
 from function.batcher import Call, CallContext, StreamCall
+from function.errors import Unavailable
 from function.http import retry_after
 from function.model import Model
+from function.priority import Priority
 from function.settings import FunctionSettings
 from function.streams import Stream
 from tests.support import wait_until
@@ -49,7 +51,7 @@ def make_model(tmp_path: Path) -> MakeModel:
     def make(**settings: Any) -> Model:
         found = FunctionSettings(agent=f"{__name__}:Paced", queue_limit=WAITING, **settings)
         model = Model(found, Weights(WeightsSettings(cache_dir=tmp_path)), started_at=time.monotonic())
-        model.start(on_failure=lambda: None)
+        model.start(on_failure=lambda _: None)
         wait_until("ready", lambda: model.phase == "ready", 10)
         return model
 
@@ -89,10 +91,10 @@ def fill_with_streams(model: Model, places: int) -> list[Stream]:
 
 def retry_after_of(model: Model) -> float:
     """The seconds that a caller is told who comes now."""
-    error = model.refusal(is_batch=False)
-    assert error is not None
-    assert error.retry_after_s is not None
-    return error.retry_after_s
+    with pytest.raises(Unavailable) as refused:
+        model.admit(Priority.INTERACTIVE)
+    assert refused.value.retry_after_s is not None
+    return refused.value.retry_after_s
 
 
 def test_it_follows_the_predictions(make_model: MakeModel) -> None:

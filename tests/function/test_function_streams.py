@@ -13,7 +13,10 @@ import pytest
 from function.agent import BadInput, Weights
 from function.batcher import CallContext
 from function.errors import AgentFailed, CannotStream, ClientGone, NoPlace, TimedOut, Unavailable
-from function.model import Model, Observer
+from function.guarded_agent import Usage
+from function.model import Model
+from function.priority import Priority
+from function.runner import Observer
 from function.settings import FunctionSettings
 from function.streams import AHEAD, Made, Stream
 from tests.support import wait_until
@@ -35,10 +38,10 @@ class Counter:
     def predict(self, inputs: Sequence[Any]) -> Sequence[Any]:
         return [f"predicted {item}" for item in inputs]
 
-    def start(self, input: Any) -> list[Any]:
+    def start(self, input: Any) -> "Counting":
         if input == "bad":
             raise BadInput("'bad' is not a number")
-        return [input, 0]
+        return Counting([input, 0])
 
     def step(self, sequences: list[list[Any]]) -> list[Any]:
         self.gate.wait(10)
@@ -51,6 +54,17 @@ class Counter:
             sequence[1] += 1
             pieces.append(sequence[1] if sequence[1] <= sequence[0] else None)
         return pieces
+
+
+class Counting(list[Any]):
+    """Up to where, and where it is."""
+
+    prompt_tokens = 3
+    finish_reason = "length"
+
+    @property
+    def completion_tokens(self) -> int:
+        return int(self[1])
 
 
 class Plain:
@@ -93,7 +107,7 @@ def make_model(tmp_path: Path) -> MakeModel:
     def make(agent: str = "Counter", **settings: Any) -> Model:
         found = FunctionSettings(agent=f"{__name__}:{agent}", **settings)
         model = Model(found, Weights(WeightsSettings(cache_dir=tmp_path)), started_at=time.monotonic())
-        model.start(on_failure=lambda: None)
+        model.start(on_failure=lambda _: None)
         wait_until("ready", lambda: model.phase == "ready", 10)
         return model
 
@@ -133,7 +147,7 @@ def open_when(model: Model, streams: int) -> threading.Thread:
 def test_a_stream_has_its_pieces_in_order_and_ends(make_model: MakeModel) -> None:
     stream = make_model().stream(3, ask())
     assert list(stream.pieces()) == [1, 2, 3]
-    assert stream.sequence == [3, 4]
+    assert stream.usage == Usage(3, 4, "length")
 
 
 def test_an_answer_without_pieces_is_one(make_model: MakeModel) -> None:
@@ -180,7 +194,7 @@ def reading(stream: Stream) -> Iterator[None]:
 
 def test_batch_work_gives_its_places_to_interactive_streams(make_model: MakeModel) -> None:
     model = make_model(max_batch=2)
-    held = [model.stream(10**9, ask(is_batch=True)) for _ in range(2)]
+    held = [model.stream(10**9, ask(priority=Priority.BATCH)) for _ in range(2)]
     for _ in range(3):
         assert together([lambda: list(model.stream(4, ask()).pieces()) for _ in range(2)]) == [[1, 2, 3, 4]] * 2
     assert max(Counter.together) == 2
@@ -192,7 +206,7 @@ def test_batch_work_gives_its_places_to_interactive_streams(make_model: MakeMode
 def test_a_held_stream_goes_on_where_it_was_once_there_is_a_place(make_model: MakeModel) -> None:
     model = make_model(max_batch=1)
     Counter.pace_s = 0.002
-    pieces = model.stream(500, ask(is_batch=True)).pieces(0.1)
+    pieces = model.stream(500, ask(priority=Priority.BATCH)).pieces(0.1)
     found = [next(pieces)]
     with reading(model.stream(10**9, ask())):
         for piece in pieces:
@@ -207,9 +221,9 @@ def test_a_held_stream_goes_on_where_it_was_once_there_is_a_place(make_model: Ma
 
 def test_no_batch_work_begins_before_there_is_a_place_beside_what_is_held(make_model: MakeModel) -> None:
     model = make_model(max_batch=1)
-    streams = [model.stream(10**9, ask(is_batch=True)), model.stream(10**9, ask())]
+    streams = [model.stream(10**9, ask(priority=Priority.BATCH)), model.stream(10**9, ask())]
     with pytest.raises(NoPlace, match=r"no place among the streams within 0\.2 s"):
-        model.stream(1, ask(0.2, is_batch=True))
+        model.stream(1, ask(0.2, priority=Priority.BATCH))
     with pytest.raises(NoPlace):
         model.stream(1, ask(0.2))
     assert model.active_streams() == 2
@@ -219,7 +233,7 @@ def test_no_batch_work_begins_before_there_is_a_place_beside_what_is_held(make_m
 
 def test_an_agent_that_streams_one_caller_at_a_time_is_not_interrupted(make_model: MakeModel) -> None:
     model = make_model("Plain")
-    stream = model.stream("endless", ask(is_batch=True))
+    stream = model.stream("endless", ask(priority=Priority.BATCH))
     with pytest.raises(NoPlace):
         model.stream(1, ask(0.2))
     stream.close()
@@ -228,7 +242,7 @@ def test_an_agent_that_streams_one_caller_at_a_time_is_not_interrupted(make_mode
 def test_time_outs_for_want_of_a_place_say_nothing_about_the_model(make_model: MakeModel) -> None:
     model = make_model(max_batch=1, breaker_threshold=1)
     Counter.pace_s = 0.002
-    held = model.stream(10**9, ask(0.3, is_batch=True))
+    held = model.stream(10**9, ask(0.3, priority=Priority.BATCH))
     with reading(model.stream(10**9, ask())):
         with pytest.raises(NoPlace):
             list(held.pieces())
@@ -360,7 +374,8 @@ class Steps(Observer):
 
 def test_a_step_is_told_with_who_shared_it_and_what_it_made_for_callers(make_model: MakeModel) -> None:
     model = make_model()
-    model.observer = steps = Steps()
+    steps = Steps()
+    model.observe(steps)
     assert list(model.stream(3, ask()).pieces()) == [1, 2, 3]
     wait_until("the end is told", lambda: len(steps.seen) == 4)
     assert steps.seen == [Made(1, 1)] * 3 + [Made(1, 0)]
@@ -372,7 +387,8 @@ def test_a_step_is_told_with_who_shared_it_and_what_it_made_for_callers(make_mod
 
 def test_waiting_for_a_reader_is_no_step_and_who_has_left_makes_no_piece(make_model: MakeModel) -> None:
     model = make_model()
-    model.observer = steps = Steps()
+    steps = Steps()
+    model.observe(steps)
     stream = model.stream(10**9, ask())
     wait_until("it is ahead", stream.is_ahead)
     for _ in range(3):
@@ -385,7 +401,8 @@ def test_waiting_for_a_reader_is_no_step_and_who_has_left_makes_no_piece(make_mo
 
 def test_a_text_that_is_held_back_is_no_piece_for_callers(make_model: MakeModel) -> None:
     model = make_model("Plain")
-    model.observer = steps = Steps()
+    steps = Steps()
+    model.observe(steps)
     assert list(model.stream(["", "a", "", "b"], ask()).pieces()) == ["", "a", "", "b"]
     wait_until("the end is told", lambda: len(steps.seen) == 5)
     assert steps.pieces() == 2

@@ -1,0 +1,193 @@
+"""The connections of one server: which are open, what each is at, and which one gives way when there are too many.
+
+All of it is the loop's: no other thread touches a connection but through its outbox.
+"""
+
+import enum
+import errno
+import logging
+import select
+import socket
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from function import access
+from function.incoming import Body
+from function.outbox import Outbox
+
+log = logging.getLogger("relight.function")
+
+PAUSE_S = 0.1  # without accepting, when there are no file descriptors
+_READ = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
+_WRITE = select.EPOLLOUT | select.EPOLLONESHOT
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class State(enum.Enum):
+    """What a connection is at. When there are too many, those of an earlier one give way first, the oldest of them before the others."""
+
+    ENDING = enum.auto()  # it is answered for the last time; whatever still comes is thrown away
+    IDLE = enum.auto()  # between two requests
+    RECEIVING = enum.auto()  # a request is on its way
+    SENDING = enum.auto()  # its answer is
+    WORKING = enum.auto()  # somebody makes its answer; never gives way
+
+
+class Connection:
+    """One client's."""
+
+    def __init__(self, raw: socket.socket, client: Any, server: Any, on_unsent: "Callable[[Connection], object]") -> None:
+        """client, server: their addresses."""
+        self.raw = raw
+        self.sock = Outbox(raw, lambda: on_unsent(self))  # gunicorn's name for where it writes
+        self.client = client
+        self.server = server
+        self.state = State.IDLE
+        self.began = self.expires = 0.0  # a request to come, and when it is late, on `time.monotonic`'s clock
+        self.received = b""  # of a request's head, and behind one whose end is known
+        self.parsed = b""  # the head of the request that is received or answered
+        self.request: Any = None  # gunicorn's, of one that is not ordinary
+        self.head: Any = None  # of the request that is received or answered, a fast_path.Head, if it is ordinary
+        self.body: Body | None = None
+        self.note: access.Note | None = None  # of the answer that the loop gives
+        self.is_last = False  # no request can follow the one that is being answered
+        self.is_open = True
+
+
+class Connections:
+    """All of them."""
+
+    def __init__(self, epoll: select.epoll, limit: int) -> None:
+        self._epoll = epoll
+        self._limit = limit
+        self._open: dict[int, Connection] = {}
+        self._by_state: dict[State, dict[Connection, None]] = {state: {} for state in State}  # each in the order they came to it
+        self._registered: set[int] = set()
+
+    def __iter__(self) -> Iterator[Connection]:
+        return iter(list(self._open.values()))
+
+    def at(self, state: State) -> Collection[Connection]:
+        """Those that are at it."""
+        return self._by_state[state].keys()
+
+    def get(self, fd: int) -> Connection | None:
+        """The one with this file descriptor."""
+        return self._open.get(fd)
+
+    def add(self, conn: Connection) -> None:
+        """A new one; the oldest that is of no use gives way if there are too many."""
+        if len(self._open) >= self._limit:
+            self.evict()
+        self._open[conn.raw.fileno()] = conn
+        self._by_state[conn.state][conn] = None
+
+    def evict(self) -> bool:
+        """Close the one that is missed least; False if all are being worked on."""
+        for state in State:
+            if state is not State.WORKING and (found := next(iter(self._by_state[state]), None)):
+                self.drop(found)
+                return True
+        return False
+
+    def drop(self, conn: Connection) -> None:
+        """Close it."""
+        if conn.is_open:
+            conn.is_open = False
+            fd = conn.raw.fileno()
+            del self._open[fd]
+            del self._by_state[conn.state][conn]
+            self._registered.discard(fd)
+            conn.sock.give_up()
+            conn.raw.close()
+
+    def enter(self, conn: Connection, state: State, seconds: float | None = None) -> None:
+        """It is at something else now, for so long at most; None leaves the time as it is."""
+        del self._by_state[conn.state][conn]
+        conn.state = state
+        self._by_state[state][conn] = None
+        if seconds is not None:
+            conn.expires = time.monotonic() + seconds
+
+    def await_data(self, conn: Connection) -> None:
+        """Have the poller say when something comes."""
+        self._arm(conn, _READ)
+
+    def await_room(self, conn: Connection) -> None:
+        """Have it say when more can be sent."""
+        self._arm(conn, _WRITE)
+
+    def _arm(self, conn: Connection, events: int) -> None:
+        fd = conn.raw.fileno()
+        if fd in self._registered:
+            self._epoll.modify(fd, events)
+        else:
+            self._registered.add(fd)
+            self._epoll.register(fd, events)
+
+    def expired(self, now: float) -> list[Connection]:
+        """Those whose time is up, whatever they are at: the client does not send, or does not take what it is sent."""
+        waiting = (State.ENDING, State.IDLE, State.RECEIVING)
+        late = [conn for state in waiting for conn in self._by_state[state] if conn.expires < now]
+        return late + [conn for state in (State.SENDING, State.WORKING) for conn in self._by_state[state] if conn.sock.due_at < now]
+
+    def unsent_bytes(self) -> int:
+        """What clients have not taken yet."""
+        return sum(conn.sock.size for state in (State.SENDING, State.WORKING) for conn in self._by_state[state])
+
+    def slowest(self) -> Connection | None:
+        """The one that has been sending for longest."""
+        return next(iter(self._by_state[State.SENDING]), None)
+
+
+class Listener:
+    """Takes in who comes, and pauses while there are no file descriptors for more."""
+
+    def __init__(self, sock: socket.socket, epoll: select.epoll) -> None:
+        self._sock = sock
+        self._epoll = epoll
+        self.resumes_at: float | None = None  # on `time.monotonic`'s clock; None while it listens
+        self._is_short = False  # of descriptors, as the log says
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
+        self._address = sock.getsockname()
+        epoll.register(sock.fileno(), select.EPOLLIN)
+
+    def fileno(self) -> int:
+        """The socket's."""
+        return self._sock.fileno()
+
+    def accept(self, at_once: int, make_room: Callable[[], bool]) -> Iterator[tuple[socket.socket, Any, Any]]:
+        """Those who have come, so many at most. make_room: closes a connection, if there is one to close."""
+        for _ in range(at_once):
+            try:
+                sock, client = self._sock.accept()
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    return
+                self._say_short(error)
+                if not make_room():
+                    self._pause()
+                    return
+                continue
+            sock.setblocking(False)
+            yield sock, client, self._address
+
+    def resume(self, now: float) -> None:
+        """Go on, if it is time."""
+        if self.resumes_at is not None and now >= self.resumes_at:
+            self.resumes_at = None
+            self._epoll.modify(self._sock.fileno(), select.EPOLLIN)
+
+    def _pause(self) -> None:
+        self.resumes_at = time.monotonic() + PAUSE_S
+        self._epoll.modify(self._sock.fileno(), 0)
+
+    def _say_short(self, error: OSError) -> None:
+        if not self._is_short:
+            self._is_short = True
+            log.warning(
+                "%s: idle connections are closed, and new ones wait; raise the limit (ulimit -n) or look for what the agent keeps open",
+                error.strerror,
+            )

@@ -1,0 +1,188 @@
+"""The one door to an agent's code: whatever the agent gives or does is touched here, and nowhere else.
+
+An agent is somebody else's program. Its methods, its results, the iterators and sequences it makes, their `close` and the text of what it
+raises may each raise, lie about their length, or never end. Behind this door there are only plain values (see `values`) and errors that a
+caller can be told: what an agent does ends its own request at most, never the process, and never another caller's request.
+
+All but the constructor is called in the model's thread. `busy_since` says since when the agent has been in one call, whichever.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from function import errors
+from function.agent import InferenceAgent, TensorSpec, takes_parameters
+from function.errors import AgentFailed, FunctionError
+from function.values import plain
+from weights_cache.reader import Weights
+
+log = logging.getLogger("relight.function")
+
+# An agent may raise these of ours: they are about the request, or ask the caller to come again.
+_SAYABLE = (errors.BadInput, errors.NotFound, errors.Forbidden, errors.TooLarge, errors.UnsupportedMediaType, errors.Unavailable)
+_NO_LIST = (str, bytes, bytearray, memoryview, Set, Mapping)  # an iterator over them gives something else than outputs in their order
+_FAILED = "the model failed on this request; the function's log says why"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an agent's sequence tells about the answer it made; 0 and `stop` where it does not tell."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: str = "stop"
+
+
+@dataclass(eq=False)
+class Sequence_:  # noqa: N801  as in the agent's contract; `Sequence` is Python's
+    """One answer that the agent is making: the object it gave for it, and what that tells so far."""
+
+    made: Any
+    usage: Usage = field(default_factory=Usage)
+
+
+class GuardedAgent:
+    """An agent whose methods give plain values or raise what callers can be told (FunctionError)."""
+
+    def __init__(self, agent: InferenceAgent) -> None:
+        """Touches nothing of it but its attributes. Raises what they raise."""
+        self._agent: Any = agent
+        self.shares_steps = hasattr(agent, "step")
+        self.can_stream = self.shares_steps or hasattr(agent, "stream")
+        self.takes_parameters = takes_parameters(agent.predict)
+        self.takes_arrays = bool(getattr(agent, "arrays", False))
+        self.media_types = tuple(str(kind).lower() for kind in getattr(agent, "media_types", ()))
+        self.busy_since: float | None = None  # in a call after it became ready, on `time.monotonic`'s clock
+
+    # The start and the end. What is raised in the first two ends the process, as nothing can be served.
+
+    def load(self, weights: Weights, device: str) -> None:
+        """Bind the model's tensors."""
+        self._agent.load(weights, device)
+
+    def warm_up(self) -> bool:
+        """What the first call would otherwise pay; returns whether the agent has that."""
+        if not hasattr(self._agent, "warm_up"):
+            return False
+        self._agent.warm_up()
+        return True
+
+    def tensors(self, name: str, default: TensorSpec) -> list[TensorSpec]:
+        """The specs that the agent declares as `inputs` or `outputs`, known once it is loaded."""
+        return list(getattr(self._agent, name, (default,)))
+
+    def close(self) -> None:
+        """Let the agent put away what it has. What it raises is logged."""
+        if hasattr(self._agent, "close"):
+            try:
+                self._agent.close()
+            except BaseException:
+                log.exception("the agent's close() failed")
+        self._agent = None  # with the last reference gone its finalizers run
+
+    # Calls
+
+    def predict(self, inputs: Sequence[Any], parameters: Mapping[str, Any] | None = None) -> list[Any]:
+        """One plain output for each input. Raises FunctionError."""
+        with self._guarded():
+            more = {"parameters": dict(parameters or {})} if self.takes_parameters else {}
+            return _as_list(self._agent.predict(inputs, **more), len(inputs), "predict", "output")
+
+    def start(self, input: Any) -> Sequence_:  # noqa: A002  the contract's word
+        """A sequence that shares steps. Raises FunctionError."""
+        with self._guarded():
+            return Sequence_(self._agent.start(input))
+
+    def step(self, sequences: Sequence[Sequence_]) -> list[Any]:
+        """The next piece of each, None at its end. Raises FunctionError."""
+        with self._guarded():
+            pieces = _as_list(self._agent.step([one.made for one in sequences]), len(sequences), "step", "piece")
+            for one in sequences:
+                one.usage = _usage(one.made)
+            return pieces
+
+    def stream(self, input: Any) -> Sequence_:  # noqa: A002
+        """An answer of an agent that makes one at a time; `advance` it. Raises FunctionError."""
+        with self._guarded():
+            return Sequence_(iter(self._agent.stream(input)))
+
+    def advance(self, sequence: Sequence_) -> Any:
+        """Its next piece, None at its end. Raises FunctionError."""
+        with self._guarded():
+            return plain(next(sequence.made, None))
+
+    def drop(self, sequence: Sequence_) -> None:
+        """A sequence that nobody wants any more, or that is over: what it holds is freed now. What its `close` does is logged."""
+        try:
+            with self._guarded():
+                if close := getattr(sequence.made, "close", None):
+                    close()
+        except FunctionError:
+            pass  # it is in the log, and its caller has gone
+        sequence.made = None
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        self.busy_since = time.monotonic()
+        try:
+            yield
+        except BaseException as error:  # also SystemExit and KeyboardInterrupt: an agent that calls exit() ends its request
+            raise to_function_error(error) from error
+        finally:
+            self.busy_since = None
+
+
+def to_function_error(error: BaseException) -> FunctionError:
+    """What the caller is told of what the agent raised; the log has the rest."""
+    if isinstance(error, _SAYABLE):
+        return _sayable(error)
+    log.error("the agent failed", exc_info=error)
+    return AgentFailed(_FAILED)
+
+
+def _sayable(error: FunctionError) -> FunctionError:
+    """An error of ours as the agent may have changed it: the nearest class of ours, and a text that is one."""
+    kind: Any = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+    try:
+        text = errors.bounded(str(error))
+    except BaseException:
+        log.exception("the agent raised a %s whose text cannot be had", kind.__name__)
+        text = "the agent refuses this, without a reason that can be told"
+    if issubclass(kind, errors.Unavailable):
+        seconds = error.retry_after_s
+        return errors.Unavailable(text, seconds if isinstance(seconds, int | float) and 0 < seconds < 86400 else 1)
+    found: FunctionError = kind(text)
+    return found
+
+
+def _as_list(found: Any, count: int, method: str, what: str) -> list[Any]:
+    """What `predict` or `step` gave, made a list once, of plain values. Raises TypeError, ValueError, or whatever foreign code raises."""
+    wanted = f"a list of {count} {what}{'s' if count != 1 else ''}"
+    items = plain(found) if hasattr(found, "shape") else found  # an array or a tensor: all of it at once, not row by row
+    if isinstance(items, _NO_LIST) or not hasattr(items, "__iter__"):
+        raise TypeError(f"{method} returned {_a(type(found).__name__)}, not {wanted}")
+    items = items if type(items) is list else list(islice(items, count + 1))
+    if len(items) != count:
+        many = f"more than {count}" if len(items) == count + 1 and type(found) is not list else len(items)
+        raise ValueError(f"{method} returned {many} {what}s, not {wanted}")
+    return list(plain(items))
+
+
+def _a(name: str) -> str:
+    return name if name == "NoneType" else f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
+
+def _usage(made: Any) -> Usage:
+    """What a sequence tells, as far as it is what it should be."""
+
+    def count(name: str) -> int:
+        found = getattr(made, name, 0)
+        return int(found) if isinstance(found, int) and found >= 0 else 0
+
+    reason = getattr(made, "finish_reason", None)
+    return Usage(count("prompt_tokens"), count("completion_tokens"), str(reason) if isinstance(reason, str) and reason else "stop")
