@@ -149,20 +149,29 @@ class Weights(Mapping[str, "Tensor"]):
         return tier.make_room(open_device(device), size) if tier else 0
 
     def module(
-        self, build: "Callable[[], ModuleT]", device: "str | torch.device | Mapping[str, str]", *, dtype: "torch.dtype | None" = None
+        self,
+        build: "Callable[[], ModuleT]",
+        device: "str | torch.device | Mapping[str, str]",
+        *,
+        dtype: "torch.dtype | None" = None,
+        rename: "Callable[[str], str | None]" = lambda name: name,
     ) -> "ModuleT":
         """The torch module that `build` makes, around these weights: its parameters are the tensors that `to` gives, and need no gradient.
 
-        It is built on torch's `meta` device, so that nothing is allocated or initialised that would only be overwritten. Parameters that it
-        ties together need to be in the files once. Buffers that are not in the files must be made with a device of their own, and are
-        moved. Raises WeightsError that names what is missing, unexpected or of another shape.
+        While it is built, parameters are placeholders on torch's `meta` device, so that nothing is allocated or initialised that would only
+        be overwritten. Parameters that it ties together need to be in the files once. Buffers that are not in the files are what the
+        constructor makes of them, and are moved to where the device map has their module.
+
+        rename: from the name that a tensor has in the files, by which the device map goes, to its name in the module; None leaves it out.
+
+        Raises WeightsError that names what is missing, unexpected or of another shape, or a buffer that is made of a parameter's values.
         """
         from weights_cache.restore.device import torch_device
         from weights_cache.restore.module import assemble
         from weights_cache.restore.placement import Placement
 
         place = Placement(device)
-        return assemble(build, self.to(device, dtype=dtype), lambda name: torch_device(place(name)))
+        return assemble(build, self.to(device, dtype=dtype), lambda name: torch_device(place(name)), rename)
 
     def _views(self) -> "Iterator[tuple[str, Tensor]]":
         for file in self._catalog.files():
