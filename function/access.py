@@ -117,14 +117,14 @@ class Access:
             "Server-Timing": ", ".join(f"{name};dur={found * 1000:.2f}" for name, found in timing.items()),
         }
 
-    def refused(self, head: bytes, began: float) -> tuple[Note, dict[str, str]]:
-        """A request is answered 503 before anybody has looked at more than its head; returns what `open` and `end` do."""
+    def refused(self, head: bytes, began: float, status: int) -> tuple[Note, dict[str, str]]:
+        """A request is refused before anybody has looked at more than its head; returns what `open` and `end` do."""
         first, *lines = head.decode("latin-1").split("\r\n")
         method, path, *_ = *first.split(" "), "", ""
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         note = self.open(method, path.partition("?")[0], headers)
         note.began = began
-        said = self.end(note, REFUSED, 503)
+        said = self.end(note, REFUSED, status)
         note.route = NO_ROUTE  # to a trace that is none
         return note, said
 

@@ -134,7 +134,7 @@ class FastPath:
             return None
         fast_call = FastCall(route, head, self.access.open(head.method, head.path, head.headers))
         try:
-            self._gate.check(head.path, head.headers.get("authorization", ""), is_event=False)
+            self._gate.check(head.path, head.headers.get("authorization", ""), method=head.method)
             request = fast_call.request = route.read(parse_json(body)[0])
             context = self._function.context_of(head.headers, sock, fast_call.note)
             call = fast_call.call = self._function.submit(request, context, lambda: then(fast_call))

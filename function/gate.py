@@ -1,10 +1,11 @@
-"""Who may ask: keys for callers, tokens for the senders of events."""
+"""Who may ask: keys for callers, tokens for those who post to the function's own URL."""
 
-from function.errors import Unauthorized
+from function.errors import Unauthorized, Unavailable
 from function.keys import Keys
 from function.settings import FunctionSettings
 
 OPEN = ("/healthz", "/readyz")  # need no key
+NOBODY = ""  # who calls where nobody is asked
 
 
 class Gate:
@@ -19,18 +20,35 @@ class Gate:
 
             self._senders = Senders(settings)
 
-    def check(self, path: str, authorization: str, *, is_event: bool) -> None:
-        """Raises Unauthorized, Forbidden, or Unavailable while tokens cannot be judged. authorization: the header's value."""
-        if self._senders and is_event:
-            if not self._keys or not _has_key(self._keys, authorization):
-                self._senders.check(authorization)
-        elif self._keys and path not in OPEN:
-            self._keys.check(authorization)
+    def check(self, path: str, authorization: str, *, method: str) -> str:
+        """Who calls: the same text for the same key or the same subject of tokens. authorization: the header's value.
 
+        Raises Unauthorized, Forbidden, or Unavailable while that cannot be told.
+        """
+        if self.may_wait(path, method):
+            return self._sender(authorization)
+        if self._keys and path not in OPEN:
+            return self._keys.check(authorization)
+        return NOBODY
 
-def _has_key(keys: Keys, authorization: str) -> bool:
-    try:
-        keys.check(authorization)
-    except Unauthorized:
-        return False
-    return True
+    def may_wait(self, path: str, method: str = "POST") -> bool:
+        """Whether a check may take the time of asking the tokens' issuer."""
+        return self._senders is not None and (path, method) == ("/", "POST")
+
+    def _sender(self, authorization: str) -> str:
+        """Who has one of the keys, if there are any, or else a token."""
+        assert self._senders
+        unsure: Unavailable | None = None
+        try:
+            if self._keys:
+                return self._keys.check(authorization)
+        except Unauthorized:
+            pass
+        except Unavailable as error:
+            unsure = error
+        try:
+            return self._senders.check(authorization)
+        except Unauthorized:
+            if unsure:  # what is no good token may be a key
+                raise unsure from None
+            raise

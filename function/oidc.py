@@ -1,4 +1,4 @@
-"""Who sends an event: the check of the token that Knative Eventing's senders carry, a JWT for the audience of the receiver.
+"""Who posts to `/`: the check of the token that Knative Eventing's senders carry, a JWT for the audience of the receiver.
 
 The issuer is the cluster, or any other that publishes its keys as OpenID Connect Discovery 1.0 has it: a document at
 `<issuer>/.well-known/openid-configuration` names the issuer and where its keys are (a JWK set, RFC 7517). What is checked follows RFC 7519
@@ -64,21 +64,24 @@ class Senders:
         self._subjects = frozenset(name.strip() for name in (settings.oidc_subjects or "").split(",")) - {""}
         self._issuer = Issuer(settings.oidc_issuer, pod)
 
-    def check(self, authorization: str) -> None:
-        """Raises Unauthorized unless the header's value has a good token, Forbidden if it is of a subject that is not let in, and
-        Unavailable while that cannot be told.
+    def check(self, authorization: str) -> str:
+        """Who has the token in the header's value: its issuer and subject.
+
+        Raises Unauthorized if it is not good, Forbidden if it is of a subject that is not let in, Unavailable while that cannot be told.
         """
         kind, _, token = authorization.partition(" ")
         if kind.lower() != "bearer" or not token:
-            raise Unauthorized("an event needs a token of its sender: send Authorization: Bearer <token>")
+            raise Unauthorized("who posts to / needs a token: send Authorization: Bearer <token>")
         try:
-            subject = self._subject(token.strip())
+            issuer, subject = self._sender(token.strip())
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError) as error:  # the last three: claims of a kind that none should be
             raise Unauthorized(f"the token is not accepted: {_plain(str(error))}") from None
         if self._subjects and subject not in self._subjects:
-            raise Forbidden(f"events of {_plain(subject)} are not taken here (FUNCTION_OIDC_SUBJECTS)")
+            raise Forbidden(f"{_plain(subject)} is not let in here (FUNCTION_OIDC_SUBJECTS)")
+        return f"subject:{issuer} {subject}"
 
-    def _subject(self, token: str) -> str:
+    def _sender(self, token: str) -> tuple[str, str]:
+        """A good token's issuer and subject."""
         header = jwt.get_unverified_header(token)
         if header.get("alg") not in _ALGORITHMS:
             raise Unauthorized(f"the token is not accepted: it must be signed with {' or '.join(_ALGORITHMS)}")
@@ -97,7 +100,7 @@ class Senders:
             leeway=LEEWAY_S,
             options={"require": ["exp", "iss", "aud", "sub"], "enforce_minimum_key_length": True},
         )
-        return str(claims["sub"])
+        return keys.issuer, str(claims["sub"])
 
 
 class Issuer:
@@ -108,7 +111,7 @@ class Issuer:
         try:
             _address(url)
         except ValueError as error:
-            raise SettingsError(f"FUNCTION_OIDC_ISSUER={url!r}: {error}") from None
+            raise SettingsError(f"FUNCTION_OIDC_ISSUER={_without_password(url)!r}: {error}") from None
         self._url = url
         self._pod = pod
         self._known: _Keys | None = None
@@ -160,10 +163,10 @@ class Issuer:
             raise ValueError("its discovery document names no `issuer` or no `jwks_uri`")
         # Every cluster answers to one address, and calls itself as its operator chose; Knative's own receivers take that name, too.
         if issuer != self._url and self._url != CLUSTER_ISSUER:
-            raise ValueError(f"it calls itself {issuer!r}; set FUNCTION_OIDC_ISSUER to that if it is the one")
+            raise ValueError(f"it calls itself {_plain(issuer)!r}; set FUNCTION_OIDC_ISSUER to that if it is the one")
         by_id = _by_id(self._get(where).get("keys"))
         if not by_id:
-            raise ValueError(f"{where} has no key for {' or '.join(_ALGORITHMS)} that has an id")
+            raise ValueError(f"{_plain(where)} has no key for {' or '.join(_ALGORITHMS)} that has an id")
         return _Keys(issuer, by_id, time.monotonic())
 
     def _get(self, url: str) -> dict[str, Any]:
@@ -236,8 +239,14 @@ def _by_id(keys: Any) -> dict[str, tuple[str, Any]]:
             elif key.get("kty") == "EC" and key.get("crv") == "P-256" and key.get("alg", "ES256") == "ES256":
                 found[key["kid"]] = ("ES256", ECAlgorithm.from_jwk(public))
         except (jwt.PyJWTError, ValueError, TypeError):
-            log.warning("a key of the token's issuer is malformed: %r", key["kid"])
+            log.warning("a key of the token's issuer is malformed: %.200r", key["kid"])
     return found
+
+
+def _without_password(url: str) -> str:
+    """As a message may have it."""
+    scheme, slashes, rest = url.partition("://")
+    return f"{scheme}{slashes}***@{rest.rpartition('@')[2]}" if "@" in rest else url
 
 
 def _plain(text: str) -> str:

@@ -114,8 +114,52 @@ def test_keys_may_be_changed_while_it_runs(start: StartFunction, tmp_path: Path)
     draft.rename(keys)
     statuses = [request(port, "POST", "/", "a", {"Authorization": f"Bearer {key}"}).status for key in ("old", "new")]
     assert statuses == [401, 200]
-    keys.unlink()  # on its way to be replaced
-    assert request(port, "POST", "/", "a", {"Authorization": "Bearer new"}).status == 200
+
+
+def test_keys_that_were_taken_away_are_gone_and_the_log_says_so_once(start: StartFunction, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("a-key\n")
+    function = start(FUNCTION_API_KEYS_FILE=keys).ready()
+    asked = {"Authorization": "Bearer a-key"}
+    assert request(function.port, "POST", "/", "a", asked).status == 200
+    keys.write_text("")
+    for method, path in (("POST", "/"), ("POST", "/v1/models/m:predict"), ("GET", "/metrics"), ("GET", "/v1/models")):
+        refused = request(function.port, method, path, {"instances": [1]} if method == "POST" else None, asked)
+        assert (refused.status, refused.headers["retry-after"]) == (503, "5")
+        assert refused.json()["error"] == {
+            "type": "unavailable",
+            "message": "the keys cannot be checked now; the function's log says why",
+        }
+    keys.unlink()
+    assert request(function.port, "POST", "/", "a", asked).status == 503
+    assert [request(function.port, "GET", path).status for path in ("/healthz", "/readyz")] == [200, 200]
+    keys.write_text("a-key\n")
+    assert request(function.port, "POST", "/", "a", asked).status == 200
+    said = function.said()
+    assert said.count("WARNING relight.function: FUNCTION_API_KEYS_FILE=") == 1
+    assert f"FUNCTION_API_KEYS_FILE='{keys}': holds no key; one a line is expected; calls that need a key are refused until" in said
+    assert said.count(f"INFO relight.function: FUNCTION_API_KEYS_FILE='{keys}' holds keys again") == 1
+
+
+def test_no_credentials_reach_the_log_or_an_answer(start: StartFunction, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("right-s3cret\n")
+    function = start(FUNCTION_API_KEYS_FILE=keys).ready()
+    for value in (
+        "Bearer right-s3cret",
+        "Bearer wrong-s3cret",
+        "right-s3cret",
+        "Basic s3cret",
+        "Bearer \xe9-s3cret",
+        "Bearer s3cret s3cret",
+    ):
+        for path in ("/", "/v1/models/m:predict", "/v2/models/m/infer", "/nowhere"):
+            answer = request(function.port, "POST", path, {"instances": "no"}, {"Authorization": value, "X-Request-Id": "told"})
+            assert b"s3cret" not in answer.body + repr(answer.headers).encode()
+    keys.write_text("")
+    assert request(function.port, "POST", "/", "a", {"Authorization": "Bearer right-s3cret"}).status == 503
+    wait_until("all lines", lambda: len(lines(function)) == 25)
+    assert "s3cret" not in function.said()
 
 
 @pytest.mark.parametrize(("content", "said"), [(None, "No such file or directory"), ("# none\n", "holds no key")])

@@ -31,6 +31,7 @@ from function import oidc
 from function.agent import Weights
 from function.app import create_app
 from function.errors import Unauthorized, Unavailable
+from function.gate import Gate
 from function.model import Model
 from function.oidc import Senders
 from function.settings import FunctionSettings
@@ -177,13 +178,22 @@ def test_an_event_with_a_good_token_is_answered(client: FlaskClient, issuer: Iss
 
 def test_an_event_without_a_token_is_refused_in_each_mode(client: FlaskClient, issuer: Issuer) -> None:
     for headers in (EVENT, {"Content-Type": "application/cloudevents+json"}, {"Content-Type": "application/cloudevents-batch+json"}):
-        assert refused(send(client, None, headers)) == "an event needs a token of its sender: send Authorization: Bearer <token>"
+        assert refused(send(client, None, headers)) == "who posts to / needs a token: send Authorization: Bearer <token>"
     assert issuer.asked == []
 
 
-def test_what_is_no_event_needs_no_token(client: FlaskClient, issuer: Issuer) -> None:
+def test_plain_json_at_the_functions_own_url_needs_a_token_too(client: FlaskClient, issuer: Issuer) -> None:
+    plain = {"Content-Type": "application/json"}
+    for headers in (plain, {}, {"Content-Type": "text/plain"}, plain | {"ce-id": "1"}):
+        refused(send(client, None, headers))
+        refused(send(client, issuer.token_of(aud="another"), headers))
+    answer = send(client, issuer.token_of(), plain)
+    assert (answer.status_code, answer.json) == (200, "hello")
+
+
+def test_what_is_not_posted_to_the_functions_own_url_needs_no_token(client: FlaskClient, issuer: Issuer) -> None:
     issuer.status = 500
-    assert client.post("/", json="hello").json == "hello"
+    assert client.get("/").status_code == 405
     assert client.post("/v1/models/echo:predict", json={"instances": [1]}).json == {"predictions": [1]}
     for path in ("/healthz", "/readyz", "/metrics", "/v1/models"):
         assert client.get(path, headers={"Authorization": "Bearer junk"}).status_code == 200
@@ -269,13 +279,15 @@ def test_subjects_that_are_not_named_are_forbidden(make_client: MakeClient, issu
     assert send(client, issuer.token_of()).status_code == 200
     answer = send(client, issuer.token_of(sub="system:serviceaccount:default:a-source2"))
     assert (answer.status_code, error_of(answer)["type"]) == (403, "forbidden")
-    assert error_of(answer)["message"] == ("events of system:serviceaccount:default:a-source2 are not taken here (FUNCTION_OIDC_SUBJECTS)")
+    assert error_of(answer)["message"] == ("system:serviceaccount:default:a-source2 is not let in here (FUNCTION_OIDC_SUBJECTS)")
     assert "WWW-Authenticate" not in answer.headers
     assert send(client, issuer.token_of(sub="\ud800 ü")).status_code == 403
     refused(send(client, issuer.token_of(OTHER, sub="another")))
 
 
-def test_with_keys_an_event_needs_a_key_or_a_token_and_all_else_a_key(make_client: MakeClient, issuer: Issuer, tmp_path: Path) -> None:
+def test_with_keys_the_functions_own_url_needs_a_key_or_a_token_and_all_else_a_key(
+    make_client: MakeClient, issuer: Issuer, tmp_path: Path
+) -> None:
     keys = tmp_path / "keys"
     keys.write_text("a-key\n")
     client = make_client(api_keys_file=keys)
@@ -285,8 +297,23 @@ def test_with_keys_an_event_needs_a_key_or_a_token_and_all_else_a_key(make_clien
     refused(send(client, "another-key"))
     refused(send(client, None))
     for token, status in (("a-key", 200), (issuer.token_of(), 401)):
-        assert client.post("/", json=1, headers={"Authorization": f"Bearer {token}"}).status_code == status
+        headers = {"Authorization": f"Bearer {token}"}
+        assert client.post("/", json=1, headers=headers).status_code == 200
+        assert client.post("/v1/models/echo:predict", json={"instances": [1]}, headers=headers).status_code == status
     assert client.get("/readyz").status_code == 200
+    keys.unlink()
+    assert send(client, issuer.token_of()).status_code == 200  # which needs no key
+    assert send(client, "a-key").status_code == 503
+    refused(send(client, None))
+
+
+def test_the_same_subject_is_the_same_caller_whatever_its_token(issuer: Issuer, tmp_path: Path) -> None:
+    senders, gate = senders_of(issuer, tmp_path), Gate(FunctionSettings(agent="a:B", oidc_audience=AUDIENCE, oidc_issuer=issuer.url))
+    tokens = [issuer.token_of(), issuer.token_of(EC, "second", "ES256"), issuer.token_of(exp=time.time() + 99)]
+    assert {senders.check(f"Bearer {token}") for token in tokens} == {f"subject:{issuer.name} {SENDER}"}
+    assert gate.check("/", f"Bearer {tokens[0]}", method="POST") == f"subject:{issuer.name} {SENDER}"
+    assert senders.check("Bearer " + issuer.token_of(sub="another")) == f"subject:{issuer.name} another"
+    assert gate.check("/v1/models", "Bearer junk", method="GET") == ""
 
 
 # Junk
@@ -569,7 +596,7 @@ def test_the_cluster_may_call_itself_as_it_likes(issuer: Issuer, monkeypatch: py
 def test_an_issuer_that_cannot_be_asked_safely_is_a_wrong_setting(url: str) -> None:
     with pytest.raises(SettingsError) as error:
         Senders(FunctionSettings(agent="a:B", oidc_audience=AUDIENCE, oidc_issuer=url))
-    assert str(error.value).startswith(f"FUNCTION_OIDC_ISSUER={url!r}: ")
+    assert str(error.value).startswith(f"FUNCTION_OIDC_ISSUER={url.replace('u:p@', '***@')!r}: ")
 
 
 @pytest.mark.parametrize("url", ["https://a.example", "https://a.example:8443/realms/x/", "http://localhost:1", "http://[::1]:1"])
@@ -592,8 +619,24 @@ def test_the_function_as_it_is_deployed_asks_for_tokens(issuer: Issuer, tmp_path
         for token, status in ((issuer.token_of(), 200), (issuer.token_of(OTHER), 401), ("junk", 401)):
             assert request(port, "POST", "/", b"1", {**EVENT, "Authorization": f"Bearer {token}"}).status == status
         assert request(port, "POST", "/", b"1", EVENT).headers["www-authenticate"] == "Bearer"
-        assert request(port, "POST", "/", 1).json() == 1
+        assert [request(port, "POST", "/", 1, headers).status for headers in ({}, {"Authorization": "Bearer junk"})] == [401, 401]
+        assert request(port, "POST", "/", 1, {"Authorization": f"Bearer {issuer.token_of()}"}).json() == 1
+        assert request(port, "POST", "/v1/models/model:predict", {"instances": [1]}).status == 200
         assert "Traceback" not in server.said()
+
+
+def test_probes_are_answered_while_the_issuer_is_waited_for(issuer: Issuer, tmp_path: Path) -> None:
+    port, code = free_port(), "from function import oidc, server; oidc.TIMEOUT_S = 60.0; server.main()"
+    with running([str(BIN / "python"), "-c", code], tmp_path / "log", environment(port, FUNCTION_OIDC_ISSUER=issuer.url), port) as server:
+        server.ready()
+        issuer.may_answer.clear()
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(request, port, "POST", "/", 1, {"Authorization": f"Bearer {issuer.token_of()}"})
+            wait_until("the issuer is asked", lambda: issuer.asked)
+            assert request(port, "GET", "/healthz").status == 200
+            assert not waiting.done()
+            issuer.may_answer.set()
+            assert waiting.result().status == 200
 
 
 @pytest.mark.parametrize(
