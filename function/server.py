@@ -4,7 +4,7 @@ The port is open, and `/readyz` answers, before the worker imports torch; the mo
 CUDA context does not survive one.
 """
 
-import logging
+import faulthandler
 import math
 import os
 import signal
@@ -13,15 +13,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gunicorn import sock
 from gunicorn.app.base import BaseApplication
-from gunicorn.arbiter import Arbiter
 from prometheus_client import start_http_server
 
-from function import tracing
+from function import children, process, tracing
 from function.app import create
+from function.ending import Ending
 from function.keys import Keys
-from function.log import install
+from function.log import STDERR, install
+from function.master import ENDING_SIGNALS, Master
 from function.metrics import Metrics
 from function.model import Model
 from function.settings import FunctionSettings, from_environment
@@ -30,48 +30,32 @@ from weights_cache.environment import SettingsError
 from weights_cache.reader import Weights
 from weights_cache.settings import WeightsSettings
 
-log = logging.getLogger("relight.function")
-
 # When this process was asked for, on `time.monotonic`'s clock; None if that is when the kernel started it. See fork_server.
 asked_at: float | None = None
-
-_HURRY_S = 2.0  # for a worker to leave that is told to a second time
-_AFTERTHOUGHTS = ("Shutting down: Master", "Reason: Worker failed to boot.")
-
-
-class _Master(Arbiter):  # type: ignore[misc]  # gunicorn has no types
-    """gunicorn's own, but for its end: it looks for the worker's ten times a second, and waits once more after that."""
-
-    LISTENERS: list[Any]
-
-    def stop(self, graceful: bool = True) -> None:
-        """End the worker, and wait for that for the grace time at most. Called by gunicorn."""
-        sock.close_sockets(self.LISTENERS, unlink=False)
-        self.LISTENERS = []
-        self.kill_workers(signal.SIGTERM if graceful else signal.SIGQUIT)
-        ends = time.monotonic() + self.cfg.graceful_timeout
-        while self.WORKERS and (left_s := ends - time.monotonic()) > 0:
-            if not {signal.SIGINT, signal.SIGQUIT}.isdisjoint(self.wait_for_signals(left_s)):  # SIGCHLD is one, too
-                self.kill_workers(signal.SIGQUIT)
-                ends = min(ends, time.monotonic() + _HURRY_S)
-            self.reap_workers()
-        self.kill_workers(signal.SIGKILL)
-        self.reap_workers()
 
 
 class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
     """One function under gunicorn."""
 
-    def __init__(self, settings: FunctionSettings, weights: WeightsSettings, *, started_at: float) -> None:
+    def __init__(self, settings: FunctionSettings, weights: WeightsSettings, *, started_at: float, plain: children.Handlers) -> None:
+        """plain: what a fresh Python does on each signal."""
         self._settings = settings
         self._weights = weights
         self._started_at = started_at
+        self._plain = plain
         self._model: Model | None = None
+        self._ending: Ending | None = None  # the worker's
         super().__init__()
 
     def run(self) -> None:
         """Serve until told to end; then SystemExit."""
-        _Master(self).run()
+        children.adopt_orphans()
+        try:
+            Master(self).run()
+        except SystemExit as told:
+            if self._ending:
+                self._ending.leave(told.code if isinstance(told.code, int) else 1)
+            raise
 
     def load_config(self) -> None:
         """Called by gunicorn."""
@@ -104,27 +88,57 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
         return app
 
     def _start_model(self, worker: FunctionWorker) -> None:
+        """Called by gunicorn in the worker, before it runs."""
         model = self._model
         assert model
+        settings = self._settings
+        ports = {listener.getsockname()[1] for listener in worker.sockets} | {settings.metrics_port}
+        ending = self._ending = Ending(
+            model.close, drain_s=settings.drain_s, ports=ports, on_failure=lambda: _explained(worker), flush=STDERR.flush
+        )
 
         def on_term(number: int, frame: object) -> None:
+            ending.told()
             model.drain()
             worker.handle_exit(number, frame)
 
+        worker.leave = ending.leave
+        signal.signal(signal.SIGTERM, on_term)
+        ending.arm()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
+        if not faulthandler.is_enabled():
+            faulthandler.enable(all_threads=False)  # so that the log has the Python stack of a crash in native code
+        children.make_plain(self._plain, lambda: [*_descriptors(worker), *worker.descriptors()], ports)
+        self._equip(worker, model)
+        model.start(on_failure=lambda error: ending.fail(Master.WORKER_BOOT_ERROR, error))
+
+    def _equip(self, worker: FunctionWorker, model: Model) -> None:
+        """Give the worker what it asks."""
         if self._settings.metrics_port:
             start_http_server(self._settings.metrics_port, self._settings.host, self._metrics.registry)
         worker.fast_path = self._fast_path
-        worker.refusal = model.refusal
+        worker.admit = model.admit
+        worker.max_body_bytes = self._settings.max_body_bytes
         if self._tracing:
             self._tracing.start()
             worker.last_words = self._tracing.flush
-        signal.signal(signal.SIGTERM, on_term)
-        # gunicorn ends, instead of trying again for ever, when a worker leaves with this status; the platform then sees the failure.
-        model.start(on_failure=lambda: os._exit(Arbiter.WORKER_BOOT_ERROR))
+
+
+def _explained(worker: FunctionWorker) -> None:
+    """Let the master know that the log says already why the worker ends."""
+    os.pwrite(worker.tmp.fileno(), b"!", 0)
+
+
+def _descriptors(worker: FunctionWorker) -> list[int]:
+    """What gunicorn has opened in the worker, besides sockets."""
+    queue = worker.method_queue
+    return [worker.tmp.fileno(), worker.poller.fileno(), *worker.PIPE, queue._read_fd, queue._write_fd]  # noqa: SLF001
 
 
 def main() -> None:
     """Serve until SIGTERM. Exits 2 with one line on stderr when a setting is wrong, 3 when the agent cannot be brought up."""
+    plain = children.handlers()
+    process.prepare()
     install()
     try:
         settings, weights = from_environment()
@@ -137,14 +151,7 @@ def main() -> None:
             Senders(settings)
     except SettingsError as error:
         sys.exit(_complain(str(error)))
-    logging.getLogger("gunicorn.error").addFilter(_is_news)
-    FunctionServer(settings, weights, started_at=asked_at or _process_started_at()).run()
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for what gunicorn adds when an agent cannot be brought up: the log is to end with the reason, which people are shown first."""
-    said = record.getMessage()
-    return not said.endswith(f"exited with code {Arbiter.WORKER_BOOT_ERROR}.") and said not in _AFTERTHOUGHTS
+    FunctionServer(settings, weights, started_at=asked_at or _process_started_at(), plain=plain).run()
 
 
 def _complain(message: str) -> int:
