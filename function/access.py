@@ -12,6 +12,7 @@ import flask
 
 from function import log
 from function.batcher import Span
+from function.cors import Cors
 from function.metrics import Metrics
 
 _ID = re.compile(r"[!-~]{1,128}")
@@ -45,6 +46,7 @@ class Note:
     # Once the answer is known
     route: str = NO_ROUTE
     status: int = 0
+    origin: str | None = None  # of the page that a browser calls from
     error: str | None = None  # the type of one that came after the status was out
     line: dict[str, Any] | None = None  # for the log
     trace: "Trace | None" = None  # who else wants it
@@ -61,9 +63,10 @@ Trace = Callable[[Note], object]  # is handed what was noted of a request whose 
 class Access:
     """Takes note of all requests, whoever answers them."""
 
-    def __init__(self, metrics: Metrics, *, is_logged: bool, trace: Trace | None = None) -> None:
+    def __init__(self, metrics: Metrics, cors: Cors, *, is_logged: bool, trace: Trace | None = None) -> None:
         """is_logged: one line on stderr for each request."""
         self._metrics = metrics
+        self._cors = cors
         self._is_logged = is_logged
         self._trace = trace
 
@@ -74,6 +77,15 @@ class Access:
         def begin() -> None:
             request = flask.request
             flask.g.note = self.open(request.method, request.path, request.headers)
+
+        @app.before_request
+        def preflight() -> flask.Response | None:
+            """Before anybody is asked for a key, which browsers do not send with this question."""
+            request = flask.request
+            if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
+                return None
+            said = self._cors.preflight(request.headers.get("Origin"), request.headers.get("Access-Control-Request-Headers"))
+            return None if said is None else flask.Response(status=204, headers=dict(said))
 
         @app.after_request
         def end(response: flask.Response) -> flask.Response:
@@ -89,6 +101,7 @@ class Access:
         request_id = said if _ID.fullmatch(said) else uuid.uuid4().hex
         traceparent = (headers.get("traceparent") or "")[:_MOST_TRACEPARENT] or None
         note = Note(method[:_MOST_METHOD], path[:_MOST_PATH], request_id, traceparent, time.monotonic())
+        note.origin = headers.get("origin")
         if self._trace:
             note.spans, note.tracestate = [], headers.get("tracestate")
         return note
@@ -115,6 +128,7 @@ class Access:
         return {
             "X-Request-Id": note.request_id,
             "Server-Timing": ", ".join(f"{name};dur={found * 1000:.2f}" for name, found in timing.items()),
+            **self._cors.headers(note.origin),
         }
 
     def refused(self, head: bytes, began: float, status: int) -> tuple[Note, dict[str, str]]:

@@ -5,6 +5,7 @@ from werkzeug.exceptions import HTTPException
 
 from function.access import Access, Trace
 from function.bodies import ParseBudget
+from function.cors import Cors
 from function.errors import HttpError, NotFound
 from function.fast_path import FastPath
 from function.gate import Gate
@@ -25,7 +26,7 @@ def create(settings: FunctionSettings, model: Model, metrics: Metrics, trace: Tr
     app = flask.Flask("function", static_folder=None)
     budget = ParseBudget.for_bodies_of(settings.max_body_bytes)
     function, gate = Function(settings, model, metrics, budget), Gate(settings)
-    access = Access(metrics, is_logged=settings.access_log, trace=trace)
+    access = Access(metrics, Cors(settings.cors_origins), is_logged=settings.access_log, trace=trace)
     access.watch(app)
     for protocol in (plain, v1, v2, openai, openapi):
         protocol.add_routes(app, function)

@@ -17,7 +17,7 @@ from function.access import Access, Note
 from function.batcher import Call
 from function.bodies import parse_json
 from function.gate import Gate
-from function.http import JSON, Function, PredictRequest, PredictRoute, failure
+from function.http import JSON, Function, PredictRequest, PredictRoute, failure, path_of
 from function.values import dumps
 
 MOST_BYTES = 16 * 1024  # of a body; a larger one would keep the loop from others
@@ -114,7 +114,7 @@ class FastPath:
 
     def probe(self, head: Head) -> Answer | None:
         """The answer to a probe; None if it is another request."""
-        path = head.path.partition("?")[0] if head.method != "POST" else ""
+        path = path_of(head.path) if head.method != "POST" else ""
         view = self._probes.get(path)
         if view is None:
             return None
@@ -128,11 +128,12 @@ class FastPath:
 
     def submit(self, head: Head, body: bytes, sock: Any, then: Callable[[FastCall], object]) -> FastCall | None:
         """Begin a prediction; None if the request is no ordinary one. `then` is called from any thread, unless it has failed already."""
-        route = self._function.predictions.get(head.path)
+        path = path_of(head.path)
+        route = self._function.predictions.get(path)
         kind = head.headers.get("content-type", JSON).partition(";")[0].strip().lower()
         if not route or head.method != "POST" or kind != JSON or len(body) > MOST_BYTES:
             return None
-        fast_call = FastCall(route, head, self.access.open(head.method, head.path, head.headers))
+        fast_call = FastCall(route, head._replace(path=path), self.access.open(head.method, path, head.headers))
         try:
             self._gate.check(head.path, head.headers.get("authorization", ""), method=head.method)
             request = fast_call.request = route.read(parse_json(body)[0])

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
 import flask
 
@@ -145,6 +146,12 @@ class Function:
             raise TooLarge(f"the body is larger than {limit} bytes (FUNCTION_MAX_BODY_BYTES)")
         coding = request.headers.get("Content-Encoding", "")
         return decompress(body, coding, limit) if coding else body
+
+
+def path_of(target: str) -> str:
+    """The path that a request's target names, as Flask has it."""
+    path = target.partition("?")[0]
+    return unquote(path) if "%" in path else path
 
 
 def reply(document: Any, status: int = 200) -> flask.Response:

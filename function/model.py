@@ -81,7 +81,7 @@ class Model:
         return self._runner.agent is not None and self._runner.agent.takes_arrays
 
     @property
-    def media_types(self) -> Sequence[str]:
+    def media_types(self) -> tuple[str, ...]:
         """Which bodies, besides JSON, the agent takes as inputs of bytes."""
         return self._runner.agent.media_types if self._runner.agent else ()
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weights_cache import environment
-from weights_cache.environment import setting
+from weights_cache.environment import SettingsError, setting
 from weights_cache.settings import WeightsSettings
 
+_ENDS_OF_ROUTES = ("ready", "infer", "generate", "generate_stream")  # /v2/models/<name>/…
 CLUSTER_ISSUER = "https://kubernetes.default.svc"  # where the cluster that a pod is in answers, however it calls itself
 
 
@@ -72,6 +73,11 @@ class FunctionSettings:
     oidc_subjects: str | None = setting(
         "FUNCTION_OIDC_SUBJECTS", None, text="the senders that are let in, as `system:serviceaccount:namespace:name,…`; all if empty"
     )
+    cors_origins: str | None = setting(
+        "FUNCTION_CORS_ORIGINS",
+        None,
+        text="the pages that browsers may call from, as `https://app.example.com,…`, or `*`; none if empty",
+    )
     metrics_port: int = setting(
         "FUNCTION_METRICS_PORT", 0, minimum=0, maximum=65535, text="a port that has `/metrics` alone, and asks for no key; 0 is none"
     )
@@ -80,6 +86,15 @@ class FunctionSettings:
         "FUNCTION_TORCH_THREADS", 0, minimum=0, maximum=1024, text="torch's threads; 0 takes the container's CPU limit, or 1 without one"
     )
     lean_torch: bool = setting("FUNCTION_LEAN_TORCH", True, text="import of torch without its compilers, until something needs them")
+
+    def __post_init__(self) -> None:
+        """Raises SettingsError for a model's name that no URL could name."""
+        first, *others = self.model_name.split("/")
+        if any(part in ("", ".", "..") for part in (first, *others)) or not self.model_name.isprintable():
+            raise SettingsError(f"FUNCTION_MODEL_NAME={self.model_name!r}: must be a name, or names with single slashes between them")
+        last = others[-1] if others else ""
+        if self.model_name.endswith(":predict") or "versions" in others or last in _ENDS_OF_ROUTES:
+            raise SettingsError(f"FUNCTION_MODEL_NAME={self.model_name!r}: its end reads like that of a route; choose another")
 
     @property
     def http_threads(self) -> int:

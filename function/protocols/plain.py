@@ -1,11 +1,11 @@
-"""`POST /`, the function's own URL: JSON in, JSON out; or events."""
+"""`POST /`, the function's own URL: JSON in, JSON out; or events; or the bytes of an image and the like, for an agent that takes them."""
 
 import os
 
 import flask
 
 from function.http import Function, PredictRoute, reply
-from function.protocols import cloudevents
+from function.protocols import cloudevents, raw
 from function.protocols.events import Events
 from function.protocols.v1 import of_value
 
@@ -19,5 +19,5 @@ def add_routes(app: flask.Flask, function: Function) -> None:
     def call() -> flask.Response:
         if cloudevents.are_here(flask.request):
             return answers.answer()
-        asked = of_value(function.json_body())
+        asked = raw.of_body(function) or of_value(function.json_body())
         return reply(asked.answer(function.predict(asked)))

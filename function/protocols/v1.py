@@ -14,15 +14,15 @@ _KNOWN = ("instances", "parameters", "signature_name")
 def add_routes(app: flask.Flask, function: Function) -> None:
     """Add `/v1/models…`."""
     name = function.settings.model_name
-    predictions = "/v1/models/<wanted>:predict"
-    function.predictions[predictions.replace("<wanted>", name)] = PredictRoute(predictions, of_instances)
+    predictions = "/v1/models/<path:wanted>:predict"  # a name may have slashes
+    function.predictions[f"/v1/models/{name}:predict"] = PredictRoute(predictions, of_instances)
     card = {"id": name, "object": "model", "created": 0, "owned_by": "relight"}
 
     @app.get("/v1/models")
     def v1_models() -> flask.Response:
         return reply({"object": "list", "data": [card], "models": [name]})
 
-    @app.get("/v1/models/<wanted>")
+    @app.get("/v1/models/<path:wanted>")
     def v1_model(wanted: str) -> flask.Response:
         if wanted.endswith(":predict"):
             raise HttpError(405, "method_not_allowed", "a prediction is asked for with POST", {"Allow": "POST"})

@@ -12,9 +12,11 @@ import flask
 
 from function.agent import TensorSpec
 from function.errors import BadInput, NotFound, Unavailable, UnsupportedMediaType
-from function.http import Function, dumps, events, parse_json, reply
+from function.guarded_agent import to_function_error
+from function.http import Function, PredictRequest, events, reply
 from function.protocols import tensors
 from function.protocols.tensors import Tensor
+from function.values import dumps
 
 VERSION = "1"  # of the model; there is never another beside it
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -40,8 +42,8 @@ def add_routes(app: flask.Flask, function: Function) -> None:
         is_ready = model.phase == "ready"
         return reply({"ready": is_ready}, 200 if is_ready else 503)
 
-    @app.get("/v2/models/<name>")
-    @app.get("/v2/models/<name>/versions/<version>")
+    @app.get("/v2/models/<path:name>")
+    @app.get("/v2/models/<path:name>/versions/<version>")
     def v2_model(name: str, version: str = VERSION) -> flask.Response:
         _known(function, name, version)
         if model.phase in ("importing", "restoring", "loading"):
@@ -49,40 +51,31 @@ def add_routes(app: flask.Flask, function: Function) -> None:
         described = {"inputs": _described(model.inputs), "outputs": _described(model.outputs)}
         return reply({"name": name, "versions": [VERSION], "platform": "relight", **described})
 
-    @app.get("/v2/models/<name>/ready")
-    @app.get("/v2/models/<name>/versions/<version>/ready")
+    @app.get("/v2/models/<path:name>/ready")
+    @app.get("/v2/models/<path:name>/versions/<version>/ready")
     def v2_model_ready(name: str, version: str = VERSION) -> flask.Response:
         _known(function, name, version)
         is_ready = model.phase == "ready"
         return reply({"name": name, "ready": is_ready}, 200 if is_ready else 503)
 
-    @app.post("/v2/models/<name>/infer")
-    @app.post("/v2/models/<name>/versions/<version>/infer")
+    @app.post("/v2/models/<path:name>/infer")
+    @app.post("/v2/models/<path:name>/versions/<version>/infer")
     def v2_infer(name: str, version: str = VERSION) -> flask.Response:
         _known(function, name, version)
         return infer(function)
 
-    @app.post("/v2/models/<name>/generate")
-    @app.post("/v2/models/<name>/versions/<version>/generate")
+    @app.post("/v2/models/<path:name>/generate")
+    @app.post("/v2/models/<path:name>/versions/<version>/generate")
     def v2_generate(name: str, version: str = VERSION) -> flask.Response:
         _known(function, name, version)
         return reply(_text_output(name, generate(function, _prompt(function.json_object()))))
 
-    @app.post("/v2/models/<name>/generate_stream")
-    @app.post("/v2/models/<name>/versions/<version>/generate_stream")
+    @app.post("/v2/models/<path:name>/generate_stream")
+    @app.post("/v2/models/<path:name>/versions/<version>/generate_stream")
     def v2_generate_stream(name: str, version: str = VERSION) -> flask.Response:
         _known(function, name, version)
         stream = function.stream(_prompt(function.json_object()))
-        return events(stream, lambda piece: _text_output(name, piece), failure=lambda error: {"error": str(error)})
-
-    @app.after_request
-    def v2_error(response: flask.Response) -> flask.Response:
-        """Every error below `/v2`, whoever made it, as this protocol has it: {"error": message}."""
-        if response.status_code >= 400 and (flask.request.path + "/").startswith("/v2/") and response.is_json:
-            error = response.get_json().get("error")
-            if isinstance(error, dict):
-                response.set_data(dumps({"error": error["message"]}))
-        return response
+        return events(stream, lambda piece: _text_output(name, piece))
 
 
 def infer(function: Function) -> flask.Response:
@@ -102,7 +95,8 @@ def infer(function: Function) -> flask.Response:
     inputs_said = list(function.model.inputs)
     if inputs_said != _ANY_INPUT:
         tensors.fit(given, inputs_said)
-    found = {tensor.name: tensor for tensor in _outputs(function.predict(tensors.rows(given)), outputs_said)}
+    rows = tensors.rows(given, as_arrays=function.model.takes_arrays)
+    found = {tensor.name: tensor for tensor in _outputs(function.predict(PredictRequest(rows, is_bare=False)), outputs_said)}
 
     head = {"model_name": function.settings.model_name, "model_version": VERSION} | ({"id": request_id} if request_id else {})
     return _answer(head, [(found[name], as_bytes) for name, as_bytes in in_binary.items()])
@@ -114,7 +108,7 @@ def generate(function: Function, item: dict[str, Any]) -> Any:
     Raises what Function.predict and Function.stream do.
     """
     if not function.model.can_stream:
-        return function.predict([item])[0]
+        return function.predict(PredictRequest([item], is_bare=True))[0]
     pieces = function.stream(item).whole("the answer was not complete within {} s; ask for a stream, or for less")
     return "".join(pieces) if all(isinstance(piece, str) for piece in pieces) else pieces
 
@@ -137,7 +131,7 @@ def _described(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
     return [{"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)} for spec in specs]
 
 
-def _read(function: Function) -> tuple[dict[str, Any], bytes | None]:
+def _read(function: Function) -> tuple[dict[str, Any], memoryview | None]:
     """The request's JSON, and the bytes behind it, None if it does not say where the JSON ends."""
     said = flask.request.headers.get(HEADER_LENGTH)
     if said is None:
@@ -148,10 +142,10 @@ def _read(function: Function) -> tuple[dict[str, Any], bytes | None]:
     body = function.body()
     if not (said.isascii() and said.isdigit()) or len(said) > 18 or int(said) > len(body):
         raise BadInput(f"{HEADER_LENGTH}: {said[:40]!r} is not a length within the body's {len(body)} bytes")
-    document = parse_json(body[: int(said)])
+    document = function.parse(body[: int(said)])
     if not isinstance(document, dict):
         raise BadInput("the JSON before the binary data must be an object")
-    return document, body[int(said) :]
+    return document, memoryview(body)[int(said) :]
 
 
 def _wanted(entries: list[Any], known: list[str], is_binary: bool) -> dict[str, bool]:
@@ -184,12 +178,20 @@ def _asked(parameters: dict[str, Any], name: str, *, default: bool) -> bool:
 
 
 def _outputs(outputs: list[Any], specs: Sequence[TensorSpec]) -> list[Tensor]:
-    """The agent's outputs as tensors. Raises ValueError or KeyError if they are not what the agent declares."""
+    """The agent's outputs as tensors. Raises AgentFailed if they are not what the agent declares."""
     if specs == _ANY_OUTPUT:
         return [tensors.inferred("output", outputs)]
-    if len(specs) == 1:
-        return [tensors.from_outputs(outputs, specs[0])]
-    return [tensors.from_outputs([output[spec.name] for output in outputs], spec) for spec in specs]
+    try:
+        if len(specs) == 1:
+            return [tensors.from_outputs(outputs, specs[0])]
+        names = [spec.name for spec in specs]
+        for output in outputs:
+            if not isinstance(output, dict) or not output.keys() >= set(names):
+                has = list(output) if isinstance(output, dict) else f"a {type(output).__name__}"
+                raise ValueError(f"the agent declares the outputs {names}, and gave {has!s:.200}")
+        return [tensors.from_outputs([output[spec.name] for output in outputs], spec) for spec in specs]
+    except ValueError as error:
+        raise to_function_error(error) from error
 
 
 def _answer(head: dict[str, Any], outputs: list[tuple[Tensor, bool]]) -> flask.Response:
