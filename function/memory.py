@@ -1,4 +1,4 @@
-"""What became of events, by what identifies them: so that one that is delivered twice is worked on once.
+"""What became of events, by who sent what: so that one that is delivered twice is worked on once.
 
 Deliveries repeat themselves: a queue, a broker or a client that did not hear the answer sends the event again. One that comes while the
 first is worked on waits for the same outcome; one that comes later gets the reply that the first one got, for as long as it is kept.
@@ -13,9 +13,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-_OVERHEAD_BYTES = 1000  # what an entry takes, at most, beside its reply's text
+_OVERHEAD_BYTES = 1000  # what an entry takes, at most, beside what its reply counts
 
-Key = tuple[str, str]  # an event's `source` and `id`
+Key = bytes  # a digest of all that makes two deliveries the same: it is of one size, whatever a sender sends
 
 
 class Sized(Protocol):
@@ -123,4 +123,4 @@ class Memory(Generic[R]):
 
 def _size(work: Work[R]) -> int:
     assert work.reply is not None
-    return _OVERHEAD_BYTES + sum(map(len, work.key)) + work.reply.size_bytes
+    return _OVERHEAD_BYTES + work.reply.size_bytes

@@ -7,17 +7,21 @@ An event's data is what the agent is handed: JSON (`{"instances": [...]}` or any
 else as bytes; an event without data is the one input None. A binary event without a Content-Type is JSON if it can be.
 
 The reply has the request's type with `.response` behind it, so that a broker that filters by type does not deliver it here again, and an
-id that follows from the request's `source` and `id`, so that an event that is delivered twice gets one reply as far as its receivers can
-tell.
+id that follows from the request's `source`, `id`, `type` and data, so that an event that is delivered twice gets one reply as far as its
+receivers can tell, whichever pod answers, and one that only has the same id gets another.
 """
 
 import base64
 import binascii
+import hashlib
 import re
+import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
+from functools import cached_property
+from itertools import chain
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
@@ -26,9 +30,10 @@ import orjson
 from werkzeug.datastructures import Headers
 from werkzeug.http import parse_options_header
 
-from function.errors import BadInput, to_function_error
-from function.http import JSON, PredictRequest, dumps, parse_json
+from function.errors import BadInput
+from function.http import JSON, PredictRequest
 from function.protocols.v1 import of_value
+from function.values import dumps
 
 EVENT = "application/cloudevents+json"
 BATCH = "application/cloudevents-batch+json"
@@ -51,6 +56,8 @@ _CHARSETS = {"": "utf-8", "utf-8": "utf-8", "utf8": "utf-8", "us-ascii": "ascii"
 _SAFE = "".join(sign for sign in map(chr, range(0x21, 0x7F)) if sign not in '"%')  # in a header; HTTP binding, section 3.1.3.2
 _REPLIES = uuid.UUID("6f0b6a5c-9c1e-5b0e-8f6e-2f5f3f1f7a11")  # the namespace of our replies' ids
 
+Parse = Callable[[bytes], Any]  # of JSON; raises FunctionError
+
 
 @dataclass(frozen=True)
 class Event:
@@ -59,16 +66,31 @@ class Event:
     attributes: Mapping[str, str]
     question: PredictRequest
 
-    @property
-    def key(self) -> tuple[str, str]:
-        """What identifies it: whoever sends the same again means the same event."""
-        return self.attributes["source"], self.attributes["id"]
+    @cached_property
+    def digest(self) -> bytes:
+        """Of what makes it what it is: its source, id and type, and what the agent is handed of it, in whichever mode it came."""
+        found, asked = hashlib.blake2b(digest_size=32), self.question
+        parts = [self.attributes[name].encode() for name in ("source", "id", "type")]
+        parts += [b"bare" if asked.is_bare else b"instances", *canonical(asked.parameters)]
+        for part in chain(parts, chain.from_iterable(map(canonical, asked.inputs))):
+            found.update(len(part).to_bytes(8, "big"))  # where one part ends is part of it
+            found.update(part)
+        return found.digest()
+
+    def key(self, caller: str) -> bytes:
+        """What says that it is the same one: the same caller sends the same event again."""
+        return hashlib.blake2b(self.digest + caller.encode("utf-8", "surrogatepass"), digest_size=32).digest()
 
     @property
     def urgency(self) -> int | None:
         """The extension `priority`, 0 to 7 on the scale of RFC 9218; None if there is none that makes sense."""
         said = self.attributes.get("priority")
         return int(said) if said else None
+
+
+def canonical(value: Any) -> tuple[bytes, bytes]:
+    """A value's kind and bytes: the same for the same value, however it was written, and others for any other."""
+    return (b"bytes", value) if isinstance(value, bytes) else (b"json", orjson.dumps(value, option=orjson.OPT_SORT_KEYS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +103,7 @@ class Reply:
     @property
     def size_bytes(self) -> int:
         """Bytes of all that it says."""
-        return len(self.data) + sum(len(name) + len(value) for name, value in self.attributes.items())
+        return len(self.data) + sum(map(sys.getsizeof, self.attributes.values()))
 
     def in_binary(self) -> flask.Response:
         """As the answer to a binary event."""
@@ -108,7 +130,7 @@ def own_source(model_name: str, service: str | None) -> str:
 # What was sent
 
 
-def from_http(headers: Headers, body: bytes) -> Event:
+def from_http(headers: Headers, body: bytes, parse: Parse) -> Event:
     """An event in binary mode."""
     found: dict[str, Any] = {}
     for name, value in headers.items():
@@ -118,9 +140,9 @@ def from_http(headers: Headers, body: bytes) -> Event:
     kind: str = headers.get("Content-Type", "")
     attributes = _checked(found | {"datacontenttype": kind or None})
     if kind:
-        return Event(attributes, of_value(_parsed(body, kind)))
+        return Event(attributes, of_value(_parsed(body, kind, parse)))
     try:  # clients that leave it away mean JSON, as at POST /; but it may be anything
-        data = _parsed(body, "application/json")
+        data = _parsed(body, JSON, parse)
     except BadInput:
         data = body
     return Event(attributes, of_value(data))
@@ -136,28 +158,28 @@ def _unescaped(name: str, value: str) -> str:
         raise BadInput(f"{name}: {short(value)} is not percent-encoded UTF-8") from None
 
 
-def from_batch(document: Any) -> list[Event]:
+def from_batch(document: Any, parse: Parse) -> list[Event]:
     """The events of a batch, all of them valid."""
     if not isinstance(document, list):
         raise BadInput("a batch must be a JSON array of events")
     events = []
     for number, item in enumerate(document):
         try:
-            events.append(from_json(item))
+            events.append(from_json(item, parse))
         except BadInput as error:
             raise BadInput(f"event {number} of the batch (they count from 0): {error}; none was run") from None
     return events
 
 
-def from_json(document: Any) -> Event:
+def from_json(document: Any, parse: Parse) -> Event:
     """An event in the JSON format."""
     if not isinstance(document, dict):
         raise BadInput("an event must be a JSON object")
     attributes = _checked({name: value for name, value in document.items() if name not in ("data", "data_base64")})
-    return Event(attributes, of_value(_data(document, attributes.get("datacontenttype"))))
+    return Event(attributes, of_value(_data(document, attributes.get("datacontenttype"), parse)))
 
 
-def _data(document: dict[str, Any], kind: str | None) -> Any:
+def _data(document: dict[str, Any], kind: str | None, parse: Parse) -> Any:
     """What `data` or `data_base64` holds; None if neither is there. kind: the media type of it, None for JSON in `data`."""
     data, encoded = document.get("data"), document.get("data_base64")
     if encoded is not None:
@@ -167,7 +189,7 @@ def _data(document: dict[str, Any], kind: str | None) -> Any:
             decoded = base64.b64decode(encoded, validate=True)
         except (TypeError, ValueError, binascii.Error):
             raise BadInput("`data_base64` is not a string of base64") from None
-        return _parsed(decoded, kind) if kind else decoded
+        return _parsed(decoded, kind, parse) if kind else decoded
     if kind is None or data is None or _is_json(kind):
         return data
     if not isinstance(data, str):
@@ -175,10 +197,10 @@ def _data(document: dict[str, Any], kind: str | None) -> Any:
     return data if _is_text(kind) else data.encode()
 
 
-def _parsed(data: bytes, kind: str) -> Any:
+def _parsed(data: bytes, kind: str, parse: Parse) -> Any:
     """Data as the agent is handed it. kind: its media type."""
     if _is_json(kind):
-        return parse_json(data) if data else None
+        return parse(data) if data else None
     if not _is_text(kind):
         return data
     charset = parse_options_header(kind)[1].get("charset", "").lower()
@@ -251,16 +273,13 @@ def short(text: str) -> str:
 
 
 def reply_to(source: str, event: Event, outputs: list[Any]) -> Reply:
-    """The reply to an event. Raises AgentFailed if JSON cannot say what the agent answered."""
+    """The reply to an event."""
     answer, asked = event.question.answer(outputs), event.attributes
-    try:
-        # A copy, since what orjson gives holds on to a buffer of some KiB, and the reply may be kept.
-        data = answer if isinstance(answer, bytes) else bytes(memoryview(dumps(answer)))
-    except TypeError as error:
-        raise to_function_error(error) from error
+    # A copy, since what orjson gives holds on to a buffer of some KiB, and the reply may be kept.
+    data = answer if isinstance(answer, bytes) else bytes(memoryview(dumps(answer)))
     attributes = {
         "specversion": "1.0",
-        "id": str(uuid.uuid5(_REPLIES, f"{len(asked['source'])} {asked['source']} {asked['id']}")),
+        "id": str(uuid.uuid5(_REPLIES, event.digest.hex())),
         "source": source,
         "type": asked["type"] + REPLY,
         "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),

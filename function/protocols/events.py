@@ -1,7 +1,8 @@
 """CloudEvents at `POST /`: an event in, a reply event out, in the request's mode.
 
-`source` and `id` identify an event: one that was finished is answered with the reply that it got, one that is being worked on waits for
-that, and neither reaches the model again (see `memory`).
+The same event is one that has the same `source`, `id`, `type` and data and comes from the same caller: one that was finished is answered
+with the reply that it got, one that is being worked on waits for that, and neither reaches the model again (see `memory`). Whoever sends
+other data, or has another key or token, gets an answer of their own.
 
 Statuses are what Knative acts upon: 2xx only when the work is done, 400 for what would fail again (it is not sent again), 503, 504 and
 429 for what may go well later.
@@ -16,8 +17,9 @@ import flask
 
 from function.batcher import CallContext
 from function.errors import AgentFailed, BadInput, ClientGone, FunctionError, TimedOut, Unavailable, UnsupportedMediaType
-from function.http import URGENCY_OF_BATCH, Function, parse_json
+from function.http import Function
 from function.memory import Memory, Work
+from function.priority import Priority
 from function.protocols.cloudevents import (
     BATCH,
     BATCH_PREFIX,
@@ -25,6 +27,7 @@ from function.protocols.cloudevents import (
     PREFIX,
     Event,
     Reply,
+    canonical,
     from_batch,
     from_http,
     from_json,
@@ -60,13 +63,13 @@ class Events:
         """
         kind = flask.request.mimetype
         if not kind.startswith(PREFIX):
-            return self._one(from_http(flask.request.headers, self._function.body())).in_binary()
+            return self._one(from_http(flask.request.headers, self._function.body(), self._function.parse)).in_binary()
         if kind not in (PREFIX, EVENT, BATCH_PREFIX, BATCH):
             raise UnsupportedMediaType(f"events in the format {kind!r} are not understood here; send {EVENT} or {BATCH}")
-        document = parse_json(self._function.body())
+        document = self._function.parse(self._function.body())
         if not kind.startswith(BATCH_PREFIX):
-            return flask.Response(self._one(from_json(document)).in_json(), content_type=EVENT)
-        replies = [reply.in_json() for reply in self._all(from_batch(document))]
+            return flask.Response(self._one(from_json(document, self._function.parse)).in_json(), content_type=EVENT)
+        replies = [reply.in_json() for reply in self._all(from_batch(document, self._function.parse))]
         return flask.Response(b"[" + b",".join(replies) + b"]", content_type=BATCH)
 
     def _one(self, event: Event) -> Reply:
@@ -75,7 +78,7 @@ class Events:
 
         def work(_: list[int]) -> Iterator[tuple[int, Outcome]]:
             try:
-                outputs = self._function.predict(event.question.inputs, patience.context())
+                outputs = self._function.predict(event.question, patience.context())
                 yield 0, reply_to(self._source, event, outputs)
             except FunctionError as error:
                 yield 0, error
@@ -108,8 +111,9 @@ class Events:
         remembered as soon as it is done, whatever becomes of the rest.
         """
         found: dict[int, Outcome] = {}
+        keys = [event.key(flask.g.caller) for event in events]
         while left := [number for number in range(len(events)) if number not in found]:
-            begun = {number: self._memory.claim(events[number].key) for number in left}
+            begun = {number: self._memory.claim(keys[number]) for number in left}
             ours = {number: one for number, (one, is_ours) in begun.items() if is_ours}
             try:
                 for number, outcome in work(list(ours)) if ours else ():
@@ -152,16 +156,16 @@ class Events:
     def _work(self, events: Sequence[Event], numbers: Sequence[int], patience: "_Patience") -> Iterator[tuple[int, Outcome]]:
         """What becomes of these events of a batch: they go to the model in whole batches of its own, interactive ones first."""
         self._function.metrics.instances.inc(sum(len(events[number].question.inputs) for number in numbers))
-        for is_batch in (False, True):
-            chosen = [number for number in numbers if patience.is_batch(events[number]) == is_batch]
+        for priority in Priority:
+            chosen = [number for number in numbers if patience.priority_of(events[number]) is priority]
             for group in _groups(events, chosen, self._function.settings.max_batch):
-                yield from self._group(events, group, patience, is_batch)
+                yield from self._group(events, group, patience, priority)
 
-    def _group(self, events: Sequence[Event], group: list[int], patience: "_Patience", is_batch: bool) -> Iterator[tuple[int, Outcome]]:
+    def _group(self, events: Sequence[Event], group: list[int], patience: "_Patience", priority: Priority) -> Iterator[tuple[int, Outcome]]:
         """The reply to each event of a group, or the error it fails with; halved until the culprit is alone. Raises ClientGone."""
-        inputs = [item for number in group for item in events[number].question.inputs]
+        inputs, parameters = [item for number in group for item in events[number].question.inputs], events[group[0]].question.parameters
         try:
-            outputs = iter(self._function.model.predict(inputs, patience.context(is_batch)))
+            outputs = iter(self._function.model.predict(inputs, patience.context(priority), parameters))
         except ClientGone:
             raise
         except (BadInput, AgentFailed) as error:
@@ -169,26 +173,24 @@ class Events:
                 yield group[0], error
                 return
             half = len(group) // 2
-            yield from self._group(events, group[:half], patience, is_batch)
-            yield from self._group(events, group[half:], patience, is_batch)
+            yield from self._group(events, group[:half], patience, priority)
+            yield from self._group(events, group[half:], patience, priority)
         except FunctionError as error:
             yield from ((number, patience.late() if isinstance(error, TimedOut) else error) for number in group)
         else:
             for number in group:
                 share = [next(outputs) for _ in events[number].question.inputs]
-                try:
-                    yield number, reply_to(self._source, events[number], share)
-                except AgentFailed as error:
-                    yield number, error
+                yield number, reply_to(self._source, events[number], share)
 
 
 def _groups(events: Sequence[Event], numbers: Sequence[int], room: int) -> Iterator[list[int]]:
-    """Events that fill a batch of the model together; one that is larger stands alone."""
+    """Events of the same parameters that fill a batch of the model together; one that is larger stands alone."""
     group: list[int] = []
     taken = 0
     for number in numbers:
-        size = len(events[number].question.inputs)
-        if group and taken + size > room:
+        asked = events[number].question
+        size = len(asked.inputs)
+        if group and (taken + size > room or canonical(asked.parameters) != canonical(events[group[0]].question.parameters)):
             yield group
             group, taken = [], 0
         group.append(number)
@@ -205,13 +207,13 @@ class _Patience:
         self._began = time.monotonic()
         self._is_whole = True  # nothing of the time is used up
 
-    def is_batch(self, event: Event) -> bool:
+    def priority_of(self, event: Event) -> Priority:
         """Whether it may wait for interactive ones. The request's own priority counts where the event's is silent."""
-        return self._context.is_batch if event.urgency is None else event.urgency >= URGENCY_OF_BATCH
+        return self._context.priority if event.urgency is None else Priority.of_urgency(event.urgency)
 
-    def context(self, is_batch: bool | None = None) -> CallContext:
+    def context(self, priority: Priority | None = None) -> CallContext:
         """For the next call; others may have used up some of the time. Raises TimedOut when it is up."""
-        context = self._context if is_batch is None else replace(self._context, is_batch=is_batch)
+        context = self._context if priority is None else replace(self._context, priority=priority)
         if self._is_whole:
             self._is_whole = False
             return context

@@ -1,5 +1,6 @@
 """An event that is delivered more than once: the memory itself, and what senders see of it at a real server."""
 
+import base64
 import itertools
 import json
 import random
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from werkzeug.datastructures import Headers
 
 from function.http import PredictRequest
 from function.memory import Key, Memory, Work
@@ -47,7 +49,7 @@ class Deliveries(RuleBasedStateMachine):
         self.sizes: list[tuple[Key, int]] = []  # of all that were finished, those that have failed again since among them
         self.numbers = itertools.count()
 
-    @rule(key=st.tuples(st.sampled_from(["/a", "/b"]), st.sampled_from("123")))
+    @rule(key=st.sampled_from([b"1", b"2", b"3", b"4", b"5", b"6"]))
     def come(self, key: Key) -> None:
         work, is_ours = self.memory.claim(key)
         if key in self.running:
@@ -81,7 +83,7 @@ class Deliveries(RuleBasedStateMachine):
         self.finished.pop(key, None)
         if size < 1 << 20:
             self.finished[key] = reply, self.now
-            self.sizes.append((key, size + 1100))
+            self.sizes.append((key, size + 1000))
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), error=st.none() | st.just(ValueError("no")))
@@ -112,22 +114,24 @@ TestDeliveries.settings = settings(max_examples=60, stateful_step_count=40, dead
 
 def test_without_entries_every_event_is_worked_on() -> None:
     memory: Memory[Text] = Memory(entries=0, size_bytes=1000, keep_s=10)
-    first, is_first = memory.claim(("/s", "1"))
-    second, is_second = memory.claim(("/s", "1"))
+    first, is_first = memory.claim(b"1")
+    second, is_second = memory.claim(b"1")
     memory.finish(first, Text("a", 1))
     assert (is_first, is_second, first is second) == (True, True, False)
-    assert memory.claim(("/s", "1"))[1]
+    assert memory.claim(b"1")[1]
     assert memory.kept() == (0, 0)
 
 
-def test_what_is_kept_takes_no_more_than_it_is_counted_for() -> None:
+@pytest.mark.parametrize("text", ["short", "😀" * 1000], ids=["short attributes", "long ones of wide characters"])
+def test_what_is_kept_takes_no_more_than_it_is_counted_for(text: str) -> None:
     """orjson's bytes hold on to a buffer of 4 KiB, which a bound of 32 MiB would make 200."""
     memory: Memory[cloudevents.Reply] = Memory(entries=2000, size_bytes=32 << 20, keep_s=60)
     tracemalloc.start()
     try:
         for number in range(2000):
-            event = cloudevents.Event(REQUIRED | {"id": f"event-{number}"}, PredictRequest([number], is_bare=True))
-            memory.finish(memory.claim(event.key)[0], cloudevents.reply_to("/models/m", event, [{"got": number}]))
+            attributes = REQUIRED | {"id": f"event-{number} {text}", "source": f"{text} {number}", "subject": f"{text} {number}"}
+            event = cloudevents.Event(attributes, PredictRequest([number, "x" * 2000], is_bare=False))
+            memory.finish(memory.claim(event.key(f"caller {number}"))[0], cloudevents.reply_to("/models/m", event, [{"got": number}]))
         taken = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
@@ -145,7 +149,7 @@ class Probe:
     def load(self, weights, device):
         self.calls, self.failed = [], {}
 
-    def predict(self, inputs):
+    def predict(self, inputs, parameters=None):
         if inputs == ["calls"]:  # what was asked since the last time
             calls, self.calls = self.calls, []
             return [calls]
@@ -161,7 +165,8 @@ class Probe:
             until = time.monotonic() + 60
             while item.get("hold") and not pathlib.Path(item["hold"]).exists() and time.monotonic() < until:
                 time.sleep(0.005)
-        return [b"\\x00\\xff" if item.get("bytes") else {1} if item.get("odd") else {"got": item["n"]} for item in inputs]
+        odd = {"bytes": b"\\x00\\xff", "odd": object()}
+        return [next((odd[name] for name in odd if item.get(name)), {"got": item["n"]} | (parameters or {})) for item in inputs]
 """
 REQUIRED = {"specversion": "1.0", "source": "/t", "type": "relight.test"}
 STRUCTURED, BATCH = "application/cloudevents+json", "application/cloudevents-batch+json"
@@ -172,11 +177,17 @@ ENTRIES = 60
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("memory")
+    env = environment(folder)
+    with running([str(BIN / "python"), "-m", "function"], folder / "log", env, int(env["PORT"])) as found:
+        yield found.ready()
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a server with the agent, which is put into the folder."""
     (folder / "remembering_agent.py").write_text(AGENT)
-    port = free_port()
-    env = clean_environment(
+    return clean_environment(
         PYTHONPATH=str(folder),
-        PORT=str(port),
+        PORT=str(free_port()),
         FUNCTION_HOST="127.0.0.1",
         FUNCTION_AGENT="remembering_agent:Probe",
         FUNCTION_MODEL_NAME="m",
@@ -184,8 +195,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         FUNCTION_QUEUE_LIMIT=str(QUEUE_LIMIT),
         FUNCTION_EVENT_MEMORY=str(ENTRIES),
     )
-    with running([str(BIN / "python"), "-m", "function"], folder / "log", env, port) as found:
-        yield found.ready()
 
 
 @pytest.fixture
@@ -258,11 +267,121 @@ def test_the_reply_is_the_same_event_in_whichever_mode_it_is_asked_for(
     assert calls(server) == [0]
 
 
-def test_only_source_and_id_together_say_that_it_is_the_same(server: Server, fresh: Callable[[Any], dict[str, Any]]) -> None:
+def test_an_event_of_another_source_id_type_or_data_is_another(server: Server, fresh: Callable[[Any], dict[str, Any]]) -> None:
     sent = event(fresh)
-    for other in (sent, sent | {"type": "another"}, sent | {"source": "/u"}, sent | {"id": sent["id"] + "x"}, sent | {"source": "/t/"}):
-        assert binary(server, other).status == 200
-    assert calls(server) == [0] * 4
+    others: list[dict[str, Any]] = [{"type": "another"}, {"source": "/u"}, {"id": sent["id"] + "x"}, {"source": "/t/"}]
+    others += [{"data": {"n": 0, "other": None}}, {"data": {"n": 0, "other": 0}}, {"data": {"n": 0, "other": False}}]
+    replies = [binary(server, sent | other) for other in [{}, *others, {}]]
+    assert [reply.status for reply in replies] == [200] * 9
+    assert calls(server) == [0] * 8
+    assert len({reply.headers["ce-id"] for reply in replies}) == 8
+    assert replies[0].headers["ce-time"] == replies[-1].headers["ce-time"]
+
+
+def test_an_event_of_the_same_id_with_other_data_gets_its_own_answer_in_a_batch_too(
+    server: Server, fresh: Callable[[Any], dict[str, Any]]
+) -> None:
+    one = event(fresh, 1)
+    two = one | {"data": {"n": 2}}
+    replies = batch(server, one, two, one).json()
+    assert [reply["data"]["got"] for reply in replies] == [1, 2, 1]
+    assert replies[0] == replies[2]
+    assert replies[0]["id"] != replies[1]["id"]
+    assert structured(server, two).json() == replies[1]
+    assert Counter(calls(server)) == {1: 1, 2: 1}
+
+
+def test_events_of_other_parameters_are_others_and_each_has_its_own(server: Server, fresh: Callable[[Any], dict[str, Any]]) -> None:
+    sent = event(fresh)
+    several = [sent | {"data": {"instances": [{"n": n}], "parameters": {"by": by}}} for n in (1, 2) for by in (1, True, 1.5, 1)]
+    replies = batch(server, *several).json()
+    assert [reply["data"]["predictions"][0] for reply in replies] == [{"got": n, "by": by} for n in (1, 2) for by in (1, True, 1.5, 1)]
+    assert [type(reply["data"]["predictions"][0]["by"]) for reply in replies] == [int, bool, float, int] * 2
+    assert len({reply["id"] for reply in replies}) == 6
+    assert structured(server, several[1]).json() == replies[1]
+    assert Counter(calls(server)) == {1: 3, 2: 3}
+
+
+def test_nobody_gets_the_answer_of_another_caller(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("key-of-alice\nkey-of-bob\n")
+    env = environment(tmp_path) | {"FUNCTION_API_KEYS_FILE": str(keys)}
+    with running([str(BIN / "python"), "-m", "function"], tmp_path / "log", env, int(env["PORT"])) as found:
+        found.ready()
+
+        def ask(who: str, n: str) -> tuple[bytes, str, str]:
+            reply = binary(found, REQUIRED | {"id": "7", "data": {"n": n}}, {"Authorization": f"Bearer key-of-{who}"})
+            assert reply.status == 200
+            return reply.body, reply.headers["ce-id"], reply.headers["ce-time"]
+
+        first = {(who, n): ask(who, n) for n in ("both", "alice", "bob") for who in ("alice", "bob") if n in ("both", who)}
+        assert {asked: body for asked, (body, _, _) in first.items()} == {
+            asked: json.dumps({"got": asked[1]}, separators=(",", ":")).encode() for asked in first
+        }
+        assert first["alice", "both"][2] != first["bob", "both"][2]  # each was worked on
+        assert first["alice", "both"][1] == first["bob", "both"][1]  # for receivers it is one event all the same
+        assert len({reply_id for _, reply_id, _ in first.values()}) == 3
+        assert {asked: ask(*asked) for asked in first} == first
+
+
+ANY_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+).filter(lambda value: not (isinstance(value, dict) and "instances" in value))
+
+
+def digests_of(value: Any) -> list[bytes]:
+    """Of an event with this data, as it comes in each mode."""
+    kind, written = ("application/json", json.dumps(value).encode()) if not isinstance(value, bytes) else ("image/png", value)
+    attributes = REQUIRED | {"id": "1", "datacontenttype": kind}
+    data = {"data_base64": base64.b64encode(written).decode()}
+    documents: list[dict[str, Any]] = [attributes | data]
+    if not isinstance(value, bytes):
+        reordered = dict(reversed(value.items())) if isinstance(value, dict) else value
+        documents += [attributes | {"data": value}, REQUIRED | {"id": "1", "data": reordered}]
+    headers = Headers({f"ce-{name}": said for name, said in REQUIRED.items()} | {"ce-id": "1", "Content-Type": kind})
+    events = [cloudevents.from_http(headers, written, json.loads), *cloudevents.from_batch(documents, json.loads)]
+    return [event.digest for event in events]
+
+
+@given(ANY_VALUE | st.binary(max_size=5), ANY_VALUE | st.binary(max_size=5))
+@example(1, "1")
+@example("1", b"1")
+@example(1, 1.0)
+@example(1, True)
+@example({"a": 1, "b": 2}, {"a": 12})
+@example([], {})
+@example(None, b"null")
+@example({"a": {"b": 1, "c": 2}}, {"a": {"b": 2, "c": 1}})
+def test_the_same_data_make_the_same_event_in_each_mode_and_other_data_another(one: Any, two: Any) -> None:
+    found, others = digests_of(one), digests_of(two)
+    assert len(set(found)) == len(set(others)) == 1
+    is_same = type(one) is type(two) and json.dumps(one, default=repr, sort_keys=True) == json.dumps(two, default=repr, sort_keys=True)
+    assert (found[0] == others[0]) == is_same
+
+
+def test_inputs_and_callers_are_told_apart_wherever_one_ends() -> None:
+    def keys_of(*attributes: str, inputs: list[Any], caller: str = "", is_bare: bool = False, parameters: Any = None) -> bytes:
+        said = dict(zip(("source", "id", "type"), attributes, strict=True))
+        return cloudevents.Event(said, PredictRequest(inputs, is_bare=is_bare, parameters=parameters)).key(caller)
+
+    found = [
+        keys_of("a", "bc", "t", inputs=["x"]),
+        keys_of("ab", "c", "t", inputs=["x"]),
+        keys_of("a", "b", "ct", inputs=["x"]),
+        keys_of("a", "bc", "t", inputs=["x"], caller="a"),
+        keys_of("a", "bc", "t", inputs=["x"], caller="\ud800"),
+        keys_of("a", "bc", "t", inputs=["x"], is_bare=True),
+        keys_of("a", "bc", "t", inputs=["x"], parameters={"a": 1}),
+        keys_of("a", "bc", "t", inputs=["x"], parameters={"a": True}),
+        keys_of("a", "bc", "t", inputs=["x", "x"]),
+        keys_of("a", "bc", "t", inputs=[["x", "x"]]),
+        keys_of("a", "bc", "t", inputs=[b"x", b"y"]),
+        keys_of("a", "bc", "t", inputs=[b"xy"]),
+    ]
+    assert len(set(found)) == len(found)
+    assert {len(key) for key in found} == {32}
 
 
 def test_the_same_event_from_several_threads_at_once_is_run_once(
@@ -363,7 +482,7 @@ def test_an_answer_that_json_cannot_say_is_a_500_and_not_remembered(server: Serv
     sent = event(fresh, odd=True)
     assert [binary(server, sent).status, structured(server, sent).status] == [500, 500]
     assert "1 of the 2 events failed" in batch(server, event(fresh, 1), sent).json()["error"]["message"]
-    assert Counter(calls(server)) == {0: 3, 1: 1}
+    assert Counter(calls(server)) == {0: 4, 1: 2}  # two alone; the batch, and then each of its two
 
 
 def test_a_batch_that_is_sent_again_runs_what_was_not_done_and_answers_in_order(
@@ -449,7 +568,7 @@ def test_however_events_are_delivered_each_succeeds_once_and_has_one_reply(
             assert replies.setdefault(n, document) == document
     before = calls(server)
     for n, document in replies.items():
-        again = structured(server, REQUIRED | {"id": f"{prefix}{n}", "data": None})
+        again = structured(server, REQUIRED | {"id": f"{prefix}{n}", "data": {"fail": failures[n], "n": f"{prefix}{n}"}})
         assert again.json() == document
     assert calls(server) == []
     assert set(before) <= {f"{prefix}{n}" for numbers in deliveries for n in numbers}
