@@ -2,6 +2,7 @@
 
 import io
 from fnmatch import fnmatchcase
+from typing import IO
 
 import flask
 from werkzeug.exceptions import RequestEntityTooLarge
@@ -30,11 +31,18 @@ def _is_taken(kind: str, taken: tuple[str, ...]) -> bool:
     return any(fnmatchcase(kind, pattern) for pattern in taken)
 
 
+def _in_memory(
+    total_content_length: int | None, content_type: str | None, filename: str | None, content_length: int | None = None
+) -> IO[bytes]:
+    """Where a file of a form is kept."""
+    return io.BytesIO()
+
+
 def _of_form(function: Function) -> PredictRequest:
     request, limit = flask.request, function.settings.max_inputs
     body = function.body()
     parser = FormDataParser(
-        stream_factory=lambda **_: io.BytesIO(),  # the body is bounded, and in memory already
+        stream_factory=_in_memory,  # the body is bounded, and in memory already
         max_form_memory_size=len(body),
         max_form_parts=2 * limit,
         silent=False,

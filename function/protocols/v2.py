@@ -20,6 +20,8 @@ from function.values import dumps
 
 VERSION = "1"  # of the model; there is never another beside it
 HEADER_LENGTH = "Inference-Header-Content-Length"
+# The last two are hints that MLServer's clients send along.
+_OF_PROTOCOL = ("binary_data_output", "binary_data_size", "content_type", "headers")
 _ANY_INPUT = [TensorSpec("input", "BYTES", (-1,))]  # what the model says for an agent that declares nothing
 _ANY_OUTPUT = [TensorSpec("output", "BYTES", (-1,))]
 
@@ -96,10 +98,24 @@ def infer(function: Function) -> flask.Response:
     if inputs_said != _ANY_INPUT:
         tensors.fit(given, inputs_said)
     rows = tensors.rows(given, as_arrays=function.model.takes_arrays)
-    found = {tensor.name: tensor for tensor in _outputs(function.predict(PredictRequest(rows, is_bare=False)), outputs_said)}
+    outputs = function.predict(PredictRequest(rows, is_bare=False, parameters=_for_agent(document)))
+    found = {tensor.name: tensor for tensor in _outputs(outputs, outputs_said)}
 
     head = {"model_name": function.settings.model_name, "model_version": VERSION} | ({"id": request_id} if request_id else {})
     return _answer(head, [(found[name], as_bytes) for name, as_bytes in in_binary.items()])
+
+
+def _for_agent(document: dict[str, Any]) -> dict[str, Any] | None:
+    """The parameters of the request and of its tensors that are not the protocol's own, as one. Raises BadInput if they disagree."""
+    found: dict[str, Any] = {}
+    for index, entry in enumerate([document, *document["inputs"]]):
+        for name, value in tensors.parameters(entry, f"inputs[{index - 1}]" if index else "the request").items():
+            if name in _OF_PROTOCOL:
+                continue
+            if name in found and found[name] != value:
+                raise BadInput(f"the parameter {name!r:.100} is said twice, with different values")
+            found[name] = value
+    return found or None
 
 
 def generate(function: Function, item: dict[str, Any]) -> Any:
