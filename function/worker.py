@@ -267,7 +267,7 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         """What is no HTTP request, and what went wrong in gunicorn or the app."""
         if isinstance(error, http.errors.ParseException):
             status = _STATUSES.get(type(error), 400)
-            said = HttpError(status, "bad_request", f"this is not an HTTP request that is understood here: {str(error)!s:.200}")
+            said = HttpError(status, "bad_request", f"this is not an HTTP request that is understood here: {_reason(error)}")
         else:
             log.error("a request failed", exc_info=error)
             said = HttpError(500, "internal_error", "the function failed on this request; its log says why")
@@ -276,6 +276,13 @@ class FunctionWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
             client.sendall(wire(answer.status, answer.headers, answer.get_data(), close=True))
         except OSError:
             pass  # it is not there any more
+
+
+def _reason(error: Exception) -> str:
+    """What gunicorn says is wrong; of a header only its name, since its value may be a key."""
+    if isinstance(error, http.errors.InvalidHeader):
+        return f"Invalid HTTP header: {''.join(str(error.hdr).split()[:1])!r:.60}"
+    return f"{error!s:.200}"
 
 
 class _Input(io.BytesIO):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from function import log
 from function.access import Access, finish
 from function.agent import Weights
+from function.cors import Cors
 from function.metrics import Metrics
 from function.model import Model
 from function.settings import FunctionSettings
@@ -69,7 +71,7 @@ def test_whatever_a_caller_sends_its_line_is_one_without_control_characters_that
 ) -> None:
     written: list[bytes] = []
     monkeypatch.setattr(log, "write", written.append)
-    access = Access(METRICS, is_logged=True)
+    access = Access(METRICS, Cors(""), is_logged=True)
     note = access.open(method, path, headers)
     access.end(note, "none", 404)
     finish(note)
@@ -156,6 +158,18 @@ def test_no_credentials_reach_the_log_or_an_answer(start: StartFunction, tmp_pat
         for path in ("/", "/v1/models/m:predict", "/v2/models/m/infer", "/nowhere"):
             answer = request(function.port, "POST", path, {"instances": "no"}, {"Authorization": value, "X-Request-Id": "told"})
             assert b"s3cret" not in answer.body + repr(answer.headers).encode()
+    for line in (
+        "Authorization Bearer s3cret-key",
+        "Authorization : Bearer s3cret-key",
+        "Authorization: Bearer s3cret-key\x01",
+        "Expect: no",
+    ):
+        head = f"POST / HTTP/1.1\r\nHost: x\r\n{line}\r\nContent-Length: 3\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", function.port)) as connection:
+            connection.sendall(head.encode() + b'"a"')
+            answer_to_odd = connection.recv(1 << 16)
+        assert answer_to_odd.startswith(b"HTTP/1.1 4")
+        assert b"s3cret" not in answer_to_odd
     keys.write_text("")
     assert request(function.port, "POST", "/", "a", {"Authorization": "Bearer right-s3cret"}).status == 503
     wait_until("all lines", lambda: len(lines(function)) == 25)
