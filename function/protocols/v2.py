@@ -12,7 +12,7 @@ import flask
 
 from function.agent import TensorSpec
 from function.errors import BadInput, NotFound, Unavailable, UnsupportedMediaType
-from function.guarded_agent import to_function_error
+from function.guarded_agent import Traits, to_function_error
 from function.http import Function, PredictRequest, events, reply
 from function.protocols import tensors
 from function.protocols.tensors import Tensor
@@ -22,8 +22,7 @@ VERSION = "1"  # of the model; there is never another beside it
 HEADER_LENGTH = "Inference-Header-Content-Length"
 # The last two are hints that MLServer's clients send along.
 _OF_PROTOCOL = ("binary_data_output", "binary_data_size", "content_type", "headers")
-_ANY_INPUT = [TensorSpec("input", "BYTES", (-1,))]  # what the model says for an agent that declares nothing
-_ANY_OUTPUT = [TensorSpec("output", "BYTES", (-1,))]
+_ANY_INPUT, _ANY_OUTPUT = list(Traits().inputs), list(Traits().outputs)  # what the model says for an agent that declares nothing
 
 
 def add_routes(app: flask.Flask, function: Function) -> None:
@@ -50,7 +49,7 @@ def add_routes(app: flask.Flask, function: Function) -> None:
         _known(function, name, version)
         if model.phase in ("importing", "restoring", "loading"):
             raise Unavailable(f"what the model takes is not known yet ({model.phase})", retry_after_s=1)
-        described = {"inputs": _described(model.inputs), "outputs": _described(model.outputs)}
+        described = {"inputs": _described(model.traits.inputs), "outputs": _described(model.traits.outputs)}
         return reply({"name": name, "versions": [VERSION], "platform": "relight", **described})
 
     @app.get("/v2/models/<path:name>/ready")
@@ -87,17 +86,17 @@ def infer(function: Function) -> flask.Response:
     if not isinstance(wanted, list):
         raise BadInput('"outputs" must be a list')
     is_binary = _asked(tensors.parameters(document, "the request"), "binary_data_output", default=False)
-    outputs_said = list(function.model.outputs)
+    outputs_said = list(function.model.traits.outputs)
     in_binary = _wanted(wanted, [spec.name for spec in outputs_said], is_binary)
     request_id = document.get("id", "")
     if not isinstance(request_id, str):
         raise BadInput('"id" must be a string')
 
     given = tensors.read(document.get("inputs"), binary)
-    inputs_said = list(function.model.inputs)
+    inputs_said = list(function.model.traits.inputs)
     if inputs_said != _ANY_INPUT:
         tensors.fit(given, inputs_said)
-    rows = tensors.rows(given, as_arrays=function.model.takes_arrays)
+    rows = tensors.rows(given, as_arrays=function.model.traits.takes_arrays)
     outputs = function.predict(PredictRequest(rows, is_bare=False, parameters=_for_agent(document)))
     found = {tensor.name: tensor for tensor in _outputs(outputs, outputs_said)}
 
@@ -123,7 +122,7 @@ def generate(function: Function, item: dict[str, Any]) -> Any:
 
     Raises what Function.predict and Function.stream do.
     """
-    if not function.model.can_stream:
+    if not function.model.traits.can_stream:
         return function.predict(PredictRequest([item], is_bare=True))[0]
     pieces = function.stream(item).whole("the answer was not complete within {} s; ask for a stream, or for less")
     return "".join(pieces) if all(isinstance(piece, str) for piece in pieces) else pieces

@@ -6,13 +6,19 @@ import json
 import struct
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import ml_dtypes
 import numpy as np
+import orjson
 import pytest
+import torch
 from flask.testing import FlaskClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,8 +27,10 @@ from werkzeug.test import TestResponse
 from function.agent import BadInput, TensorSpec, Weights
 from function.app import create_app
 from function.model import Model
-from function.protocols.tensors import DATATYPES, Tensor, inferred, read, rows
+from function.protocols import tensors
+from function.protocols.tensors import DATATYPES, Tensor, from_outputs, inferred, read, rows
 from function.settings import FunctionSettings
+from function.values import dumps, plain
 from tests.support import BIN, Server, clean_environment, free_port, running, wait_until
 from weights_cache.settings import WeightsSettings
 
@@ -33,6 +41,13 @@ class Gives:
     answers: dict[str, Any] = {  # noqa: RUF012  read only
         "array": np.array([1.5, 2.5], np.float32),
         "scalar": np.int16(7),
+        "arrays": [np.array([1], np.uint8), np.array([2], np.uint8)],
+        "no numbers": np.array([np.nan, -np.inf, 1], np.float32),
+        "transposed": np.arange(6.0).reshape(2, 3).T,
+        "text array": np.array(["cat"]),
+        "0d": np.array(3.5),
+        "torch": torch.tensor([1.0], requires_grad=True),
+        "bfloat16": torch.tensor([1.5], dtype=torch.bfloat16),
         "bytes": b"\xff\xfe",
         "object": {"a": [1, None]},
         "odd": object(),
@@ -75,9 +90,42 @@ class Embeds(Gives):
     """Declares one output."""
 
     outputs = (TensorSpec("embedding", "FP32", (-1, 2)),)
+    answers: dict[str, Any] = {  # noqa: RUF012  read only
+        "short": [1],
+        "wide": [1e39, float("inf")],
+        "text": ["a", "b"],
+        "truth": np.array([True, False]),
+        "short array": np.ones(1),
+        "wide array": np.array([np.nan, -1e39]),
+        "array": np.array([1.5, -np.inf]),
+        "counts": np.array([1, 2], np.int16),
+    }
 
     def predict(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        return [[1, float("-inf")] if item != "short" else [1] for item in inputs]
+        return [self.answers.get(item, [1, float("-inf")]) for item in inputs]
+
+
+class Forgets(Declared):
+    """Leaves out what it declares."""
+
+    def predict(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        return [{"sum": 1, "note": ""} if row["a"] else [1, "", 1] for row in inputs]
+
+
+class Computes(Gives):
+    """Is handed arrays, and says what they are."""
+
+    arrays = True
+
+    def predict(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        return [self.of(row) for row in inputs]
+
+    def of(self, row: Any) -> Any:
+        if isinstance(row, dict):
+            return {name: self.of(part) for name, part in row.items()}
+        if isinstance(row, np.ndarray | np.generic):
+            return {"dtype": str(row.dtype), "shape": row.shape, "may_be_written": row.flags.writeable, "has": row.tolist()}
+        return repr(row)
 
 
 class Talks(Gives):
@@ -131,7 +179,7 @@ def client_of(folder: Path, agent: str = "Gives", *, wait: bool = True, **change
     found = FunctionSettings(agent=agent if ":" in agent else f"{__name__}:{agent}", model_name="m", **changed)
     model = Model(found, Weights(WeightsSettings(cache_dir=folder)), started_at=time.monotonic())
     failed = threading.Event()
-    model.start(on_failure=failed.set)
+    model.start(on_failure=lambda _: failed.set())
     if wait:
         wait_until("ready", lambda: failed.is_set() or model.phase == "ready", 10)
     return create_app(found, model).test_client()
@@ -251,7 +299,7 @@ def test_the_only_version_may_be_named_and_no_other(client: FlaskClient, route: 
 
 
 def test_each_row_is_an_input_and_each_output_a_row(client: FlaskClient) -> None:
-    reply = infer(client, tensor(["a", "b"]), id="7", parameters={"sequence_id": 3})
+    reply = infer(client, tensor(["a", "b"]), id="7")
     assert reply.json == {
         "model_name": "m",
         "model_version": "1",
@@ -291,7 +339,16 @@ OUTPUTS = [
     (["truth"], "BOOL", [1], [True]),
     (["vector", "vector"], "FP64", [2, 2], [0.5, 1.0, 0.5, 1.0]),
     (["array"], "FP32", [1, 2], [1.5, 2.5]),
-    (["scalar"], "INT16", [1], [7]),
+    (["scalar"], "INT64", [1], [7]),
+    (["array", "array"], "FP32", [2, 2], [1.5, 2.5, 1.5, 2.5]),
+    (["array", "vector"], "FP64", [2, 2], [1.5, 2.5, 0.5, 1.0]),
+    (["arrays", "arrays"], "UINT8", [2, 2, 1], [1, 2, 1, 2]),
+    (["no numbers"], "FP32", [1, 3], [None, None, 1.0]),
+    (["transposed"], "FP64", [1, 3, 2], [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]),
+    (["text array"], "BYTES", [1, 1], ["cat"]),
+    (["0d"], "FP64", [1], [3.5]),
+    (["torch"], "FP32", [1, 1], [1.0]),
+    (["bfloat16"], "FP32", [1, 1], [1.5]),
     (["wide", "number"], "UINT64", [2], [2**64 - 1, 3]),
     (["vector", "longer"], "BYTES", [2], ["[0.5,1.0]", "[0.5,1.0,2.0]"]),
     (["array", "longer"], "BYTES", [2], ["[1.5,2.5]", "[0.5,1.0,2.0]"]),
@@ -324,19 +381,44 @@ def test_the_rows_of_the_only_declared_output_come_bare_and_may_be_infinite(make
 
 
 @pytest.mark.parametrize(
-    ("agent", "given"),
+    ("given", "data"),
+    [("array", [1.5, None]), ("counts", [1.0, 2.0]), ("list", [1.0, None])],
+)
+def test_an_array_is_converted_to_the_datatype_that_is_declared(make_client: MakeClient, given: str, data: list[Any]) -> None:
+    assert one_output(infer(make_client("Embeds"), tensor([given]))) == {
+        "name": "embedding", "datatype": "FP32", "shape": [1, 2], "data": data,
+    }  # fmt: skip
+
+
+TWO = [tensor([1], "INT32", name="a"), tensor([1, 2], "FP32", [1, 2], name="b")]
+NONE = [tensor([0], "INT32", name="a"), tensor([1, 2], "FP32", [1, 2], name="b")]
+
+
+@pytest.mark.parametrize(
+    ("agent", "given", "reason"),
     [
-        pytest.param("Embeds", [tensor(["short"])], id="another shape"),
-        pytest.param("Declared", [tensor([200], "INT32", name="a"), tensor([1, 2], "FP32", [1, 2], name="b")], id="out of range"),
-        pytest.param("Gives", [tensor(["odd"])], id="not JSON"),
-        pytest.param("Gives", [tensor(["wider"])], id="a number too large for JSON"),
-        pytest.param("Gives", [tensor(["crash"])], id="an exception"),
+        pytest.param("Embeds", [tensor(["short"])], "and gave shape [1, 1]", id="another shape"),
+        pytest.param("Embeds", [tensor(["short array"])], "and gave shape [1, 1]", id="an array of another shape"),
+        pytest.param("Embeds", [tensor(["wide"])], "1e+39 is out of range for FP32", id="out of range beside infinity"),
+        pytest.param("Embeds", [tensor(["wide array"])], "-1e+39 is out of range for FP32", id="an array out of range beside nan"),
+        pytest.param("Embeds", [tensor(["text"])], "an element is 'a', which is no FP32", id="another type"),
+        pytest.param("Embeds", [tensor(["truth"])], "the elements are bool, which is no FP32", id="an array of another type"),
+        pytest.param("Declared", [tensor([200], "INT32", name="a"), TWO[1]], "200 is out of range for INT8", id="out of range"),
+        pytest.param("Forgets", TWO, "declares the outputs ['sum', 'note', 'size'], and gave ['sum', 'note']", id="an output missing"),
+        pytest.param("Forgets", NONE, "declares the outputs ['sum', 'note', 'size'], and gave a list", id="no outputs by name"),
+        pytest.param("Gives", [tensor(["odd"])], "output[0] is of type object, which JSON cannot hold", id="not JSON"),
+        pytest.param("Gives", [tensor(["wider"])], "output[0] is an integer beyond 64 bits", id="a number too large for JSON"),
+        pytest.param("Gives", [tensor(["crash"])], "secret detail", id="an exception"),
     ],
 )
-def test_an_agent_that_does_not_keep_its_word_is_a_500_that_gives_nothing_away(
-    make_client: MakeClient, agent: str, given: list[Any]
+def test_an_agent_that_does_not_keep_its_word_is_a_500_whose_reason_is_in_the_log_once(
+    make_client: MakeClient, caplog: pytest.LogCaptureFixture, agent: str, given: list[Any], reason: str
 ) -> None:
-    assert "its log says why" in said(infer(make_client(agent), *given), 500).replace("the function's", "its")
+    client = make_client(agent)
+    assert said(infer(client, *given), 500) == "the model failed on this request; the function's log says why"
+    (logged,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert logged.exc_info
+    assert reason in str(logged.exc_info[1])
 
 
 def test_only_the_outputs_that_are_asked_for_are_sent_in_their_order(make_client: MakeClient) -> None:
@@ -361,8 +443,9 @@ WRONG = [
     ({"inputs": [{"shape": [1], "datatype": "BYTES", "data": ["a"]}]}, 'inputs[0]: "name" is missing'),
     ({"inputs": [tensor(["a"], name=7)]}, 'inputs[0]: "name" is missing or not a string'),  # type: ignore[arg-type]
     ({"inputs": [tensor(["a"], "FP99")]}, 'inputs[0] ("input"): "datatype" must be one of BOOL, INT8,'),
+    ({"inputs": [tensor(["a"], "FP99")]}, "FP64, BYTES, and in binary BF16"),
     ({"inputs": [tensor(["a"], ["BYTES"])]}, '"datatype" must be one of'),  # type: ignore[arg-type]
-    ({"inputs": [tensor([1], "BF16")]}, '"datatype" must be one of'),
+    ({"inputs": [tensor([1], "BF16")]}, "BF16 is taken in binary only"),
     ({"inputs": [tensor(["a"], shape="1")]}, '"shape" must be a list'),
     ({"inputs": [tensor(["a"], shape=[])]}, '"shape" must be a list of 1 to 32 whole numbers'),
     ({"inputs": [tensor(["a"], shape=[-1])]}, '"shape" must be a list of 1 to 32 whole numbers above 0'),
@@ -521,6 +604,99 @@ def test_binary_data_may_be_sent_as_json_too_and_nothing_else(client: FlaskClien
     assert "send binary data as application/octet-stream" in said(infer_binary(client, document, data, Content_Type="text/plain"), 415)
 
 
+def test_arrays_are_sent_in_binary_as_they_lie_in_memory(client: FlaskClient) -> None:
+    reply = infer(client, tensor(["array", "array"]), parameters={"binary_data_output": True})
+    assert reply.data.endswith(struct.pack("<4f", 1.5, 2.5, 1.5, 2.5))
+    reply = infer(client, tensor(["transposed"]), parameters={"binary_data_output": True})
+    assert reply.data.endswith(struct.pack("<6d", 0, 3, 1, 4, 2, 5))
+
+
+# What an agent is handed that asks for arrays
+
+
+def has(dtype: str, shape: list[int], elements: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "may_be_written": False, "has": elements}
+
+
+AS_ARRAYS = [
+    pytest.param(tensor([1, 2, 3, 4], "FP32", [2, 2]), [has("float32", [2], [1.0, 2.0]), has("float32", [2], [3.0, 4.0])], id="rows"),
+    pytest.param(tensor([[[1], [2]]], "INT64", [1, 2, 1]), [has("int64", [2, 1], [[1], [2]])], id="nested data"),
+    pytest.param(tensor([1, 2], "UINT8"), [has("uint8", [], 1), has("uint8", [], 2)], id="scalars"),
+    pytest.param(tensor([0.5], "FP16"), [has("float16", [], 0.5)], id="half precision"),
+    pytest.param(tensor([True], "BOOL", [1, 1]), [has("bool", [1], [True])], id="truth values"),
+    pytest.param(tensor([2**64 - 1], "UINT64"), [has("uint64", [], 2**64 - 1)], id="a large integer"),
+    pytest.param(tensor(["a"]), ["'a'"], id="texts"),
+    pytest.param(tensor(["a", "b"], shape=[1, 2]), ["['a', 'b']"], id="rows of texts"),
+]
+
+
+def outputs_of(reply: TestResponse) -> list[Any]:
+    return [json.loads(text) if text.startswith("{") else text for text in one_output(reply)["data"]]
+
+
+@pytest.mark.parametrize(("given", "wanted"), AS_ARRAYS)
+@pytest.mark.parametrize("sends_binary", [False, True], ids=["in JSON", "in binary"])
+def test_an_agent_that_asks_for_arrays_is_handed_them(
+    make_client: MakeClient, given: dict[str, Any], wanted: list[Any], sends_binary: bool
+) -> None:
+    client = make_client("Computes")
+    if sends_binary:
+        (found,) = read([given], None)
+        data = found.to_bytes()
+        reply = infer_binary(client, {"inputs": [sized(len(data), found.datatype, found.shape)]}, data)
+    else:
+        reply = infer(client, given)
+    assert outputs_of(reply) == wanted
+
+
+def test_arrays_of_several_tensors_are_joined_by_name(make_client: MakeClient) -> None:
+    reply = infer(make_client("Computes"), tensor(["a"], name="x"), tensor([1, 2], "INT8", [1, 2], name="y"))
+    assert outputs_of(reply) == [{"x": "'a'", "y": has("int8", [2], [1, 2])}]
+
+
+def test_other_protocols_hand_such_an_agent_what_they_hand_any(make_client: MakeClient) -> None:
+    assert make_client("Computes").post("/", json=[1, 2]).json == "[1, 2]"
+
+
+def test_arrays_are_the_requests_own_bytes_where_their_place_allows_it() -> None:
+    body = b"{}" + b"\0" * 6 + struct.pack("<3f", 1, 2, 3)
+    base = np.frombuffer(body, np.uint8)
+    for at in (8, 7):
+        (found,) = read([sized(12 if at == 8 else 8, "FP32", [1, 3 if at == 8 else 2])], memoryview(body)[at : at + (12 if at == 8 else 8)])
+        (row,) = found.rows(as_arrays=True)
+        assert row.flags.aligned
+        assert not row.flags.writeable
+        assert np.shares_memory(row, base) == (at == 8)
+
+
+@pytest.mark.parametrize("as_arrays", [False, True], ids=["lists", "arrays"])
+def test_bf16_is_handed_on_as_the_same_numbers_in_fp32(as_arrays: bool) -> None:
+    numbers = np.array([[1.5, -2.0], [3e38, np.inf]], ml_dtypes.bfloat16)
+    data = numbers.tobytes()
+    found = rows(read([sized(len(data), "BF16", [2, 2])], data), as_arrays=as_arrays)
+    assert [row if isinstance(row, list) else row.tolist() for row in found] == numbers.astype(np.float32).tolist()
+    assert not as_arrays or [str(row.dtype) for row in found] == ["float32"] * 2
+
+
+def test_bf16_of_another_length_than_the_shape_says_is_refused() -> None:
+    with pytest.raises(BadInput, match=r'shape \[2\] of BF16 is 4 bytes, "binary_data_size" is 6'):
+        read([sized(6, "BF16", [2])], b"\0" * 6)
+
+
+def test_lists_take_no_more_memory_than_they_must() -> None:
+    shape = (1, 3, 200, 500)
+    data = np.random.default_rng(0).random(shape, np.float32).tobytes()
+    tracemalloc.start()
+    try:
+        found = rows(read([sized(len(data), "FP32", list(shape))], data))
+        size, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found[0][2][199]) == 500
+    assert size <= 8.2 * len(data)  # a float of 24 bytes and a pointer for each element of 4
+    assert peak <= 1.2 * size
+
+
 WRONG_BINARY = [
     pytest.param([sized(5)], b"\x01\0\0\0", '"binary_data_size" is 5, but only 4 bytes are left', id="cut"),
     pytest.param([sized(5)], b"\x01\0\0\0aa", '6 bytes follow the JSON, but "binary_data_size" of all inputs comes to 5', id="more bytes"),
@@ -599,8 +775,10 @@ def test_a_tensor_survives_json_and_binary(tensor: Tensor) -> None:
     binary = tensor.to_bytes()
     from_flat = read([described(tensor, data=flat)], None)
     from_nested = read([described(tensor, data=nested)], b"")
-    from_binary = read([described(tensor, parameters={"binary_data_size": len(binary)})], binary)
-    assert from_flat == from_nested == from_binary == [tensor]
+    (from_binary,) = read([described(tensor, parameters={"binary_data_size": len(binary)})], binary)
+    assert from_flat == from_nested == [tensor]
+    assert replace(from_binary, elements=tensor.elements) == tensor
+    assert repr(from_binary.rows()) == repr(tensor.rows())  # 1 is not 1.0
 
 
 @KEPT
@@ -620,6 +798,48 @@ def test_an_agent_that_echoes_its_rows_gives_them_back_whatever_their_shape(tens
     assert back.datatype == {"BYTES": "BYTES", "BOOL": "BOOL", "UINT64": back.datatype}.get(
         tensor.datatype, "INT64" if "INT" in tensor.datatype else "FP64"
     )
+
+
+@KEPT
+@given(a_tensor(), st.integers(1, 8))
+def test_a_tensor_is_the_same_however_small_the_pieces_are_that_it_is_looked_at_in(tensor: Tensor, size: int) -> None:
+    binary, nested = tensor.to_bytes(), tensor.rows()
+    with mock.patch.object(tensors, "_PIECE", size):
+        assert tensor.to_bytes() == binary
+        written = orjson.loads(dumps(tensor.data()))
+        for data in (tensor.elements, nested):
+            assert read([described(tensor, data=data)], None) == [tensor]
+        (from_binary,) = read([described(tensor, parameters={"binary_data_size": len(binary)})], binary)
+        assert repr(from_binary.rows()) == repr(nested)
+        back = inferred("output", nested)
+        assert (back.shape, back.elements) == (tensor.shape, tensor.elements)
+    assert written == tensor.elements
+
+
+@KEPT
+@given(a_tensor())
+def test_an_agent_that_echoes_its_arrays_gives_them_back(tensor: Tensor) -> None:
+    back = inferred("output", [plain(row) for row in tensor.rows(as_arrays=True)])
+    assert back.shape == tensor.shape
+    assert back.rows() == tensor.rows() if tensor.datatype == "BYTES" else np.array_equal(back.elements, tensor.elements)
+    if len(tensor.shape) > 1:  # a row that is a scalar is a number of Python's
+        assert (back.datatype, back.to_bytes()) == (tensor.datatype, tensor.to_bytes())
+
+
+@KEPT
+@given(a_tensor())
+def test_arrays_and_lists_of_the_same_numbers_are_the_same_tensor_where_it_is_declared(tensor: Tensor) -> None:
+    spec = TensorSpec("output", tensor.datatype, tuple(-1 for _ in tensor.shape))
+    from_lists = from_outputs(tensor.rows(), spec)
+    from_arrays = from_outputs([plain(row) for row in tensor.rows(as_arrays=True)], spec)
+    assert from_lists.to_bytes() == from_arrays.to_bytes() == tensor.to_bytes()
+    assert (from_lists.shape, from_arrays.shape) == (tensor.shape, tensor.shape)
+
+
+def test_a_large_output_is_the_same_document_as_a_small_one() -> None:
+    numbers = np.arange(100_000, dtype=np.float32)
+    for outputs in ([numbers], [numbers.tolist()]):
+        assert orjson.loads(dumps(inferred("output", outputs).data())) == numbers.tolist()
 
 
 @KEPT
