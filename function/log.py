@@ -27,7 +27,7 @@ _SIGN = r"[\w.~+/=-]"
 _CREDENTIALS = re.compile(  # a lone word after "bearer" is a word
     rf"(\bauthorization\W{{1,6}}(?:b\W)?(?:bearer|basic|token)\s+|\bbearer\s+(?=[a-z]*[\d._~+/=-]{_SIGN})){_SIGN}+", re.IGNORECASE
 )
-_PASSWORD = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]*(?=@)")
+_PASSWORD = re.compile(r"(?<=://)[^/\s@]++(?=@)")
 
 log = logging.getLogger("relight.function")
 

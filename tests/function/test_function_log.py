@@ -218,7 +218,7 @@ def test_what_is_escaped_can_be_seen_and_other_text_is_left_as_it_is() -> None:
     assert formatted("größer\tals €, 😀 \\x1b").endswith("INFO a: größer\tals €, 😀 \\x1b")
 
 
-@pytest.mark.parametrize("text", ["x" * 1_000_000, "\n" * 1_000_000, "\x1b" * 1_000_000, "ab\n" * 300_000])
+@pytest.mark.parametrize("text", ["x" * 1_000_000, "\n" * 1_000_000, "\x1b" * 1_000_000, "ab\n" * 300_000, "://" + "a:" * 500_000])
 def test_a_record_has_a_bounded_length_and_keeps_its_beginning_and_its_end(text: str) -> None:
     found = formatted(f"begin {text} end")
     assert len(found) <= MOST_RECORD + 100
