@@ -219,13 +219,13 @@ def test_a_lie_about_sizes_costs_no_memory(data: bytes) -> None:
 
 
 def seconds(data: bytes) -> float:
-    """What it takes to refuse it, the best of three."""
+    """The processor time to refuse it, the best of three."""
     took = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = time.thread_time()
         with pytest.raises(HeaderError):
             parse(data)
-        took.append(time.perf_counter() - began)
+        took.append(time.thread_time() - began)
     return min(took)
 
 
@@ -241,7 +241,7 @@ def seconds(data: bytes) -> float:
 )
 def test_time_grows_no_faster_than_the_header(numbers: Callable[[int], dict[str, Any]]) -> None:
     few, many = (file_of({"a": numbers(count)}, 8) for count in (10_000, 80_000))
-    assert seconds(many) < 20 * seconds(few) + 0.01
+    assert seconds(many) < 25 * seconds(few) + 0.02  # by its square it would be 64 times
 
 
 LONG = "very long " * 10_000

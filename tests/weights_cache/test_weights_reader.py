@@ -300,8 +300,8 @@ def test_the_time_is_that_of_the_last_byte_and_not_of_who_asks_for_it(node: Node
     node.finish()
     landed_s = time.monotonic() - began
     asked.result(10)
-    time.sleep(0.3)
-    assert weights.restored().seconds == pytest.approx(landed_s, abs=0.1)
+    time.sleep(1)
+    assert weights.restored().seconds == pytest.approx(landed_s, abs=0.5)
 
 
 def test_asking_how_far_they_are_looks_at_nothing(node: Node, weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
