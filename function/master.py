@@ -32,8 +32,10 @@ class Master(Arbiter):  # type: ignore[misc]  # gunicorn has no types
     def spawn_worker(self) -> None:
         """Fork; returns here alone. Signals that come meanwhile wait until the worker has its own handlers. Called by gunicorn."""
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-        super().spawn_worker()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
+        try:
+            super().spawn_worker()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
 
     def reap_workers(self) -> None:
         """Take note of who has ended. A worker that nobody told to ends the server, for whoever runs it to see. Called by gunicorn."""

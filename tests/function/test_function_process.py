@@ -372,7 +372,15 @@ def test_sigterm_closes_the_agent_and_runs_what_is_to_be_done_at_exit(start: Sta
     assert not Path(folder).exists()
 
 
-def test_sigint_does_so_too(start: StartFunction, tmp_path: Path) -> None:
+def test_sigterm_is_heard_by_a_worker_that_has_just_been_forked(start: StartFunction, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import os, time\nos.register_at_fork(after_in_child=lambda: time.sleep(1))\n")
+    function = start()
+    wait_until("the worker", lambda: children.descendants(function.process.pid))
+    function.signal(signal.SIGTERM)
+    assert function.wait() == 0  # long before the grace time is over
+
+
+def test_sigint_closes_the_agent_and_runs_what_is_to_be_done_at_exit_too(start: StartFunction, tmp_path: Path) -> None:
     function = start().ready()
     folder = do(function, "at_exit", str(tmp_path))
     os.killpg(function.process.pid, signal.SIGINT)  # as a terminal does
