@@ -129,6 +129,13 @@ def _pieces(elements: Any) -> Iterator[Any]:
     return (elements[at : at + _PIECE] for at in range(0, len(elements), _PIECE))
 
 
+def _types(elements: Any) -> set[type]:
+    found: set[type] = set()
+    for piece in _pieces(elements):
+        found.update(map(type, piece))
+    return found
+
+
 def _joined(lists: Sequence[list[Any]]) -> list[Any]:
     """The items of lists of one length."""
     found: list[Any] = []
@@ -266,8 +273,8 @@ def _checked(elements: list[Any], datatype: str) -> list[Any]:
         if not found <= types:
             odd = next(element for element in piece if type(element) not in types)
             raise ValueError(f"an element is {_shown(odd)}, which is no {datatype}")
-        if fixed:
-            finite = piece if all(map(math.isfinite, piece)) else list(filter(math.isfinite, piece))  # an agent's may be none
+        if fixed and not (fixed.low <= min(piece) and max(piece) <= fixed.high):
+            finite = list(filter(math.isfinite, piece))  # an agent's may be infinite, or no numbers
             _check_range(min(finite, default=0), max(finite, default=0), datatype)
     return [float(element) for element in elements] if float in types and found != {float} else elements
 
@@ -391,7 +398,7 @@ def inferred(name: str, outputs: Sequence[Any]) -> Tensor:
     shape, elements = _flat(outputs)
     if _is_array(type(elements)):
         return Tensor(name, _OF_DTYPE[elements.dtype.name], shape, elements)
-    types = set(map(type, elements))
+    types = _types(elements)
     datatype = _datatype(elements, types)
     if datatype == "BYTES" and not _are_texts(elements):
         shape, elements = (len(outputs),), _json_texts(outputs)
@@ -404,20 +411,20 @@ def _datatype(elements: list[Any], types: set[type]) -> str:
     if types == {bool}:
         return "BOOL"
     if types == {int}:
-        low, high = min(elements), max(elements)
+        low, high = min(map(min, _pieces(elements))), max(map(max, _pieces(elements)))
         return next((name for name in ("INT64", "UINT64") if _FIXED[name].low <= low and high <= _FIXED[name].high), "BYTES")
     return "FP64" if types and types <= {int, float} else "BYTES"
 
 
 def _are_texts(elements: Any) -> bool:
-    return type(elements) is list and bool(elements) and {str, bytes}.issuperset(map(type, elements))
+    return type(elements) is list and bool(elements) and _types(elements) <= {str, bytes}
 
 
 def _flat(outputs: Sequence[Any]) -> tuple[tuple[int, ...], Any]:
     """Shape and elements, as deep as all lists of a level have one length; these are an array if all below are arrays that are alike."""
     shape, items = [len(outputs)], list(outputs)
     while True:
-        types = set(map(type, items))
+        types = _types(items)
         if types == {list} and len(set(map(len, items))) == 1:
             shape.append(len(items[0]))
             items = _joined(items)
