@@ -38,6 +38,18 @@ class Usage:
     finish_reason: str = "stop"
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What an agent declares; the defaults hold until it is loaded, too."""
+
+    inputs: Sequence[TensorSpec] = (TensorSpec("input", "BYTES", (-1,)),)
+    outputs: Sequence[TensorSpec] = (TensorSpec("output", "BYTES", (-1,)),)
+    can_stream: bool = False  # it makes answers piece by piece
+    takes_parameters: bool = False
+    takes_arrays: bool = False  # in place of lists
+    media_types: tuple[str, ...] = ()  # of bodies, besides JSON, that are inputs as they are
+
+
 @dataclass(eq=False)
 class Sequence_:  # noqa: N801  as in the agent's contract; `Sequence` is Python's
     """One answer that the agent is making: the object it gave for it, and what that tells so far."""
@@ -53,10 +65,7 @@ class GuardedAgent:
         """Touches nothing of it but its attributes. Raises what they raise."""
         self._agent: Any = agent
         self.shares_steps = hasattr(agent, "step")
-        self.can_stream = self.shares_steps or hasattr(agent, "stream")
-        self.takes_parameters = takes_parameters(agent.predict)
-        self.takes_arrays = bool(getattr(agent, "arrays", False))
-        self.media_types = tuple(str(kind).lower() for kind in getattr(agent, "media_types", ()))
+        self._takes_parameters = takes_parameters(agent.predict)
         self.busy_since: float | None = None  # in a call after it became ready, on `time.monotonic`'s clock
 
     # The start and the end. What is raised in the first two ends the process, as nothing can be served.
@@ -72,9 +81,17 @@ class GuardedAgent:
         self._agent.warm_up()
         return True
 
-    def tensors(self, name: str, default: TensorSpec) -> list[TensorSpec]:
-        """The specs that the agent declares as `inputs` or `outputs`, known once it is loaded."""
-        return list(getattr(self._agent, name, (default,)))
+    def traits(self) -> Traits:
+        """What it declares, all of which is known once it is loaded."""
+        agent, default = self._agent, Traits()
+        return Traits(
+            inputs=list(getattr(agent, "inputs", default.inputs)),
+            outputs=list(getattr(agent, "outputs", default.outputs)),
+            can_stream=self.shares_steps or hasattr(agent, "stream"),
+            takes_parameters=self._takes_parameters,
+            takes_arrays=bool(getattr(agent, "arrays", False)),
+            media_types=tuple(str(kind).lower() for kind in getattr(agent, "media_types", ())),
+        )
 
     def close(self) -> None:
         """Let the agent put away what it has. What it raises is logged."""
@@ -90,7 +107,7 @@ class GuardedAgent:
     def predict(self, inputs: Sequence[Any], parameters: Mapping[str, Any] | None = None) -> list[Any]:
         """One plain output for each input. Raises FunctionError."""
         with self._guarded():
-            more = {"parameters": dict(parameters or {})} if self.takes_parameters else {}
+            more = {"parameters": dict(parameters or {})} if self._takes_parameters else {}
             return _as_list(self._agent.predict(inputs, **more), len(inputs), "predict", "output")
 
     def start(self, input: Any) -> Sequence_:  # noqa: A002  the contract's word

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from function.agent import TensorSpec
 from function.batcher import Batcher, Call, CallContext, Reply, StreamCall
 from function.breaker import Breaker
 from function.errors import BadInput, CannotStream, ClientGone, FunctionError, NoPlace, TimedOut, Unavailable
+from function.guarded_agent import Traits
 from function.priority import Priority
 from function.runner import Observer, Progress, Runner
 from function.settings import FunctionSettings
@@ -61,29 +61,9 @@ class Model:
         return "tripped" if phase == "ready" and self.breaker.state == "open" else phase
 
     @property
-    def inputs(self) -> list[TensorSpec]:
-        """The tensors that it takes."""
-        return self._runner.inputs
-
-    @property
-    def outputs(self) -> list[TensorSpec]:
-        """The tensors that it gives."""
-        return self._runner.outputs
-
-    @property
-    def can_stream(self) -> bool:
-        """Whether the agent makes answers piece by piece; False until it is loaded."""
-        return self._runner.agent is not None and self._runner.agent.can_stream
-
-    @property
-    def takes_arrays(self) -> bool:
-        """Whether the agent wants arrays in place of lists."""
-        return self._runner.agent is not None and self._runner.agent.takes_arrays
-
-    @property
-    def media_types(self) -> tuple[str, ...]:
-        """Which bodies, besides JSON, the agent takes as inputs of bytes."""
-        return self._runner.agent.media_types if self._runner.agent else ()
+    def traits(self) -> Traits:
+        """What the agent declares."""
+        return self._runner.traits
 
     def is_alive(self) -> bool:
         """False, for good, once a call of the agent has taken so long that it cannot be expected back."""
@@ -170,7 +150,7 @@ class Model:
     def stream(self, input: Any, context: CallContext) -> Stream:  # noqa: A002  the contract's word
         """An answer piece by piece, once its first piece is there. Close it. Raises what `predict` does, and CannotStream."""
         self.admit(context.priority)
-        if not self.can_stream:
+        if not self.traits.can_stream:
             raise CannotStream(f"{self._settings.agent} makes its answers in one go; ask without streaming")
         stream = Stream(context, on_timeout=lambda: self.breaker.ended(is_trial=False, in_time=False))
         with self._admitted(context):
@@ -180,8 +160,7 @@ class Model:
         return stream
 
     def _check_parameters(self, parameters: Mapping[str, Any] | None) -> None:
-        agent = self._runner.agent
-        if parameters and agent and not agent.takes_parameters:
+        if parameters and not self.traits.takes_parameters:
             names = ", ".join(repr(name)[:60] for name in list(parameters)[:5])
             raise BadInput(f"this model takes no parameters: leave out {names} (its agent's predict has no argument `parameters`)")
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from function import lean_torch
-from function.agent import TensorSpec, load_agent
+from function.agent import load_agent
 from function.batcher import Batcher, Recent, Slice, Span
 from function.errors import FunctionError, Unavailable
-from function.guarded_agent import GuardedAgent
+from function.guarded_agent import GuardedAgent, Traits
 from function.settings import FunctionSettings
 from function.streams import Made, Streams
 from weights_cache.environment import SettingsError
@@ -71,8 +71,7 @@ class Runner:
         self.streams: Streams | None = None
         self.observer = Observer()
         self.seconds_per_input = Recent()  # from the end of one batch to the end of the next, while inputs were waiting
-        self.inputs = [TensorSpec("input", "BYTES", (-1,))]
-        self.outputs = [TensorSpec("output", "BYTES", (-1,))]
+        self.traits = Traits()
         self._settings = settings
         self._weights = weights
         self._batcher = batcher
@@ -125,7 +124,7 @@ class Runner:
         agent.load(self._weights, settings.device)
         progress.mark("load")
         self._mark_restore()
-        self.inputs, self.outputs = agent.tensors("inputs", self.inputs[0]), agent.tensors("outputs", self.outputs[0])
+        self.traits = agent.traits()
         progress.enter("warming")
         if agent.warm_up():
             progress.mark("warm_up")

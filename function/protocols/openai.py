@@ -341,7 +341,7 @@ def _answers(function: Function, items: list[dict[str, Any]]) -> list[Answer]:
 
     Raises TimedOut when that takes longer than the deadline.
     """
-    if not function.model.can_stream:
+    if not function.model.traits.can_stream:
         return [Answer(text_of(output)) for output in function.predict(PredictRequest(items, is_bare=False))]
     if len(items) > function.settings.max_inputs:
         raise BadInput(f"{len(items)} prompts in one request; at most {function.settings.max_inputs} (FUNCTION_MAX_INPUTS)")

@@ -19,7 +19,7 @@ def of_body(function: Function) -> PredictRequest | None:
 
     Raises BadInput, and what Function.body does.
     """
-    kind, taken = flask.request.mimetype, function.model.media_types
+    kind, taken = flask.request.mimetype, function.model.traits.media_types
     if kind == JSON or not taken:
         return None
     if kind == FORM:
@@ -56,7 +56,7 @@ def _of_form(function: Function) -> PredictRequest:
     found = [file for _, file in files.items(multi=True)]
     if not found:
         raise BadInput("the form has no file; each file is an input")
-    taken = function.model.media_types
+    taken = function.model.traits.media_types
     if odd := next((file for file in found if not _is_taken(file.mimetype or "application/octet-stream", taken)), None):
         raise BadInput(f"a file of type {odd.mimetype!r:.100} is not taken; this model takes {', '.join(taken)}")
     inputs = [file.stream.read() for file in found]

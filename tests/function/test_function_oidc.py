@@ -130,7 +130,7 @@ def make_client(tmp_path: Path, issuer: Issuer) -> MakeClient:
         given_: dict[str, Any] = {"oidc_audience": AUDIENCE, "oidc_issuer": issuer.url, "access_log": False} | settings
         found = FunctionSettings(agent="function.agents.echo:Echo", model_name="echo", **given_)
         model = Model(found, Weights(WeightsSettings(cache_dir=tmp_path)), started_at=time.monotonic())
-        model.start(on_failure=lambda: None)
+        model.start(on_failure=lambda _: None)
         wait_until("ready", lambda: model.phase == "ready", 10)
         return create_app(found, model).test_client()
 
