@@ -64,6 +64,7 @@ class InferenceAgent(Protocol):
 
     def predict(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """One output for each input, in the same order; outputs are what JSON can hold, and what is like it (see `function/values.py`).
+        They belong to the caller then: an array that is written into again later may change an answer on its way.
 
         With a second argument of that name, `predict(self, inputs, parameters)`, it is handed what the request says in "parameters", the
         same for all inputs ({} without any); an agent without it has such requests refused.

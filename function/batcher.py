@@ -140,7 +140,8 @@ class Call:
     outputs: list[Any] = field(default_factory=list)
     taken: int = 0  # inputs that were handed to the model, or are about to be
     reply: Reply = field(default_factory=Reply)
-    parameters: Mapping[str, Any] | None = None  # what the request says in "parameters"; calls in a batch have the same
+    parameters: Mapping[str, Any] | None = None  # what the request says in "parameters"
+    group: bytes = b""  # which parameters these are: calls in a batch have the same
 
     def is_over(self, now: float) -> bool:
         """Whether nobody waits for it any more; says so to whoever does."""
@@ -329,7 +330,7 @@ class Batcher:
                 self._inputs[priority] -= len(call.inputs) - call.taken
                 queue.popleft()
                 continue
-            if first and first.parameters != call.parameters:
+            if first and first.group != call.group:
                 return
             first = first or call
             most -= 1

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import select
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,8 +78,12 @@ class Function:
 
     def _count(self, inputs: list[Any]) -> None:
         if len(inputs) > self.settings.max_inputs:
-            raise BadInput(f"{len(inputs)} inputs in one request; at most {self.settings.max_inputs} (FUNCTION_MAX_INPUTS)")
+            raise self.too_many(len(inputs))
         self.metrics.instances.inc(len(inputs))
+
+    def too_many(self, count: int) -> BadInput:
+        """What is said of more inputs than one request may hold."""
+        return BadInput(f"{count} inputs in one request; at most {self.settings.max_inputs} (FUNCTION_MAX_INPUTS)")
 
     def stream(self, item: Any) -> Stream:
         """The answer to one input, piece by piece, once its first piece is there. Raises what Model.stream does."""
@@ -235,22 +238,11 @@ def _milliseconds(text: str) -> float:
 
 
 def _is_gone(sock: Any) -> Callable[[], bool]:
-    """Asks the kernel whether the other side of a connection has hung up, of a request that has been waiting for a moment."""
+    """Asks whether the other side of a connection (an Outbox) has hung up, of a request that has been waiting for a moment."""
     if sock is None:
         return lambda: False
     asked_first = time.monotonic() + _SETTLED_S
-
-    def ask() -> bool:
-        if time.monotonic() < asked_first:
-            return False
-        try:
-            poll = select.poll()
-            poll.register(sock, select.POLLRDHUP)
-            return bool(poll.poll(0))
-        except (OSError, ValueError):  # closed here meanwhile
-            return True
-
-    return ask
+    return lambda: time.monotonic() >= asked_first and sock.is_gone()
 
 
 def _kind(value: Any) -> str:

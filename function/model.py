@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import orjson
+
 from function.batcher import Batcher, Call, CallContext, Reply, StreamCall
 from function.breaker import Breaker
 from function.errors import BadInput, CannotStream, ClientGone, FunctionError, NoPlace, TimedOut, Unavailable
@@ -116,7 +118,7 @@ class Model:
         """
         self.admit(context.priority)
         self._check_parameters(parameters)
-        call = Call(inputs, context, time.monotonic(), parameters=parameters or None)
+        call = Call(inputs, context, time.monotonic(), parameters=parameters, group=_group(parameters))
         with self._admitted(context):
             if not self.batcher.put(call):
                 raise self._full(context.priority)
@@ -141,7 +143,7 @@ class Model:
             self.breaker.ended(is_trial=is_trial, in_time=_is_in_time(context, call.reply.error))
             then()
 
-        call = Call(inputs, context, time.monotonic(), reply=Reply(settle), parameters=parameters or None)
+        call = Call(inputs, context, time.monotonic(), reply=Reply(settle), parameters=parameters, group=_group(parameters))
         if not self.batcher.put(call):
             self.breaker.ended(is_trial=is_trial, in_time=None)
             raise self._full(context.priority)
@@ -187,6 +189,11 @@ class Model:
             f"{self._settings.queue_limit} {what} are waiting already (FUNCTION_QUEUE_LIMIT)",
             retry_after_s=min(drained_s, self._settings.timeout_s),  # by then nobody waits any more who does now
         )
+
+
+def _group(parameters: Mapping[str, Any] | None) -> bytes:
+    """The same for the same parameters alone: to Python 1, 1.0 and True are one."""
+    return orjson.dumps(parameters, option=orjson.OPT_SORT_KEYS) if parameters else b""
 
 
 def _is_in_time(context: CallContext, error: BaseException | None) -> bool | None:

@@ -158,6 +158,7 @@ class Runner:
                 self._batcher.wait()
             if slices := self._batcher.batch(may_wait=not streams.active):
                 self._predict(agent, slices)
+                del slices  # whose inputs may be large, and are not to stay until the next
             for stream_call in self._batcher.stream_calls(streams.room()):
                 streams.start(stream_call)
             if streams.active:

@@ -11,13 +11,12 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import flask
 
 from function.errors import BadInput, FunctionError
-from function.guarded_agent import Usage
+from function.guarded_agent import Usage, to_function_error
 from function.http import Function, PredictRequest, event, events, reply
 from function.streams import Stream
 from function.values import dumps
@@ -201,7 +200,7 @@ class Shape:
     chunk: str  # and of a part of one
     said: Callable[[str], dict[str, Any]]  # what a choice holds of a text
     part: Callable[[str], dict[str, Any]]  # and of a piece of it
-    stream_call: dict[str, Any] | None  # what a choice holds in a chunk before the first piece, if there is to be one
+    first: dict[str, Any] | None  # what a choice holds in a chunk before the first piece, if there is to be one
     ending: dict[str, Any]  # and in the one after the last
 
 
@@ -235,7 +234,12 @@ def usage(answers: Iterable[Usage]) -> dict[str, int]:
 
 
 def text_of(output: Any) -> str:
-    """An agent's output as text: itself, or in JSON what is no string."""
+    """An agent's output as text: itself, bytes that are UTF-8, or in JSON what is neither."""
+    if isinstance(output, bytes):
+        try:
+            return output.decode()
+        except UnicodeDecodeError:
+            pass
     return output if isinstance(output, str) else dumps(output).decode()
 
 
@@ -252,7 +256,7 @@ def add_routes(app: flask.Flask, function: Function) -> None:
         wanted = body.get("dimensions")
         if wanted not in (None, len(vectors[0])):
             raise _wrong("dimensions", f"'dimensions' must be {len(vectors[0])}, the length of the model's vectors, not {wanted}")
-        encode = _base64 if body.get("encoding_format") == "base64" else list
+        encode = _base64 if body.get("encoding_format") == "base64" else lambda vector: vector
         data = [{"object": "embedding", "index": index, "embedding": encode(vector)} for index, vector in enumerate(vectors)]
         # An agent tells vectors only: nobody knows how many tokens they took.
         return reply(
@@ -362,18 +366,21 @@ def _streamed(stream: Stream, head: dict[str, Any], shape: Shape, *, with_usage:
             chunks.append(event({**head, "choices": [], "usage": usage([stream.usage])}))
         return [*chunks, b"data: [DONE]\n\n"]
 
-    first = [event(chunk(shape.stream_call))] if shape.stream_call else []
+    first = [event(chunk(shape.first))] if shape.first else []
     return events(stream, lambda piece: chunk(shape.part(text_of(piece))), last, first)
 
 
-def _vector(output: Any) -> list[float]:
-    """Raises BadInput for the output of an agent that does not embed."""
-    vector = output.tolist() if hasattr(output, "tolist") else output  # an array; lists are lists already, see function/values.py
-    if not isinstance(vector, list) or not vector or not all(issubclass(kind, Real) for kind in set(map(type, vector))):
+def _vector(output: Any) -> Any:
+    """The numbers of an output, a list or an array of one dimension. Raises BadInput for the output of an agent that does not embed."""
+    is_vector = output.ndim == 1 if hasattr(output, "ndim") else isinstance(output, list) and {int, float}.issuperset(map(type, output))
+    if not is_vector or len(output) == 0:
         raise BadInput("this model does not embed text: its outputs are no lists of numbers")
-    return list(vector)
+    return output
 
 
-def _base64(vector: list[float]) -> str:
-    """Little-endian float32."""
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+def _base64(vector: Any) -> str:
+    """Little-endian float32. Raises AgentFailed for numbers that are beyond it."""
+    try:
+        return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+    except (OverflowError, struct.error) as error:
+        raise to_function_error(error) from error

@@ -302,7 +302,7 @@ _SCHEMAS: dict[str, Schema] = {
     "Tensor": _object(
         {
             "name": {"type": "string", "minLength": 1},
-            "datatype": {"enum": list(tensors.DATATYPES)},
+            "datatype": {"enum": [*tensors.DATATYPES, "BF16"]},
             "shape": {**_list({"type": "integer", "minimum": 1}, 1), "maxItems": tensors.MAX_DIMENSIONS},
             "data": _list(),
         },

@@ -25,7 +25,7 @@ def add_routes(app: flask.Flask, function: Function) -> None:
     @app.get("/v1/models/<path:wanted>")
     def v1_model(wanted: str) -> flask.Response:
         if wanted.endswith(":predict"):
-            raise HttpError(405, "method_not_allowed", "a prediction is asked for with POST", {"Allow": "POST"})
+            raise HttpError(405, "method_not_allowed", f"GET {flask.request.path!s:.200}: it is asked for with POST", {"Allow": "POST"})
         function.known(wanted)
         return reply({"name": name, "ready": function.model.phase == "ready", **card})
 

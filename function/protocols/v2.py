@@ -11,7 +11,7 @@ from typing import Any
 import flask
 
 from function.agent import TensorSpec
-from function.errors import BadInput, NotFound, Unavailable, UnsupportedMediaType
+from function.errors import BadInput, HttpError, NotFound, Unavailable, UnsupportedMediaType
 from function.guarded_agent import Traits, to_function_error
 from function.http import Function, PredictRequest, events, reply
 from function.protocols import tensors
@@ -22,6 +22,7 @@ VERSION = "1"  # of the model; there is never another beside it
 HEADER_LENGTH = "Inference-Header-Content-Length"
 # The last two are hints that MLServer's clients send along.
 _OF_PROTOCOL = ("binary_data_output", "binary_data_size", "content_type", "headers")
+_ACTIONS = ("/infer", "/generate", "/generate_stream")  # no model's name ends so
 _ANY_INPUT, _ANY_OUTPUT = list(Traits().inputs), list(Traits().outputs)  # what the model says for an agent that declares nothing
 
 
@@ -46,6 +47,8 @@ def add_routes(app: flask.Flask, function: Function) -> None:
     @app.get("/v2/models/<path:name>")
     @app.get("/v2/models/<path:name>/versions/<version>")
     def v2_model(name: str, version: str = VERSION) -> flask.Response:
+        if name.endswith(_ACTIONS):
+            raise HttpError(405, "method_not_allowed", f"GET {flask.request.path!s:.200}: it is asked for with POST", {"Allow": "POST"})
         _known(function, name, version)
         if model.phase in ("importing", "restoring", "loading"):
             raise Unavailable(f"what the model takes is not known yet ({model.phase})", retry_after_s=1)
@@ -96,6 +99,8 @@ def infer(function: Function) -> flask.Response:
     inputs_said = list(function.model.traits.inputs)
     if inputs_said != _ANY_INPUT:
         tensors.fit(given, inputs_said)
+    if given[0].shape[0] > function.settings.max_inputs:
+        raise function.too_many(given[0].shape[0])
     rows = tensors.rows(given, as_arrays=function.model.traits.takes_arrays)
     outputs = function.predict(PredictRequest(rows, is_bare=False, parameters=_for_agent(document)))
     found = {tensor.name: tensor for tensor in _outputs(outputs, outputs_said)}

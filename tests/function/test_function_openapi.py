@@ -97,7 +97,7 @@ def test_the_document_is_served_and_is_openapi_3_1(app: flask.Flask) -> None:
 def test_every_route_of_the_app_is_described_and_no_other(app: flask.Flask) -> None:
     words = {"wanted": "model", "name": "model"}
     found = {
-        (re.sub(r"<(\w+)>", lambda match: f"{{{words.get(match[1], match[1])}}}", rule.rule), method.lower())
+        (re.sub(r"<(?:path:)?(\w+)>", lambda match: f"{{{words.get(match[1], match[1])}}}", rule.rule), method.lower())
         for rule in app.url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
     }

@@ -129,13 +129,16 @@ def test_a_client_of_tensorflow_serving_may_say_its_signature(takes_none: Server
     assert request(takes_none.port, "POST", V1, {"instances": ["a"], "signature_name": "serving_default"}).status == 200
 
 
+GROUPS = [1, True, 1.0]  # which are one to Python
+
+
 def test_calls_with_different_parameters_share_no_batch(takes: Server) -> None:
     gate = takes.log.parent / "gate"
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(request, takes.port, "POST", V1, {"instances": ["wait"]})
         wait_until("the model is busy", lambda: b"function_instances_total 0.0" not in request(takes.port, "GET", "/metrics").body)
         others = [
-            pool.submit(request, takes.port, "POST", V1, {"instances": [str(number)], "parameters": {"group": number % 2}})
+            pool.submit(request, takes.port, "POST", V1, {"instances": [str(number)], "parameters": {"group": GROUPS[number % 3]}})
             for number in range(6)
         ]
         wait_until("they wait", lambda: b'function_waiting{model="m"} 6.0' in request(takes.port, "GET", "/metrics").body)
@@ -144,7 +147,8 @@ def test_calls_with_different_parameters_share_no_batch(takes: Server) -> None:
         assert first.result().status == 200
     for number, reply in enumerate(replies):
         (found,) = reply.json()["predictions"]
-        assert (found["input"], found["parameters"]) == (str(number), {"group": number % 2})
+        assert (found["input"], found["parameters"]) == (str(number), {"group": GROUPS[number % 3]})
+        assert type(found["parameters"]["group"]) is type(GROUPS[number % 3])
     gate.unlink()
 
 

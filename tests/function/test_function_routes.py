@@ -266,6 +266,13 @@ def test_an_embedding_is_a_vector_whatever_holds_it(function: Server) -> None:
     assert not math.isnan(found.json()["data"][0]["embedding"][0])
 
 
+def test_a_vector_that_float32_cannot_hold_is_the_agents_failure_in_base64_alone(function: Server) -> None:
+    body = {"model": NAME, "input": "json:[1e300]"}
+    assert request(function.port, "POST", "/v1/embeddings", body).json()["data"][0]["embedding"] == [1e300]
+    reply = request(function.port, "POST", "/v1/embeddings", {**body, "encoding_format": "base64"})
+    assert (reply.status, reply.json()["error"]["code"]) == (500, "agent_failed")
+
+
 @pytest.mark.parametrize("value", ["text", {"a": 1}, [1, 2], None])
 def test_a_completion_is_the_output_as_text(function: Server, value: Any) -> None:
     text = "json:" + json.dumps(value)
