@@ -69,7 +69,8 @@ def _abandon(descriptors: Iterable[int]) -> None:
     """Let go of what is behind these. The numbers stay taken: objects that the server has made still believe that they own them."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in descriptors:
-        os.dup2(nothing, descriptor, inheritable=False)
+        with contextlib.suppress(OSError):  # -1, of what was being closed just then
+            os.dup2(nothing, descriptor, inheritable=False)
     os.close(nothing)
 
 

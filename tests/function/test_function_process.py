@@ -292,6 +292,15 @@ def test_what_a_child_has_made_of_itself_is_its_own_childrens_too(start: StartFu
     assert do(start().ready(), "great_grandchild") == 42
 
 
+def test_a_child_lets_go_of_the_rest_if_something_was_closed_just_then() -> None:
+    reader, writer = os.pipe()
+    children._abandon([-1, writer])
+    assert os.read(reader, 1) == b""  # nobody writes there any more
+    os.write(writer, b"x")  # but the number is not free for something else
+    os.close(reader)
+    os.close(writer)
+
+
 def test_pools_work_time_and_again_while_it_loads_and_while_it_predicts(start: StartFunction) -> None:
     function = start(["pools", 50]).ready()
     assert do(function, "pools", 50) == "done"
