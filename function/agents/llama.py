@@ -114,9 +114,9 @@ class _Layer:
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x times a weight. A single row of bfloat16 goes through as two: alone it would be summed up in another order, and what a sequence
-    gets would depend on whether others are there. From two rows on that order is the same whatever their number (seen with oneDNN on
-    AVX-512; float32 has no such order, and pays for the second row).
+    """x times a weight. A lone row of bfloat16 goes through as two: some processors sum one up in another order than several, and what a
+    sequence gets would depend on whether others are there. From two rows on that order is the same with oneDNN on AVX-512, not on AMX;
+    float32 has no such order, and would pay for the second row.
     """
     if len(x) == 1 and x.dtype == torch.bfloat16:
         return F.linear(x.expand(2, -1), weight)[:1]

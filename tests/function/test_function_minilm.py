@@ -32,7 +32,8 @@ def test_on_a_device_the_vectors_are_the_same(agent: MiniLM, tmp_path: Path) -> 
     fill_cache(tmp_path, URI, {name: (model / name).read_bytes() for name in ("config.json", "model.safetensors", "tokenizer.json")})
     other = MiniLM()
     other.load(Weights(WeightsSettings(uri=URI, cache_dir=tmp_path)), "host")
-    assert other.predict(["A man is eating food."]) == agent.predict(["A man is eating food."])
+    (one,), (same,) = other.predict(["A man is eating food."]), agent.predict(["A man is eating food."])
+    assert one == pytest.approx(same, abs=1e-5)  # whose layers may be packed by now, and then be rounded otherwise
 
 
 def dot(a: list[float], b: list[float]) -> float:

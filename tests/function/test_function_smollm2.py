@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import json
+import random
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,6 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer
 
 from function.agent import BadInput, Weights
-from function.agents.llama import Llama
 from function.agents.sampling import Chooser, Sampling
 from function.agents.smollm2 import Answer, SmolLM2, Text
 from knative.cli import main
@@ -40,25 +40,46 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def agent(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmolLM2]:
+def stored(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> WeightsSettings:
+    """Where a function finds them."""
     cache_dir = tmp_path_factory.mktemp("cache")
     fill_cache(cache_dir, URI, {path.name: path.read_bytes() for path in converted.iterdir()})
-    agent = SmolLM2()
-    agent.load(Weights(WeightsSettings(uri=URI, cache_dir=cache_dir)), "cpu")
+    return WeightsSettings(uri=URI, cache_dir=cache_dir)
+
+
+class InFloat32(Weights):
+    """The same weights, cast. Processors multiply bfloat16 so differently that the texts below would depend on them: "The" is the likeliest
+    first word of an answer by a hair. In float32 company moves logits by 0.0001 at most, and the tokens of batches and seeds below were
+    chosen: they stay the same where each logit moves by a random 0.001.
+    """
+
+    def to(self, device: Any, *, dtype: torch.dtype | None = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:
+        return super().to(device, dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As a function has without a CPU limit; more of them wait for each other where tests run side by side."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a function does without a CPU limit; more of them wait for each other where tests run side by side
-    agent.warm_up()
-    yield agent
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(threads)
 
 
-def same_in_any_company() -> bool:
-    """Whether this processor multiplies a bfloat16 row in the same order whatever rows are beside it."""
-    rows, weight = torch.randn(64, 1536).bfloat16(), torch.randn(576, 1536).bfloat16()
-    return all(torch.equal((rows[:count] @ weight.T)[:2], rows[:2] @ weight.T) for count in (3, 5, 8, 17, 40, 64))
+@pytest.fixture(scope="module")
+def agent(stored: WeightsSettings, one_thread: None) -> SmolLM2:
+    agent = SmolLM2()
+    agent.load(InFloat32(stored), "cpu")
+    agent.warm_up()
+    return agent
 
 
-exact = pytest.mark.skipif(not same_in_any_company(), reason="this processor rounds bfloat16 products by how many there are")
+@pytest.fixture
+def as_stored(stored: WeightsSettings, one_thread: None) -> SmolLM2:
+    """The agent as a function has it, in bfloat16."""
+    agent = SmolLM2()
+    agent.load(Weights(stored), "cpu")
+    return agent
 
 
 def chat(text: str, **sampling: Any) -> dict[str, Any]:
@@ -111,8 +132,8 @@ MIXED = [
     go_on(MORE, max_tokens=12),
     chat("Write a poem about the sea.", max_tokens=9, temperature=0.9, seed=3),
     go_on("1, 2, 3, 4,", max_tokens=9),
-    go_on("word " * 100, max_tokens=4),
-    chat("Tell me a joke.", max_tokens=12, temperature=1.2, top_p=0.8, seed=4),
+    go_on("one two three " * 33, max_tokens=4),
+    chat("Tell me a joke.", max_tokens=9, temperature=0.8, top_p=0.8, seed=2),
     go_on("def add(a, b):", max_tokens=8),
 ]
 
@@ -123,13 +144,11 @@ def alone(agent: SmolLM2) -> list[str]:
     return [agent.predict([item])[0] for item in MIXED]
 
 
-@exact
 def test_a_batch_gives_each_what_it_gets_alone_token_for_token(agent: SmolLM2, alone: list[str]) -> None:
     assert all(alone)
     assert agent.predict(MIXED[::-1]) == alone[::-1]
 
 
-@exact
 def test_joining_and_leaving_half_way_change_nothing_for_the_others(agent: SmolLM2, alone: list[str]) -> None:
     texts = [""] * len(MIXED)
     active: list[tuple[int, Answer]] = []
@@ -150,30 +169,27 @@ def test_joining_and_leaving_half_way_change_nothing_for_the_others(agent: SmolL
     assert alone[1].startswith(left)
 
 
-def logits_alone_and_in_company(model: Llama) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the same sequence: a prompt, then two tokens, once by itself and once while others come and go."""
-    with torch.inference_mode():
-        cache = model.cache(40)
-        alone = [model.forward([(cache, tokens)])[0] for tokens in ([5, 6, 7], [8], [9])]
-        cache, other = model.cache(40), model.cache(40)
-        among = [
-            model.forward([(other, range(20)), (cache, [5, 6, 7])])[1],
-            model.forward([(cache, [8]), (other, [3])])[0],
-            model.forward([(model.cache(40), range(30, 60)), (other, [4]), (cache, [9])])[2],
-        ]
-    return torch.stack(alone), torch.stack(among)
+def test_in_bfloat16_company_moves_logits_by_no_more_than_rounding(as_stored: SmolLM2) -> None:
+    """By how much, and at which sizes, is the processor's; what another text has is several times farther off."""
+    model, chance = as_stored._model, random.Random(1)
+    for length, beside in ((3, 100), (20, 14), (33, 60), (37, 220)):
+        own, others = ([chance.randrange(49_000) for _ in range(count)] for count in (length, beside))
+        with torch.inference_mode():
+            alone, shorter = (model.forward([(model.cache(400), prompt)])[0] for prompt in (own, own[1:]))
+            other, among = model.forward([(model.cache(400), others), (model.cache(400), own)])
+        assert distance(alone, among) < 0.06  # 0.027 is the most of forty pairs
+        assert min(distance(alone, other), distance(alone, shorter)) > 0.08  # 0.12 the least
 
 
-def test_company_hardly_moves_the_logits_on_any_processor(agent: SmolLM2) -> None:
-    alone, among = logits_alone_and_in_company(agent._model)
-    assert (among - alone).abs().max() < 0.5  # of about ±20; those of another sequence are farther off
-    assert (among[0] - alone[1]).abs().max() > 2
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Of logits, as a share; what is the same for all tokens does not count."""
+    one, other = one - one.mean(), other - other.mean()
+    return float((one - other).norm() / one.norm())
 
 
-@exact
-def test_company_does_not_move_the_logits_by_one_bit(agent: SmolLM2) -> None:
-    alone, among = logits_alone_and_in_company(agent._model)
-    assert torch.equal(among, alone)
+def test_in_bfloat16_it_knows_the_capital_of_france_too_alone_and_in_company(as_stored: SmolLM2) -> None:
+    for inputs in ([PARIS], [go_on("word " * 60, max_tokens=1), PARIS]):
+        assert "Paris" in as_stored.predict(inputs)[-1]
 
 
 def test_a_prompt_taken_in_over_several_steps_is_the_same_prompt(agent: SmolLM2, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,15 +227,14 @@ def test_a_step_that_fails_can_be_made_again(agent: SmolLM2, monkeypatch: pytest
 # Sampling
 
 
-@exact
 def test_a_seed_gives_the_same_text_again_and_another_seed_another(agent: SmolLM2) -> None:
     def texts(*seeds: int | None) -> list[str]:
         return agent.predict([go_on("Once upon a time", temperature=1.0, max_tokens=10, seed=seed) for seed in seeds])
 
-    first = texts(1, 1, 2, None, None)
+    first = texts(4, 4, 13, None, None)
     assert first[0] == first[1]
     assert len(set(first)) == 4
-    assert texts(2, 1) == [first[2], first[0]]
+    assert texts(13, 4) == [first[2], first[0]]
 
 
 LOGITS = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
