@@ -8,6 +8,8 @@ All but the constructor is called in the model's thread. `busy_since` says since
 """
 
 import logging
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -146,12 +148,27 @@ class GuardedAgent:
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         self.busy_since = time.monotonic()
+        pid = os.getpid()
         try:
             yield
         except BaseException as error:  # also SystemExit and KeyboardInterrupt: an agent that calls exit() ends its request
+            if os.getpid() != pid:
+                _end_child(error)
             raise to_function_error(error) from error
         finally:
             self.busy_since = None
+        if os.getpid() != pid:
+            _end_child(None)
+
+
+def _end_child(error: BaseException | None) -> None:
+    """End a process that the agent forked and that has come back from its call: there is one server, and it is not the child."""
+    code = error.code if isinstance(error, SystemExit) else None
+    if error is not None and not isinstance(error, SystemExit):
+        log.error("a process that the agent forked has failed", exc_info=error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(error is not None and (not isinstance(error, SystemExit) or code is not None)))
 
 
 def to_function_error(error: BaseException) -> FunctionError:

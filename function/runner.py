@@ -78,7 +78,8 @@ class Runner:
         self._progress = progress
         self._computed_at = 0.0  # the last batch
         self._is_closing = False
-        self._closed = threading.Event()
+        self._is_closed = False  # the agent
+        self._over = threading.Event()  # the thread
 
     def start(self, on_failure: Callable[[BaseException], object]) -> None:
         """Begin; `on_failure` is called in the thread if the agent cannot be brought up, or with what ended the thread."""
@@ -88,7 +89,7 @@ class Runner:
         """Have the agent closed in its thread; whether it was, within the time. One that is still being loaded is left alone."""
         self._is_closing = True
         self._batcher.stop()
-        return self.agent is not None and self._closed.wait(timeout_s)
+        return self.agent is not None and self._over.wait(timeout_s) and self._is_closed
 
     def _run(self, on_failure: Callable[[BaseException], object]) -> None:
         try:
@@ -105,10 +106,12 @@ class Runner:
         try:
             self._serve(agent)
             agent.close()
-            self._closed.set()
+            self._is_closed = True
         except BaseException as error:
             log.exception("the model's thread ended")  # a mistake of ours: nobody would be answered again
+            self._over.set()
             on_failure(error)
+        self._over.set()
 
     def _bring_up(self) -> GuardedAgent:
         settings, progress = self._settings, self._progress

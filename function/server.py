@@ -71,6 +71,7 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
             "keepalive": 75,  # longer than any proxy in front, so that it is the proxy that closes an idle connection
             "worker_tmp_dir": "/dev/shm" if Path("/dev/shm").is_dir() else None,  # noqa: S108  a read-only root has no other place
             "control_socket_disable": True,
+            "secure_scheme_headers": {},  # whether callers used https is nothing to us, whatever proxies before us say of it
             "errorlog": None,  # its records are written by the handler that `install` gives it
             "loglevel": "warning",
             "post_worker_init": self._start_model,

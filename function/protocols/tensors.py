@@ -289,7 +289,7 @@ def _check_range(low: float, high: float, datatype: str) -> None:
 def _shown(element: Any) -> str:
     if isinstance(element, list | dict):
         return "a list" if isinstance(element, list) else "an object"
-    return repr(element)[:60]
+    return "null" if element is None else repr(element)[:60]
 
 
 def _from_bytes(where: str, data: memoryview, datatype: str, shape: Sequence[int]) -> Any:

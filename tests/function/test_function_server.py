@@ -39,6 +39,14 @@ class Quits:
     def load(self, weights, device): pass
     def predict(self, inputs): raise SystemExit("enough")
 
+class Forks:
+    def load(self, weights, device): pass
+    def predict(self, inputs):
+        pid = os.fork()
+        if pid == 0 and inputs[0] == "raises": raise RuntimeError("in the child")
+        if pid == 0 and inputs[0] == "exits": raise SystemExit(7)
+        return ["the child's"] if pid == 0 else [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]
+
 class Names:
     def load(self, weights, device): self.names = list(weights)
     def warm_up(self): self.warm = True
@@ -216,3 +224,21 @@ def test_a_device_is_made_ready_while_there_are_no_weights_yet(start: StartFunct
 def test_a_device_that_is_not_there_is_told_while_there_are_no_weights_yet(start: StartFunction, tmp_path: Path) -> None:
     function = start("some_agents:Names", WEIGHTS_URI="s3://bucket/prefix", WEIGHTS_CACHE_DIR=tmp_path / "cache", FUNCTION_DEVICE="cuda:99")
     wait_until("the warning", lambda: "device 'cuda:99' cannot be used" in function.said())
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X-Forwarded-Proto": "https", "X-Forwarded-Ssl": "off"},
+        {"X-Forwarded-Proto": "https", "X-Forwarded-Protocol": "http"},
+        {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAoAAAAAIAAAAA"},  # as Java's client does
+    ],
+)
+def test_what_proxies_and_clients_say_of_protocols_keeps_nobody_out(start: StartFunction, headers: dict[str, str]) -> None:
+    assert request(start().ready().port, "POST", "/", 0, headers).json() == 0
+
+
+@pytest.mark.parametrize(("how", "code"), [("returns", 0), ("raises", 1), ("exits", 7)])
+def test_a_forked_child_that_comes_back_from_the_agent_ends_there(start: StartFunction, how: str, code: int) -> None:
+    function = start("some_agents:Forks").ready()
+    assert [request(function.port, "POST", "/", how).json() for _ in range(2)] == [code, code]
