@@ -1,8 +1,8 @@
 """What is noted of each request: its id, how long it took and where, one JSON line in the log, `Server-Timing` for the caller, a trace."""
 
+import os
 import re
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -98,7 +98,7 @@ class Access:
     def open(self, method: str, path: str, headers: Headers) -> Note:
         """A request has come."""
         said = headers.get("x-request-id") or ""
-        request_id = said if _ID.fullmatch(said) else uuid.uuid4().hex
+        request_id = said if _ID.fullmatch(said) else os.urandom(16).hex()
         traceparent = (headers.get("traceparent") or "")[:_MOST_TRACEPARENT] or None
         note = Note(method[:_MOST_METHOD], path[:_MOST_PATH], request_id, traceparent, time.monotonic())
         note.origin = headers.get("origin")
@@ -109,9 +109,9 @@ class Access:
     def end(self, note: Note, route: str, status: int) -> dict[str, str]:
         """The answer is known; returns headers for it. When it is out, `finish` the note, if it is wanted."""
         seconds = time.monotonic() - note.began
-        self._metrics.requests.labels(route, str(status)).inc()
+        self._metrics.count_request(route, status)
         if route != REFUSED:  # those take no time, and may be many
-            self._metrics.seconds.labels(route).observe(seconds)
+            self._metrics.time_request(route, seconds)
         if self._is_logged and route not in _QUIET:
             note.line = {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),

@@ -18,20 +18,19 @@ from function.outbox import Outbox
 
 log = logging.getLogger("relight.function")
 
-PAUSE_S = 0.1  # without accepting, when there are no file descriptors
 _READ = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
 _WRITE = select.EPOLLOUT | select.EPOLLONESHOT
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-class State(enum.Enum):
+class State(enum.IntEnum):
     """What a connection is at. When there are too many, those of an earlier one give way first, the oldest of them before the others."""
 
-    ENDING = enum.auto()  # it is answered for the last time; whatever still comes is thrown away
-    IDLE = enum.auto()  # between two requests
-    RECEIVING = enum.auto()  # a request is on its way
-    SENDING = enum.auto()  # its answer is
-    WORKING = enum.auto()  # somebody makes its answer; never gives way
+    ENDING = 0  # it is answered for the last time; whatever still comes is thrown away
+    IDLE = 1  # between two requests
+    RECEIVING = 2  # a request is on its way
+    SENDING = 3  # its answer is
+    WORKING = 4  # somebody makes its answer; never gives way
 
 
 class Connection:
@@ -46,13 +45,25 @@ class Connection:
         self.state = State.IDLE
         self.began = self.expires = 0.0  # a request to come, and when it is late, on `time.monotonic`'s clock
         self.received = b""  # of a request's head, and behind one whose end is known
-        self.parsed = b""  # the head of the request that is received or answered
-        self.request: Any = None  # gunicorn's, of one that is not ordinary
-        self.head: Any = None  # of the request that is received or answered, a fast_path.Head, if it is ordinary
-        self.body: Body | None = None
         self.note: access.Note | None = None  # of the answer that the loop gives
         self.is_last = False  # no request can follow the one that is being answered
         self.is_open = True
+        self.forget_request()
+
+    def forget_request(self) -> None:
+        """It is answered."""
+        self.parsed = b""  # the head of the request that is received or answered
+        self.head: Any = None  # the same as a fast_path.Head, if it is ordinary
+        self.request: Any = None  # gunicorn's, of one that is not
+        self.body: Body | None = None  # while it is received
+        self.content = b""  # the body, once it is there
+        self.fast_call: Any = None  # a fast_path.FastCall, if the loop answers it
+
+    def finish_note(self) -> None:
+        """The answer is out, or nobody takes it."""
+        note, self.note = self.note, None
+        if note and note.is_wanted:
+            access.finish(note)
 
 
 class Connections:
@@ -61,8 +72,9 @@ class Connections:
     def __init__(self, epoll: select.epoll, limit: int) -> None:
         self._epoll = epoll
         self._limit = limit
-        self._open: dict[int, Connection] = {}
-        self._by_state: dict[State, dict[Connection, None]] = {state: {} for state in State}  # each in the order they came to it
+        self._open: dict[int, Connection] = {}  # by file descriptor
+        self.get = self._open.get
+        self._by_state: tuple[dict[Connection, None], ...] = tuple({} for _ in State)  # each in the order they came to it
         self._registered: set[int] = set()
 
     def __iter__(self) -> Iterator[Connection]:
@@ -71,10 +83,6 @@ class Connections:
     def at(self, state: State) -> Collection[Connection]:
         """Those that are at it."""
         return self._by_state[state].keys()
-
-    def get(self, fd: int) -> Connection | None:
-        """The one with this file descriptor."""
-        return self._open.get(fd)
 
     def add(self, conn: Connection) -> None:
         """A new one; the oldest that is of no use gives way if there are too many."""
@@ -101,30 +109,29 @@ class Connections:
             self._registered.discard(fd)
             conn.sock.give_up()
             conn.raw.close()
+            conn.finish_note()
 
     def enter(self, conn: Connection, state: State, seconds: float | None = None) -> None:
         """It is at something else now, for so long at most; None leaves the time as it is."""
-        del self._by_state[conn.state][conn]
-        conn.state = state
-        self._by_state[state][conn] = None
+        if conn.state is not state:
+            del self._by_state[conn.state][conn]
+            conn.state = state
+            self._by_state[state][conn] = None
         if seconds is not None:
             conn.expires = time.monotonic() + seconds
 
     def await_data(self, conn: Connection) -> None:
         """Have the poller say when something comes."""
-        self._arm(conn, _READ)
+        fd = conn.raw.fileno()
+        if fd in self._registered:
+            self._epoll.modify(fd, _READ)
+        else:
+            self._registered.add(fd)
+            self._epoll.register(fd, _READ)
 
     def await_room(self, conn: Connection) -> None:
         """Have it say when more can be sent."""
-        self._arm(conn, _WRITE)
-
-    def _arm(self, conn: Connection, events: int) -> None:
-        fd = conn.raw.fileno()
-        if fd in self._registered:
-            self._epoll.modify(fd, events)
-        else:
-            self._registered.add(fd)
-            self._epoll.register(fd, events)
+        self._epoll.modify(conn.raw.fileno(), _WRITE)
 
     def expired(self, now: float) -> list[Connection]:
         """Those whose time is up, whatever they are at: the client does not send, or does not take what it is sent."""
@@ -142,12 +149,12 @@ class Connections:
 
 
 class Listener:
-    """Takes in who comes, and pauses while there are no file descriptors for more."""
+    """Takes in who comes, and pauses until it is told to go on when there are no file descriptors for more."""
 
     def __init__(self, sock: socket.socket, epoll: select.epoll) -> None:
         self._sock = sock
         self._epoll = epoll
-        self.resumes_at: float | None = None  # on `time.monotonic`'s clock; None while it listens
+        self._is_paused = False
         self._is_short = False  # of descriptors, as the log says
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
@@ -174,14 +181,14 @@ class Listener:
             sock.setblocking(False)
             yield sock, client, self._address
 
-    def resume(self, now: float) -> None:
-        """Go on, if it is time."""
-        if self.resumes_at is not None and now >= self.resumes_at:
-            self.resumes_at = None
+    def resume(self) -> None:
+        """Go on, if it has paused."""
+        if self._is_paused:
+            self._is_paused = False
             self._epoll.modify(self._sock.fileno(), select.EPOLLIN)
 
     def _pause(self) -> None:
-        self.resumes_at = time.monotonic() + PAUSE_S
+        self._is_paused = True
         self._epoll.modify(self._sock.fileno(), 0)
 
     def _say_short(self, error: OSError) -> None:

@@ -7,6 +7,7 @@ PredictRoute, Access and `failure`.
 """
 
 import math
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -25,10 +26,12 @@ MOST_BYTES = 16 * 1024  # of a body; a larger one would keep the loop from other
 # A subset of what gunicorn accepts, with the same meaning. Names with `_`, values with anything but printable ASCII and other line ends
 # are for gunicorn to judge.
 _HEAD = re.compile(rb"(GET|HEAD|POST) (/[!-~]*) HTTP/1\.1\r\n((?:[A-Za-z0-9-]+:[ -~]*\r\n)*)\r\n")
+_HEADER = re.compile(r"([A-Za-z0-9-]+):([ -~]*)\r\n")
 _MOST_HEAD_BYTES, _MOST_HEADERS = 4000, 100  # within gunicorn's limits; and a line of the log fits into any pipe that is ready
-_EXTRAORDINARY = {"content-encoding", "expect", "te", "trailer", "transfer-encoding", "upgrade"}
+_UNKNOWN = {"transfer-encoding", "upgrade"}  # with which it is for gunicorn to say where the request ends
+_EXTRAORDINARY = {"content-encoding", "expect", "te", "trailer"}
 _EXTRAORDINARY |= {"x-forwarded-protocol", "x-forwarded-ssl"}  # which gunicorn compares with x-forwarded-proto
-_EVENT = "ce-"  # begins the headers of one
+_is_of_event = operator.methodcaller("startswith", "ce-")  # a header
 # What is enough of any other GET or HEAD
 _FIRST_LINE = re.compile(rb"(GET|HEAD) (/[!-~]*) HTTP/1\.([01])\r\n")
 _LINE = re.compile(r"[A-Za-z0-9_-]+:[^\r\n]*")
@@ -36,13 +39,14 @@ _ENDING = {"connection", "content-length", "expect", "transfer-encoding", "upgra
 
 
 class Head(NamedTuple):
-    """Of a request that is ordinary, or of a probe."""
+    """Of a request of which it is known where it ends, or of a probe."""
 
     method: str
-    path: str
+    path: str  # of the target
     headers: Mapping[str, str]  # by name, in lower case
     length: int = 0  # of the body, in bytes
-    is_last: bool = False  # no other request can follow, as nobody has looked where this one ends
+    is_last: bool = False  # no other request can follow: the client says so, or nobody has looked where this one ends
+    is_ordinary: bool = True
 
 
 class Answer(NamedTuple):
@@ -54,25 +58,21 @@ class Answer(NamedTuple):
 
 
 def read(data: bytes) -> Head | None:
-    """The head that data begins with; None if it is not ordinary."""
+    """The head that data begins with; None if gunicorn has to read it."""
     found = _HEAD.match(data)
     if not found or found.end() > _MOST_HEAD_BYTES:
         return None
-    lines = found[3].decode("ascii").split("\r\n")[:-1]
-    headers: dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        headers[name.lower()] = value.strip()
+    lines = _HEADER.findall(found[3].decode("ascii"))
+    headers = {name.lower(): value.strip() for name, value in lines}
     if len(headers) != len(lines) or len(lines) > _MOST_HEADERS:  # one that comes twice is not ordinary
         return None
-    if not _EXTRAORDINARY.isdisjoint(headers) or any(name.startswith(_EVENT) for name in headers):
+    method, size, connection = found[1].decode(), headers.get("content-length"), headers.get("connection", "keep-alive").lower()
+    if not _UNKNOWN.isdisjoint(headers) or connection not in ("keep-alive", "close"):
         return None
-    if headers.get("connection", "keep-alive").lower() != "keep-alive":
-        return None
-    method, size = found[1].decode(), headers.get("content-length")
     if (size is None) != (method != "POST") or not (size or "0").isdecimal() or len(size or "") > 15:
         return None  # a GET has no body, a POST says how long its is
-    return Head(method, found[2].decode(), headers, int(size or 0))
+    is_ordinary = _EXTRAORDINARY.isdisjoint(headers) and not any(map(_is_of_event, headers))
+    return Head(method, path_of(found[2].decode()), headers, int(size or 0), connection == "close", is_ordinary)
 
 
 def glance(data: bytes) -> Head | None:
@@ -83,7 +83,7 @@ def glance(data: bytes) -> Head | None:
     lines = [line for line in data[found.end() : end].decode("latin-1").split("\r\n") if line]
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     is_last = found[3] == b"0" or not _ENDING.isdisjoint(headers) or not all(map(_LINE.fullmatch, lines))
-    return Head(found[1].decode(), found[2].decode(), headers, is_last=is_last)
+    return Head(found[1].decode(), path_of(found[2].decode()), headers, is_last=is_last)
 
 
 class FastCall:
@@ -98,6 +98,15 @@ class FastCall:
         self.request: PredictRequest | None = None
         self.call: Call | None = None  # None if it did not get so far
         self.failed: Exception | None = None  # before it was a call
+
+    def outcome(self) -> Any:
+        """The document that is its answer, once it is settled. Raises why there is none."""
+        error = self.failed or (self.call and self.call.reply.error)
+        if error:
+            raise error
+        assert self.request
+        assert self.call
+        return self.request.answer(self.call.reply.outputs)
 
 
 class FastPath:
@@ -114,31 +123,29 @@ class FastPath:
 
     def probe(self, head: Head) -> Answer | None:
         """The answer to a probe; None if it is another request."""
-        path = path_of(head.path) if head.method != "POST" else ""
-        view = self._probes.get(path)
-        if view is None:
+        view = self._probes.get(head.path)
+        if view is None or head.method == "POST":
             return None
-        note = self.access.open(head.method, path, head.headers)
+        note = self.access.open(head.method, head.path, head.headers)
         try:
             response = view()
         except Exception as error:  # noqa: BLE001  see `failure`
-            response = failure(error, head.method, path)
-        answer = self._answer(response, note, path)
+            response = failure(error, head.method, head.path)
+        answer = self._answer(response, note, head.path)
         return answer._replace(body=b"") if head.method == "HEAD" else answer
 
-    def submit(self, head: Head, body: bytes, sock: Any, then: Callable[[FastCall], object]) -> FastCall | None:
+    def submit(self, head: Head, body: bytes, sock: Any, then: Callable[[], object]) -> FastCall | None:
         """Begin a prediction; None if the request is no ordinary one. `then` is called from any thread, unless it has failed already."""
-        path = path_of(head.path)
-        route = self._function.predictions.get(path)
+        route = self._function.predictions.get(head.path)
         kind = head.headers.get("content-type", JSON).partition(";")[0].strip().lower()
         if not route or head.method != "POST" or kind != JSON or len(body) > MOST_BYTES:
             return None
-        fast_call = FastCall(route, head._replace(path=path), self.access.open(head.method, path, head.headers))
+        fast_call = FastCall(route, head, self.access.open(head.method, head.path, head.headers))
         try:
             self._gate.check(head.path, head.headers.get("authorization", ""), method=head.method)
             request = fast_call.request = route.read(parse_json(body)[0])
             context = self._function.context_of(head.headers, sock, fast_call.note)
-            call = fast_call.call = self._function.submit(request, context, lambda: then(fast_call))
+            call = fast_call.call = self._function.submit(request, context, then)
             self._calls[id(call)] = call
             self.wake_at = min(self.wake_at, call.arrived + context.timeout_s)
         except Exception as error:  # noqa: BLE001  see `failure`
@@ -160,16 +167,13 @@ class FastPath:
     def answer(self, fast_call: FastCall) -> Answer:
         """The answer to a prediction that has failed or whose call is settled."""
         head, note, rule = fast_call.head, fast_call.note, fast_call.route.rule
-        error, call = fast_call.failed, fast_call.call
-        if call:
-            self._calls.pop(id(call), None)
-            error = call.reply.error
-            if not error and fast_call.request:
-                body = dumps(fast_call.request.answer(call.reply.outputs))
-                headers = {"Content-Type": JSON, "Content-Length": str(len(body)), **self.access.end(note, rule, 200)}
-                return Answer("200 OK", headers.items(), body)
-        assert error
-        return self._answer(failure(error, head.method, head.path), note, rule)
+        self._calls.pop(id(fast_call.call), None)
+        try:
+            body = dumps(fast_call.outcome())
+        except Exception as error:  # noqa: BLE001  see `failure`
+            return self._answer(failure(error, head.method, head.path), note, rule)
+        headers = {"Content-Type": JSON, "Content-Length": str(len(body)), **self.access.end(note, rule, 200)}
+        return Answer("200 OK", headers.items(), body)
 
     def _answer(self, response: flask.Response, note: Note, route: str) -> Answer:
         response.headers.update(self.access.end(note, route, response.status_code))

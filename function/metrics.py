@@ -1,5 +1,6 @@
 """What the function tells Prometheus."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,10 +23,10 @@ class Metrics(Observer):
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter that nobody asks for
         self.registry = CollectorRegistry()
         self.registry.register(_ModelCollector(model, model_name))
-        self.requests = Counter("function_requests", "Requests answered.", ["route", "code"], registry=self.registry)
-        self.seconds = Histogram(
-            "function_request_seconds", "Seconds to answer a request.", ["route"], buckets=_SECONDS, registry=self.registry
-        )
+        requests = Counter("function_requests", "Requests answered.", ["route", "code"], registry=self.registry)
+        seconds = Histogram("function_request_seconds", "Seconds to answer a request.", ["route"], buckets=_SECONDS, registry=self.registry)
+        self._requests: Callable[[str, int], Counter] = functools.cache(lambda route, code: requests.labels(route, str(code)))
+        self._seconds: Callable[[str], Histogram] = functools.cache(seconds.labels)  # of routes and codes there are few
         self.fast_path = Counter(
             "function_fast_path", "Predictions that the loop took in without a thread of their own.", registry=self.registry
         )
@@ -58,6 +59,14 @@ class Metrics(Observer):
         self._step_seconds = Counter("function_step_seconds", "Seconds spent in steps.", registry=self.registry)
         self._pieces = Counter("function_pieces", "Pieces of streams that were made for callers.", registry=self.registry)
         model.observe(self)
+
+    def count_request(self, route: str, code: int) -> None:
+        """A request was answered."""
+        self._requests(route, code).inc()
+
+    def time_request(self, route: str, seconds: float) -> None:
+        """It took so long."""
+        self._seconds(route).observe(seconds)
 
     def watch_memory(self, kept: Callable[[], tuple[int, int]]) -> None:
         """kept: how many events are remembered, and their bytes."""

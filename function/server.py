@@ -66,6 +66,8 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
             "worker_class": FunctionWorker,
             "threads": settings.http_threads,
             "worker_connections": settings.http_threads + 1000,
+            "limit_request_line": 8190,  # bytes, gunicorn's most
+            "limit_request_field_size": 32 * 1024,  # bytes of a header; common proxies let 16 kB through
             "timeout": 0,  # a busy worker is the platform's to judge, by its probes
             "graceful_timeout": math.ceil(settings.drain_s),
             "keepalive": 75,  # longer than any proxy in front, so that it is the proxy that closes an idle connection

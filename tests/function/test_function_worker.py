@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from function.streams import AHEAD
 from tests.support import BIN, Reply, Server, clean_environment, free_port, request, running, wait_until
 
 AGENT = """
@@ -342,7 +343,7 @@ def pieces(connection: socket.socket, count: int) -> bytes:
     return data
 
 
-def test_who_hangs_up_within_a_stream_leaves_before_the_next_step(start: StartFunction, gate: Path) -> None:
+def test_who_hangs_up_within_a_stream_leaves_once_the_next_piece_cannot_be_sent(start: StartFunction, gate: Path) -> None:
     port = start(FUNCTION_MAX_BATCH=1).port
     with connected(port) as connection:
         connection.sendall(post('{"text_input": "1000000"}', path=STREAM))
@@ -350,8 +351,7 @@ def test_who_hangs_up_within_a_stream_leaves_before_the_next_step(start: StartFu
         time.sleep(0.05)  # nobody is taken to have left within the first moment
     gate.touch()
     wait_until("its place", lambda: gauge(port, "function_active_streams") == 0, 20)
-    assert request(port, "POST", "/", "steps").json() == 3
-    assert gauge(port, "function_pieces_total") == 3
+    assert request(port, "POST", "/", "steps").json() < 3 + 2 * AHEAD  # how many an agent makes that is quicker than its reader
 
 
 def test_a_caller_may_set_a_shorter_deadline_which_says_nothing_about_the_model(start: StartFunction, gate: Path) -> None:
