@@ -23,7 +23,10 @@ from weights_cache.settings import WeightsSettings
 class Probe:
     """Misbehaves on request."""
 
+    gate = threading.Event()
+
     def load(self, weights: Weights, device: str) -> None:
+        type(self).gate.set()
         self.threads: set[int] = set()
         self.seen: list[Any] = []
 
@@ -45,8 +48,8 @@ class Probe:
             elif item == "seen":
                 outputs.append({"seen": self.seen})
             else:
-                if isinstance(item, dict) and "sleep" in item:
-                    time.sleep(item["sleep"])
+                if item == "hold":
+                    self.gate.wait(60)
                 outputs.append({"got": item})
         return outputs
 
@@ -57,7 +60,7 @@ class SlowToLoad(Probe):
     may_load = threading.Event()
 
     def load(self, weights: Weights, device: str) -> None:
-        assert self.may_load.wait(10)
+        assert self.may_load.wait(60)
         super().load(weights, device)
 
 
@@ -72,7 +75,7 @@ def make_client(tmp_path: Path) -> Iterator[MakeClient]:
         failed = threading.Event()
         model.start(on_failure=lambda _: failed.set())
         if wait:
-            wait_until("ready", lambda: failed.is_set() or model.phase == "ready", 10)
+            wait_until("ready", lambda: failed.is_set() or model.phase == "ready")
         return create_app(found, model).test_client()
 
     return make  # type: ignore[return-value]
@@ -181,18 +184,19 @@ def test_one_thread_owns_the_model_whoever_calls(make_client: MakeClient) -> Non
 
 def test_a_call_past_its_deadline_is_a_504(make_client: MakeClient) -> None:
     client = make_client(timeout_s=0.05)
-    assert client.post("/", json={"sleep": 0.3}).status_code == 504
+    Probe.gate.clear()
+    assert client.post("/", json="hold").status_code == 504
 
 
 def test_a_call_that_has_expired_in_the_queue_never_reaches_the_model(make_client: MakeClient) -> None:
     client = make_client(timeout_s=0.2)
     app = client.application
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(app.test_client().post, "/", json={"sleep": 0.5})
-        time.sleep(0.05)
-        assert app.test_client().post("/", json="late").status_code == 504
-        assert first.result().status_code == 504
-    seen: list[Any] = wait_until("the model to be free again", lambda: (client.post("/", json="seen").json or {}).get("seen"), 5)
+    Probe.gate.clear()
+    assert app.test_client().post("/", json="hold").status_code == 504  # and the model is at it still
+    assert app.test_client().post("/", json="late").status_code == 504
+    Probe.gate.set()
+    seen: list[Any] = wait_until("the model to be free again", lambda: (client.post("/", json="seen").json or {}).get("seen"))
+    assert "hold" in seen
     assert "late" not in seen
 
 
@@ -200,17 +204,19 @@ def test_a_full_queue_is_told_at_once_and_when_to_come_back(make_client: MakeCli
     client = make_client(max_batch=1, queue_limit=1)
     app = client.application
     with ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(app.test_client().post, "/", json={"sleep": 0.5}) for _ in range(4)]
-        replies = [call.result() for call in running]
-    refused = [reply for reply in replies if reply.status_code == 503]
-    assert len(refused) == 2  # one is computed, or about to be, and one waits
+        Probe.gate.clear()
+        running = [pool.submit(app.test_client().post, "/", json="hold") for _ in range(4)]
+        wait_until("those who are refused", lambda: sum(call.done() for call in running) == 2)  # one is computed, and one waits
+        refused = [call.result() for call in running if call.done()]
+        Probe.gate.set()
+    assert sorted(call.result().status_code for call in running) == [200, 200, 503, 503]
     assert all(int(reply.headers["Retry-After"]) >= 1 for reply in refused)
 
 
 def test_before_it_is_ready_callers_are_told_so_and_probes_learn_the_phase(make_client: MakeClient) -> None:
     SlowToLoad.may_load.clear()
     client = make_client("SlowToLoad", wait=False)
-    wait_until("loading", lambda: (client.get("/readyz").json or {})["phase"] == "loading", 5)
+    wait_until("loading", lambda: (client.get("/readyz").json or {})["phase"] == "loading")
     assert client.get("/readyz").status_code == 503
     assert client.get("/healthz").status_code == 200
     refused = client.post("/", json="a")
@@ -218,7 +224,7 @@ def test_before_it_is_ready_callers_are_told_so_and_probes_learn_the_phase(make_
     assert "not ready yet (loading)" in (refused.json or {})["error"]["message"]
     assert refused.headers["Retry-After"] == "1"
     SlowToLoad.may_load.set()
-    wait_until("ready", lambda: client.get("/readyz").status_code == 200, 5)
+    wait_until("ready", lambda: client.get("/readyz").status_code == 200)
 
 
 def test_readiness_tells_the_stages_of_the_cold_start(make_client: MakeClient) -> None:
@@ -233,7 +239,7 @@ def test_a_draining_function_is_not_ready(tmp_path: Path) -> None:
     settings = FunctionSettings(agent="function.agents.echo:Echo")
     model = Model(settings, Weights(WeightsSettings(cache_dir=tmp_path)), started_at=time.monotonic())
     model.start(on_failure=lambda _: None)
-    wait_until("ready", lambda: model.phase == "ready", 5)
+    wait_until("ready", lambda: model.phase == "ready")
     model.drain()
     client = create_app(settings, model).test_client()
     assert (client.get("/readyz").status_code, (client.get("/readyz").json or {})["phase"]) == (503, "draining")

@@ -367,7 +367,7 @@ def test_a_log_that_nobody_reads_holds_up_no_answer_and_is_there_for_who_reads_i
         assert set(statuses) == {200, 404, 500}
         assert request(port, "GET", "/healthz").status == 200
         found = b""
-        while select.select([process.stderr], [], [], 5)[0] and len(re.findall(rb'"request_id":"n\d+"', found)) < 300:
+        while len(re.findall(rb'"request_id":"n\d+"', found)) < 300 and select.select([process.stderr], [], [], 60)[0]:
             found += os.read(process.stderr.fileno(), 1 << 16)
         ids = [json.loads(line)["request_id"] for line in found.splitlines() if line.startswith(b"{")]
         assert sorted(ids) == sorted(f"n{number}" for number in range(300))

@@ -381,13 +381,13 @@ def test_a_client_that_closes_its_stream_frees_its_place(functions: Functions, t
         assert next(stream).choices[0].delta.content == ""
         assert next(stream).choices[0].delta.content == "and on "
         assert active_streams(server) == 1
-    wait_until("its place to be free", lambda: active_streams(server) == 0, 5)
+    wait_until("its place to be free", lambda: active_streams(server) == 0)
 
 
 def test_a_client_that_leaves_while_an_answer_in_one_go_is_made_frees_its_place_too(functions: Functions, talker: OpenAI) -> None:
     with pytest.raises(openai.APITimeoutError):
         talker.with_options(timeout=0.3).completions.create(model="m", prompt="for-ever")
-    wait_until("its place to be free", lambda: active_streams(functions["some_agents:Talker"]) == 0, 5)
+    wait_until("its place to be free", lambda: active_streams(functions["some_agents:Talker"]) == 0)
 
 
 def test_what_goes_wrong_half_way_ends_the_stream_with_an_error(talker: OpenAI) -> None:
@@ -490,7 +490,7 @@ def test_an_answer_in_one_go_has_to_be_whole_by_the_deadline(functions: Function
     with pytest.raises(openai.InternalServerError, match=r"no whole answer within 0\.2 s") as caught:
         talker.completions.create(model="m", prompt="for-ever", extra_headers={"X-Request-Timeout-Ms": "200"})
     assert (caught.value.status_code, caught.value.code) == (504, "timed_out")
-    wait_until("its place to be free", lambda: active_streams(functions["some_agents:Talker"]) == 0, 5)
+    wait_until("its place to be free", lambda: active_streams(functions["some_agents:Talker"]) == 0)
 
 
 @pytest.mark.parametrize(
@@ -512,7 +512,7 @@ def test_a_body_that_is_no_json_object_is_told_in_openais_shape(
 def test_before_the_function_is_ready_the_client_is_told_when_to_come_back(functions: Functions, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     server = functions.start("some_agents:Embedder", GATE=str(gate))
-    wait_until("the port", lambda: request(server.port, "GET", "/readyz"), 10)
+    wait_until("the port", lambda: request(server.port, "GET", "/readyz"))
     client = functions.client(server)
     with pytest.raises(openai.InternalServerError, match="not ready yet") as caught:
         client.embeddings.create(model="m", input="a")

@@ -281,7 +281,7 @@ def test_the_last_spans_are_sent_before_the_process_ends(start: StartFunction, c
 def test_a_collector_that_hangs_disturbs_neither_callers_nor_the_end(start: StartFunction) -> None:
     collector = Collector()
     collector.may_answer.clear()
-    function = start(OTEL_EXPORTER_OTLP_ENDPOINT=collector.url, OTEL_BSP_SCHEDULE_DELAY=10)
+    function = start(OTEL_EXPORTER_OTLP_ENDPOINT=collector.url, OTEL_BSP_SCHEDULE_DELAY=10, FUNCTION_DRAIN_S=3600)
     assert request(function.port, "POST", "/", 1).status == 200
     assert collector.asked.wait(60)
     assert [request(function.port, "POST", "/", 1).status for _ in range(20)] == [200] * 20
@@ -289,8 +289,8 @@ def test_a_collector_that_hangs_disturbs_neither_callers_nor_the_end(start: Star
     function.signal(signal.SIGTERM)
     told = wait_until("a refusal", lambda: (reply := request(function.port, "POST", "/", 1)).status == 503 and reply)
     assert told.headers["connection"] == "close"
-    assert function.wait() == 0
-    assert tracing.FLUSH_S <= time.monotonic() - began < 30
+    assert function.wait(100) == 0
+    assert time.monotonic() - began >= tracing.FLUSH_S
     assert "the collector did not take the last traces within 5 s" in function.said()
     collector.close()
 
