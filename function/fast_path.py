@@ -69,7 +69,8 @@ def read(data: bytes) -> Head | None:
     method, size, connection = found[1].decode(), headers.get("content-length"), headers.get("connection", "keep-alive").lower()
     if not _UNKNOWN.isdisjoint(headers) or connection not in ("keep-alive", "close"):
         return None
-    if (size is None) != (method != "POST") or not (size or "0").isdecimal() or len(size or "") > 15:
+    has_length = size is not None and size.isdecimal() and len(size) <= 15
+    if not (has_length if method == "POST" else size is None):
         return None  # a GET has no body, a POST says how long its is
     is_ordinary = _EXTRAORDINARY.isdisjoint(headers) and not any(map(_is_of_event, headers))
     return Head(method, path_of(found[2].decode()), headers, int(size or 0), connection == "close", is_ordinary)

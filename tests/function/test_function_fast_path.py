@@ -65,6 +65,8 @@ def test_the_head_of_an_ordinary_request_is_read_whatever_follows_it() -> None:
         sent("X: " + "a" * 5000),
         b"POST / HTTP/1.1\r\nHost: x\r\n\r\n",
         b"POST / HTTP/1.1\r\nContent-Length: +3\r\n\r\nabc",
+        b"POST / HTTP/1.1\r\nContent-Length:\r\n\r\nabc",
+        b"POST / HTTP/1.1\r\nContent-Length: \r\n\r\nabc",
         b"GET /readyz HTTP/1.1\r\nContent-Length: 0\r\n\r\n",
     ],
 )

@@ -5,11 +5,10 @@ import re
 import select
 import signal
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from function.streams import AHEAD
+from tests.function.wire import answer, connected, ended, post, reset
 from tests.support import BIN, Reply, Server, clean_environment, free_port, request, running, wait_until
 
 AGENT = """
@@ -96,32 +96,6 @@ def function(start_for_all: StartFunction) -> Server:
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(64) as pool:
         yield pool
-
-
-@contextmanager
-def connected(port: int) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        yield connection
-
-
-def post(body: str, *headers: str, path: str = "/") -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}", *headers]
-    return "\r\n".join([*lines, "", body]).encode()
-
-
-def answer(connection: socket.socket) -> Reply:
-    """One reply, whose length is told."""
-    head = b""
-    while not head.endswith(b"\r\n\r\n"):  # byte by byte, as more than one reply may have come
-        piece = connection.recv(1)
-        assert piece, f"closed after {head!r}"
-        head += piece
-    status, *lines = head.decode().rstrip().split("\r\n")
-    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-    body = b""
-    while len(body) < int(headers["content-length"]):
-        body += connection.recv(int(headers["content-length"]) - len(body))
-    return Reply(int(status.split()[1]), headers, body)
 
 
 def lines(function: Server) -> list[dict[str, Any]]:
@@ -246,14 +220,6 @@ def test_probes_answer_while_every_thread_waits_for_the_model(start: StartFuncti
     gate.touch()
     statuses = [future.result().status for future in kept]
     assert (statuses.count(200), statuses.count(503)) == (41, 19)
-
-
-def ended(connection: socket.socket) -> bytes:
-    """All that comes until the function closes the connection."""
-    data = b""
-    while piece := connection.recv(65536):
-        data += piece
-    return data
 
 
 ODD_PROBES = (
@@ -508,7 +474,7 @@ def test_a_connection_reset_in_the_middle_of_a_body_harms_nobody(function: Serve
     for _ in range(20):
         with connected(function.port) as connection:
             connection.sendall(post('"' + "a" * 1000 + '"')[:-500])
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            reset(connection)
     assert request(function.port, "POST", "/", "a").status == 200
     assert 'code="500"' not in request(function.port, "GET", "/metrics").body.decode()
 
