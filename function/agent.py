@@ -102,9 +102,10 @@ def load_agent(name: str) -> InferenceAgent:
 
 
 def takes_parameters(method: Callable[..., Any]) -> bool:
-    """Whether `predict` has an argument for what the request says in "parameters"."""
+    """Whether `predict` has an argument for what the request says in "parameters", one that can be handed over by its name."""
     signature = _signature(method)
-    return signature is not None and "parameters" in signature.parameters
+    found = signature.parameters.get("parameters") if signature else None
+    return found is not None and found.kind in (found.POSITIONAL_OR_KEYWORD, found.KEYWORD_ONLY)
 
 
 class _WrongShape(Exception):
@@ -132,7 +133,7 @@ def _check_class(found: Any) -> None:
 
 
 def _check_methods(agent: Any) -> None:
-    needed = {*_REQUIRED, *(_SHARED if any(hasattr(agent, name) for name in _SHARED) else ())}
+    needed = {*_REQUIRED, *(_SHARED if any(getattr(agent, name, None) is not None for name in _SHARED) else ())}
     for name, arguments in _ARGUMENTS.items():
         method = getattr(agent, name, None)
         if name not in needed and method is None:

@@ -7,6 +7,7 @@ caller can be told: what an agent does ends its own request at most, never the p
 All but the constructor is called in the model's thread. `busy_since` says since when the agent has been in one call, whichever.
 """
 
+import copy
 import logging
 import os
 import sys
@@ -28,6 +29,7 @@ log = logging.getLogger("relight.function")
 # An agent may raise these of ours: they are about the request, or ask the caller to come again.
 _SAYABLE = (errors.BadInput, errors.NotFound, errors.Forbidden, errors.TooLarge, errors.UnsupportedMediaType, errors.Unavailable)
 _NO_LIST = (str, bytes, bytearray, memoryview, Set, Mapping)  # an iterator over them gives something else than outputs in their order
+_MOST_REASON = 100  # characters of a finish_reason
 _FAILED = "the model failed on this request; the function's log says why"
 
 
@@ -66,7 +68,7 @@ class GuardedAgent:
     def __init__(self, agent: InferenceAgent) -> None:
         """Touches nothing of it but its attributes. Raises what they raise."""
         self._agent: Any = agent
-        self.shares_steps = hasattr(agent, "step")
+        self.shares_steps = self._has("step")
         self._takes_parameters = takes_parameters(agent.predict)
         self.busy_since: float | None = None  # in a call after it became ready, on `time.monotonic`'s clock
 
@@ -78,7 +80,7 @@ class GuardedAgent:
 
     def warm_up(self) -> bool:
         """What the first call would otherwise pay; returns whether the agent has that."""
-        if not hasattr(self._agent, "warm_up"):
+        if not self._has("warm_up"):
             return False
         self._agent.warm_up()
         return True
@@ -89,28 +91,33 @@ class GuardedAgent:
         return Traits(
             inputs=list(getattr(agent, "inputs", default.inputs)),
             outputs=list(getattr(agent, "outputs", default.outputs)),
-            can_stream=self.shares_steps or hasattr(agent, "stream"),
+            can_stream=self.shares_steps or self._has("stream"),
             takes_parameters=self._takes_parameters,
             takes_arrays=bool(getattr(agent, "arrays", False)),
-            media_types=tuple(str(kind).lower() for kind in getattr(agent, "media_types", ())),
+            media_types=_media_types(getattr(agent, "media_types", ())),
         )
 
     def close(self) -> None:
         """Let the agent put away what it has. What it raises is logged."""
-        if hasattr(self._agent, "close"):
-            try:
+        try:
+            if self._has("close"):
                 self._agent.close()
-            except BaseException:
-                log.exception("the agent's close() failed")
+        except BaseException as error:  # noqa: BLE001  also SystemExit: the rest of the end is not the agent's
+            _log_failure("the agent's close() failed", error)
         self._agent = None  # with the last reference gone its finalizers run
+
+    def _has(self, method: str) -> bool:
+        """Whether it has this of the methods that it may have; None is as good as none."""
+        return getattr(self._agent, method, None) is not None
 
     # Calls
 
     def predict(self, inputs: Sequence[Any], parameters: Mapping[str, Any] | None = None) -> list[Any]:
         """One plain output for each input. Raises FunctionError."""
         with self._guarded():
-            more = {"parameters": dict(parameters or {})} if self._takes_parameters else {}
-            return _as_list(self._agent.predict(inputs, **more), len(inputs), "predict", "output")
+            more = {"parameters": copy.deepcopy(dict(parameters or {}))} if self._takes_parameters else {}
+            found = self._agent.predict(list(inputs), **more)  # its own, as it may take inputs out of it, and change parameters
+            return list(plain(_as_list(found, len(inputs), "predict", "output")))
 
     def start(self, input: Any) -> Sequence_:  # noqa: A002  the contract's word
         """A sequence that shares steps. Raises FunctionError."""
@@ -118,12 +125,13 @@ class GuardedAgent:
             return Sequence_(self._agent.start(input))
 
     def step(self, sequences: Sequence[Sequence_]) -> list[Any]:
-        """The next piece of each, None at its end. Raises FunctionError."""
+        """The next piece of each, None at its end, or the FunctionError that it has instead. Raises FunctionError if the step failed.
+
+        What one sequence gives is no reason to make the step again: the others would go on twice.
+        """
         with self._guarded():
             pieces = _as_list(self._agent.step([one.made for one in sequences]), len(sequences), "step", "piece")
-            for one in sequences:
-                one.usage = _usage(one.made)
-            return pieces
+            return [_piece(one, piece) for one, piece in zip(sequences, pieces, strict=True)]
 
     def stream(self, input: Any) -> Sequence_:  # noqa: A002
         """An answer of an agent that makes one at a time; `advance` it. Raises FunctionError."""
@@ -139,11 +147,12 @@ class GuardedAgent:
         """A sequence that nobody wants any more, or that is over: what it holds is freed now. What its `close` does is logged."""
         try:
             with self._guarded():
-                if close := getattr(sequence.made, "close", None):
+                made, sequence.made = sequence.made, None
+                if close := getattr(made, "close", None):
                     close()
+                del made, close  # what the last reference does when it goes is the agent's doing, too
         except FunctionError:
             pass  # it is in the log, and its caller has gone
-        sequence.made = None
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -171,31 +180,49 @@ def _end_child(error: BaseException | None) -> None:
     os._exit(code if isinstance(code, int) else int(error is not None and (not isinstance(error, SystemExit) or code is not None)))
 
 
+def _media_types(declared: Any) -> tuple[str, ...]:
+    """A lone one may stand without the list around it."""
+    return tuple(str(kind).lower() for kind in ((declared,) if isinstance(declared, str) else declared))
+
+
 def to_function_error(error: BaseException) -> FunctionError:
     """What the caller is told of what the agent raised; the log has the rest."""
-    if isinstance(error, _SAYABLE):
+    if issubclass(type(error), _SAYABLE):  # what an instance says of its class is the agent's doing
         return _sayable(error)
-    log.error("the agent failed", exc_info=error)
+    _log_failure("the agent failed", error)
     return AgentFailed(_FAILED)
 
 
-def _sayable(error: FunctionError) -> FunctionError:
+def _log_failure(what: str, error: BaseException) -> None:
+    try:
+        log.error(what, exc_info=error)
+    except BaseException:  # noqa: BLE001  what the agent raised may raise when it is written down
+        log.error("%s; what it raised cannot be written down, as that raises, too", what)
+
+
+def _sayable(error: BaseException) -> FunctionError:
     """An error of ours as the agent may have changed it: the nearest class of ours, and a text that is one."""
-    kind: Any = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+    kind: Any = next(kind for kind in type(error).__mro__ if vars(errors).get(kind.__name__) is kind)
+    text, seconds = "", 1.0
     try:
         text = errors.bounded(str(error))
-    except BaseException:
-        log.exception("the agent raised a %s whose text cannot be had", kind.__name__)
-        text = "the agent refuses this, without a reason that can be told"
+        seconds = _retry_after_s(error)
+    except BaseException as failed:  # noqa: BLE001  its text is foreign code
+        _log_failure(f"the agent raised a {kind.__name__} whose text cannot be had", failed)
+    text = text if text.strip() else "the agent refuses this, without a reason that can be told"
     if issubclass(kind, errors.Unavailable):
-        seconds = error.retry_after_s
-        return errors.Unavailable(text, seconds if isinstance(seconds, int | float) and 0 < seconds < 86400 else 1)
+        return errors.Unavailable(text, seconds)
     found: FunctionError = kind(text)
     return found
 
 
+def _retry_after_s(error: BaseException) -> float:
+    found = getattr(error, "retry_after_s", None)
+    return float(found) if isinstance(found, int | float) and 0 < found < 86400 else 1.0
+
+
 def _as_list(found: Any, count: int, method: str, what: str) -> list[Any]:
-    """What `predict` or `step` gave, made a list once, of plain values. Raises TypeError, ValueError, or whatever foreign code raises."""
+    """What `predict` or `step` gave, made a list once. Raises TypeError, ValueError, or whatever foreign code raises."""
     wanted = f"a list of {count} {what}{'s' if count != 1 else ''}"
     items = plain(found) if hasattr(found, "shape") else found  # an array or a tensor: all of it at once, not row by row
     if isinstance(items, _NO_LIST) or not hasattr(items, "__iter__"):
@@ -204,7 +231,16 @@ def _as_list(found: Any, count: int, method: str, what: str) -> list[Any]:
     if len(items) != count:
         many = f"more than {count}" if len(items) == count + 1 and type(found) is not list else len(items)
         raise ValueError(f"{method} returned {many} {what}s, not {wanted}")
-    return list(plain(items))
+    return items
+
+
+def _piece(sequence: Sequence_, found: Any) -> Any:
+    """A sequence's piece as a plain value, and what it tells noted; the FunctionError that its caller gets if foreign code raises."""
+    try:
+        sequence.usage = _usage(sequence.made)
+        return plain(found)
+    except BaseException as error:  # noqa: BLE001  as around a call
+        return to_function_error(error)
 
 
 def _a(name: str) -> str:
@@ -216,7 +252,8 @@ def _usage(made: Any) -> Usage:
 
     def count(name: str) -> int:
         found = getattr(made, name, 0)
-        return int(found) if isinstance(found, int) and found >= 0 else 0
+        return int(found) if isinstance(found, int) and 0 <= found < 2**63 else 0
 
     reason = getattr(made, "finish_reason", None)
-    return Usage(count("prompt_tokens"), count("completion_tokens"), str(reason) if isinstance(reason, str) and reason else "stop")
+    text = errors.bounded(reason, _MOST_REASON) if isinstance(reason, str) and reason else "stop"
+    return Usage(count("prompt_tokens"), count("completion_tokens"), text)
