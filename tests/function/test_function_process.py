@@ -209,8 +209,9 @@ class Noisy(Does):
             threading.Thread(target=self.write, args=(file,), daemon=True).start()
 
     def write(self, file):
-        while True:
+        for _ in range(20_000):  # 100 MB at most, however long it takes
             print("." * 5000, file=file)
+            time.sleep(0.0005)
 '''
 
 StartFunction = Callable[..., Server]
