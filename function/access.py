@@ -149,4 +149,5 @@ def finish(note: Note) -> None:
         note.trace(note)
     if note.line is None:
         return
-    log.write(log.json_line({**note.line, "total_s": round(time.monotonic() - note.began, 6)}))
+    broken = {"error": note.error} if note.error else {}  # after the status was out
+    log.write(log.json_line({**note.line, **broken, "total_s": round(time.monotonic() - note.began, 6)}))

@@ -139,14 +139,14 @@ def _check_methods(agent: Any) -> None:
         if name not in needed and method is None:
             continue
         if not callable(method):
-            raise _WrongShape(f"the class has no method {name!r}")
+            raise _WrongShape(f"the class has no method {name!r}" if method is None else f"{name} is {method!r:.60}, not a method")
         _check_method(name, method, arguments)
 
 
 def _check_method(name: str, method: Callable[..., Any], arguments: Sequence[str]) -> None:
     if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
         raise _WrongShape(f"{name} is `async def`, and there is no event loop; write `def {name}`, with asyncio.run(...) inside if needed")
-    if inspect.isgeneratorfunction(method) and name in ("load", "warm_up", "close", "start"):
+    if inspect.isgeneratorfunction(method) and name in ("load", "warm_up", "close"):
         raise _WrongShape(f"{name} has a `yield`, so that calling it does nothing; write it without")
     signature = _signature(method)
     if signature is None or _can_be_called(signature, arguments):
@@ -155,7 +155,8 @@ def _check_method(name: str, method: Callable[..., Any], arguments: Sequence[str
         return
     wanted = ", ".join(("self", *arguments))
     raise _WrongShape(
-        f"{name} is called as {name}({', '.join(arguments)}), which its signature {signature} does not allow; write `def {name}({wanted})`"
+        f"{name} is called as {name}({', '.join(arguments)}), which its signature {signature} does not allow; "
+        f"write `def {name}({wanted})`{' (and a third argument only as `parameters`)' if name == 'predict' else ''}"
     )
 
 

@@ -69,7 +69,8 @@ def create(settings: FunctionSettings, model: Model, metrics: Metrics, trace: Tr
         kind = (error.name or "error").lower().replace(" ", "_")
         allowed = getattr(error, "valid_methods", None)
         headers = {"Allow": ", ".join(allowed)} if allowed else {}
-        return failure(HttpError(error.code or 500, kind, f"{method} {path!s:.200}: {error.description}", headers), method, path)
+        said = f"it is asked for with {headers['Allow']}" if allowed else error.description
+        return failure(HttpError(error.code or 500, kind, f"{method} {path!s:.200}: {said}", headers), method, path)
 
     @app.errorhandler(Exception)
     def other(error: Exception) -> flask.Response:

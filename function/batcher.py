@@ -40,6 +40,7 @@ class CallContext:
     is_own_deadline: bool = True  # the server's own; False if the caller asked for a shorter one
     priority: Priority = Priority.INTERACTIVE
     is_gone: Callable[[], bool] = lambda: False  # whether the caller has hung up
+    request_id: str = ""  # as the log has it
     timing: dict[str, float] = field(default_factory=dict)  # seconds in the queue and in the model, noted as they pass
     spans: list[Span] | None = None  # the same one by one; None if nobody wants to know
 
@@ -275,6 +276,12 @@ class Batcher:
             self._is_idle = True
             self._lock.wait_for(lambda: self._is_stopped or any(self._calls) or any(self._stream_calls))
 
+    def wait_for_calls(self, seconds: float) -> None:
+        """The same for a moment, while it has streams that wait for their readers: those that want to begin may find no place."""
+        with self._lock:
+            self._is_idle = True
+            self._lock.wait_for(lambda: self._is_stopped or any(self._calls), seconds)
+
     def stop(self) -> None:
         """Nothing will come any more: nobody waits for it."""
         with self._lock:
@@ -289,25 +296,31 @@ class Batcher:
             self._is_idle = is_idle
 
     def batch(self, *, may_wait: bool) -> list[Slice]:
-        """The next inputs for the model, empty if none wait. may_wait: for company, if it is likely."""
+        """The next inputs for the model, empty if none wait. may_wait: for company, if it is likely; otherwise there are none until it is
+        there, or has had its time, as the model has something else to do."""
         with self._lock:
             most = self._max_batch
-            if may_wait and self._company > 1 and any(self._calls):
+            if self._company > 1 and any(self._calls):
                 everybody, saved_s = self._company + self._others, self._cost.fixed_s
-                if saved_s < self._back_s.value < self._cost.mean_s:
+                patience_s = min(self._wait_s, saved_s)
+                if not may_wait:
+                    if self._clock() < self._ended + patience_s and not self._are_here(everybody):
+                        return []
+                elif saved_s < self._back_s.value < self._cost.mean_s:
                     most = math.ceil(everybody / 2)
                 else:
                     # Not from when the oldest call came: one that missed the last batch would then be taken alone, and its company after
                     # it, for ever in turn, although all are there within a moment.
-                    self._lock.wait_for(
-                        lambda: sum(map(len, self._calls)) >= everybody or sum(self._inputs) >= self._max_batch, min(self._wait_s, saved_s)
-                    )
+                    self._lock.wait_for(lambda: self._are_here(everybody), patience_s)
             slices = next((found for priority in Priority if (found := list(self._slices(priority, most)))), [])
             if slices:
                 self._company, self._is_idle = len(slices), False
             if self.waiting():  # whose turn may be far off
                 self._sweep()
             return slices
+
+    def _are_here(self, everybody: int) -> bool:
+        return sum(map(len, self._calls)) >= everybody or sum(self._inputs) >= self._max_batch
 
     def _sweep(self) -> None:
         """Drop what nobody waits for any more, wherever it stands: it would keep others out."""

@@ -75,11 +75,10 @@ class Ending:
         if os.getpid() != self._pid:  # an agent's child that came back from the agent
             self._write_out()
             os._exit(status)
-        if said := explain(error):
-            log.error("%s", said)
         self._status, self._has_failed = status, True
-        self._on_failure()
-        _shut(self._ports)
+        for step in (lambda: _say(explain(error)), self._on_failure, lambda: _shut(self._ports)):
+            with contextlib.suppress(BaseException):  # what an agent raised, or has used up, is not to keep the process from its end
+                step()
         for _ in range(int(END_S / _AGAIN_S)):
             signal.pthread_kill(threading.main_thread().ident or 0, _FAILING)
             if self._is_leaving.wait(_AGAIN_S):
@@ -164,6 +163,11 @@ class Ending:
     def _exit_after(self, seconds: float) -> None:
         time.sleep(seconds)
         os._exit(self._status)
+
+
+def _say(explanation: str | None) -> None:
+    if explanation:
+        log.error("%s", explanation)
 
 
 def _end_executors() -> None:

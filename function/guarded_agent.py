@@ -20,8 +20,10 @@ from typing import Any
 
 from function import errors
 from function.agent import InferenceAgent, TensorSpec, takes_parameters
+from function.batcher import CallContext
 from function.errors import AgentFailed, FunctionError
 from function.values import plain
+from weights_cache.environment import SettingsError
 from weights_cache.reader import Weights
 
 log = logging.getLogger("relight.function")
@@ -70,6 +72,7 @@ class GuardedAgent:
         self._agent: Any = agent
         self.shares_steps = self._has("step")
         self._takes_parameters = takes_parameters(agent.predict)
+        self.serving: Sequence[CallContext] = ()  # whose requests it is working on, for the log
         self.busy_since: float | None = None  # in a call after it became ready, on `time.monotonic`'s clock
 
     # The start and the end. What is raised in the first two ends the process, as nothing can be served.
@@ -89,8 +92,8 @@ class GuardedAgent:
         """What it declares, all of which is known once it is loaded."""
         agent, default = self._agent, Traits()
         return Traits(
-            inputs=list(getattr(agent, "inputs", default.inputs)),
-            outputs=list(getattr(agent, "outputs", default.outputs)),
+            inputs=_specs("inputs", getattr(agent, "inputs", default.inputs)),
+            outputs=_specs("outputs", getattr(agent, "outputs", default.outputs)),
             can_stream=self.shares_steps or self._has("stream"),
             takes_parameters=self._takes_parameters,
             takes_arrays=bool(getattr(agent, "arrays", False)),
@@ -103,7 +106,7 @@ class GuardedAgent:
             if self._has("close"):
                 self._agent.close()
         except BaseException as error:  # noqa: BLE001  also SystemExit: the rest of the end is not the agent's
-            _log_failure("the agent's close() failed", error)
+            log_failure("the agent's close() failed", error)
         self._agent = None  # with the last reference gone its finalizers run
 
     def _has(self, method: str) -> bool:
@@ -163,7 +166,7 @@ class GuardedAgent:
         except BaseException as error:  # also SystemExit and KeyboardInterrupt: an agent that calls exit() ends its request
             if os.getpid() != pid:
                 _end_child(error)
-            raise to_function_error(error) from error
+            raise to_function_error(error, self.serving) from error
         finally:
             self.busy_since = None
         if os.getpid() != pid:
@@ -180,22 +183,35 @@ def _end_child(error: BaseException | None) -> None:
     os._exit(code if isinstance(code, int) else int(error is not None and (not isinstance(error, SystemExit) or code is not None)))
 
 
+def _specs(name: str, declared: Any) -> list[TensorSpec]:
+    found = list(declared)
+    if not found or not all(isinstance(one, TensorSpec) for one in found):
+        raise SettingsError(f'the agent\'s {name} must be a list of TensorSpec, such as [TensorSpec("{name[:-1]}", "FP32", (-1, 3))]')
+    return found
+
+
 def _media_types(declared: Any) -> tuple[str, ...]:
     """A lone one may stand without the list around it."""
     return tuple(str(kind).lower() for kind in ((declared,) if isinstance(declared, str) else declared))
 
 
-def to_function_error(error: BaseException) -> FunctionError:
-    """What the caller is told of what the agent raised; the log has the rest."""
+def to_function_error(error: BaseException, requests: Sequence[CallContext] = ()) -> FunctionError:
+    """What the caller is told of what the agent raised; the log has the rest. requests: that it may be about."""
     if issubclass(type(error), _SAYABLE):  # what an instance says of its class is the agent's doing
         return _sayable(error)
-    _log_failure("the agent failed", error)
+    ids = [request.request_id for request in requests if request.request_id]
+    log_failure(f"the agent failed on {_requests(ids)}" if ids else "the agent failed", error)
     return AgentFailed(_FAILED)
 
 
-def _log_failure(what: str, error: BaseException) -> None:
+def _requests(ids: Sequence[str]) -> str:
+    return f"request {ids[0]}" if len(ids) == 1 else f"one of {len(ids)} requests, which are tried one by one"
+
+
+def log_failure(what: str, error: BaseException | None) -> None:
+    """Write it down, with what the agent raised, whatever that does when it is written."""
     try:
-        log.error(what, exc_info=error)
+        log.error("%s", what, exc_info=error)
     except BaseException:  # noqa: BLE001  what the agent raised may raise when it is written down
         log.error("%s; what it raised cannot be written down, as that raises, too", what)
 
@@ -208,7 +224,7 @@ def _sayable(error: BaseException) -> FunctionError:
         text = errors.bounded(str(error))
         seconds = _retry_after_s(error)
     except BaseException as failed:  # noqa: BLE001  its text is foreign code
-        _log_failure(f"the agent raised a {kind.__name__} whose text cannot be had", failed)
+        log_failure(f"the agent raised a {kind.__name__} whose text cannot be had", failed)
     text = text if text.strip() else "the agent refuses this, without a reason that can be told"
     if issubclass(kind, errors.Unavailable):
         return errors.Unavailable(text, seconds)
@@ -230,7 +246,7 @@ def _as_list(found: Any, count: int, method: str, what: str) -> list[Any]:
     items = items if type(items) is list else list(islice(items, count + 1))
     if len(items) != count:
         many = f"more than {count}" if len(items) == count + 1 and type(found) is not list else len(items)
-        raise ValueError(f"{method} returned {many} {what}s, not {wanted}")
+        raise ValueError(f"{method} returned {many} {what}{'' if many == 1 else 's'}, not {wanted}")
     return items
 
 

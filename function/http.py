@@ -1,5 +1,6 @@
 """What all protocols share: reading a request within bounds, answering in JSON or in server-sent events."""
 
+import base64
 import logging
 import math
 import time
@@ -68,18 +69,19 @@ class Function:
     def predict(self, request: PredictRequest, context: CallContext | None = None) -> list[Any]:
         """One output for each input. Raises what Model.predict does, and BadInput when there are too many."""
         context = context or self.context()
-        self._count(request.inputs)
-        return self.model.predict(request.inputs, context, request.parameters)
+        return self.model.predict(self._inputs(request), context, request.parameters)
 
     def submit(self, request: PredictRequest, context: CallContext, then: Callable[[], object]) -> Call:
         """The same without waiting: see Model.submit."""
-        self._count(request.inputs)
-        return self.model.submit(request.inputs, context, then, request.parameters)
+        return self.model.submit(self._inputs(request), context, then, request.parameters)
 
-    def _count(self, inputs: list[Any]) -> None:
+    def _inputs(self, request: PredictRequest) -> list[Any]:
+        """Counted; bytes where they are in base64, for an agent that takes bytes."""
+        inputs = request.inputs
         if len(inputs) > self.settings.max_inputs:
             raise self.too_many(len(inputs))
         self.metrics.instances.inc(len(inputs))
+        return list(map(_decoded, inputs)) if self.model.traits.media_types else inputs
 
     def too_many(self, count: int) -> BadInput:
         """What is said of more inputs than one request may hold."""
@@ -104,7 +106,7 @@ class Function:
         own_s, said = self.settings.timeout_s, headers.get("x-request-timeout-ms")
         timeout_s = own_s if said is None else min(own_s, _milliseconds(said) / 1000)
         priority = Priority.of_header(headers.get("priority") or "") if urgency is None else Priority.of_urgency(urgency)
-        return CallContext(timeout_s, timeout_s == own_s, priority, _is_gone(sock), note.timing, note.spans)
+        return CallContext(timeout_s, timeout_s == own_s, priority, _is_gone(sock), note.request_id, note.timing, note.spans)
 
     # The request's body
 
@@ -112,8 +114,9 @@ class Function:
         """The request's body, parsed. Raises what `body` and `parse` do."""
         request = flask.request
         if request.mimetype and request.mimetype != JSON and not request.mimetype.endswith("+json"):
+            others = "".join(f", or {kind} at POST /" for kind in self.model.traits.media_types)
             raise UnsupportedMediaType(
-                f"a body of type {request.mimetype!r:.100} is not understood here; send JSON with Content-Type: application/json"
+                f"a body of type {request.mimetype!r:.100} is not understood here; send JSON with Content-Type: application/json{others}"
             )
         return self.parse(self.body())
 
@@ -149,6 +152,16 @@ class Function:
             raise TooLarge(f"the body is larger than {limit} bytes (FUNCTION_MAX_BODY_BYTES)")
         coding = request.headers.get("Content-Encoding", "")
         return decompress(body, coding, limit) if coding else body
+
+
+def _decoded(item: Any) -> Any:
+    """The bytes of {"b64": text}, as clients of TensorFlow Serving send them; anything else as it is. Raises BadInput."""
+    if not (isinstance(item, dict) and item.keys() == {"b64"} and isinstance(item["b64"], str)):
+        return item
+    try:
+        return base64.b64decode(item["b64"], validate=True)
+    except ValueError:
+        raise BadInput('"b64" of an input is not base64') from None
 
 
 def path_of(target: str) -> str:
@@ -205,6 +218,9 @@ def events(
                 if not is_empty(piece):
                     yield b": still working\n\n" if piece is None else event(shape(piece))
             yield from last()
+        except GeneratorExit:
+            note.error = ClientGone.type
+            raise
         except Exception as error:  # noqa: BLE001  what is no FunctionError is logged there
             found = error if isinstance(error, FunctionError) else _failed(error)
             note.error = found.type

@@ -33,7 +33,7 @@ class Keys:
 
     def __init__(self, path: Path) -> None:
         """Raises SettingsError if the file cannot be read or holds no key."""
-        self._path = path
+        self._path = path.absolute()  # an agent may change the working directory
         self._lock = threading.Lock()  # guards what follows
         self._seen: Version | None = None  # the file's, whose keys these are; None if it is to be read again
         self._digests: list[bytes] = []

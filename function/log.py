@@ -170,6 +170,22 @@ class LogHandler(logging.Handler):
         self._writer.flush(FLUSH_S)
 
 
+class OwnLogger(logging.Logger):
+    """One of ours: whatever an agent makes of `logging`, such as a configuration that silences all other loggers, it writes on."""
+
+    disabled = property(lambda self: False, lambda self, value: None)
+
+    def isEnabledFor(self, level: int) -> bool:  # noqa: N802  logging's name
+        """By its own level alone."""
+        return level >= self.level
+
+    def makeRecord(self, *args: Any, extra: Any = None, **more: Any) -> logging.LogRecord:  # noqa: N802  logging's name
+        """Python's own, whatever factory an agent has set."""
+        name, level, file, line, message, values, error, *others = args
+        function, stack = (*others, None, None)[0], more.get("sinfo", others[2] if len(others) > 2 else None)
+        return logging.LogRecord(name, level, file, line, message, values, error, more.get("func", function), stack)
+
+
 def json_line(said: dict[str, Any]) -> bytes:
     """A JSON object as a line to `write`; each of its characters takes six bytes at most."""
     line = orjson.dumps(said)
@@ -209,6 +225,7 @@ def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
+OURS = ("relight.function", "relight.weights")
 STDERR = LogWriter(2)
 write = STDERR.write
 
@@ -218,6 +235,11 @@ def install(level: int = logging.INFO) -> None:
     _hold(2)
     handler = LogHandler(STDERR)
     logging.basicConfig(level=level, handlers=[handler])
+    for name in OURS:
+        own = logging.getLogger(name)
+        own.__class__ = OwnLogger
+        own.handlers, own.propagate = [handler], False
+        own.setLevel(level)
     logging.getLogger("gunicorn.error").addHandler(handler)  # whose records go no further; its own handler is off by `errorlog`
     logging.captureWarnings(True)
     threading.excepthook = _thread_failed

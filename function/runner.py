@@ -20,7 +20,7 @@ from function import lean_torch
 from function.agent import load_agent
 from function.batcher import Batcher, Recent, Slice, Span
 from function.errors import FunctionError, Unavailable
-from function.guarded_agent import GuardedAgent, Traits
+from function.guarded_agent import GuardedAgent, Traits, log_failure
 from function.settings import FunctionSettings
 from function.streams import Made, Streams
 from weights_cache.environment import SettingsError
@@ -29,6 +29,7 @@ from weights_cache.reader import Weights
 
 log = logging.getLogger("relight.function")
 
+PAUSE_S = 0.002  # while all streams wait for their readers, and nobody else wants the model
 PHASES = ("importing", "loading", "warming", "ready", "draining")
 
 
@@ -92,26 +93,30 @@ class Runner:
         return self.agent is not None and self._over.wait(timeout_s) and self._is_closed
 
     def _run(self, on_failure: Callable[[BaseException], object]) -> None:
+        failure = self._live()
+        self._over.set()
+        if failure is not None:
+            on_failure(failure)
+
+    def _live(self) -> BaseException | None:
+        """From the agent's import to its end; returns what came in between."""
         try:
             agent = self._bring_up()
-        except (SettingsError, WeightsError) as error:
-            log.error("%s", error)  # says itself what is wrong and where
-            on_failure(error)
-            return
-        except BaseException as error:
-            log.exception("the agent %s could not be brought up", self._settings.agent)
-            on_failure(error)
-            return
+        except BaseException as error:  # noqa: BLE001  also SystemExit: whatever it is, there is nothing to serve
+            says_enough = isinstance(error, SettingsError | WeightsError)
+            log_failure(
+                str(error) if says_enough else f"the agent {self._settings.agent} could not be brought up", None if says_enough else error
+            )
+            return error
         log.info("ready after %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in dict(self._progress.stages).items()))
         try:
             self._serve(agent)
             agent.close()
             self._is_closed = True
-        except BaseException as error:
-            log.exception("the model's thread ended")  # a mistake of ours: nobody would be answered again
-            self._over.set()
-            on_failure(error)
-        self._over.set()
+        except BaseException as error:  # noqa: BLE001  a mistake of ours: nobody would be answered again
+            log_failure("the model's thread ended", error)
+            return error
+        return None
 
     def _bring_up(self) -> GuardedAgent:
         settings, progress = self._settings, self._progress
@@ -157,9 +162,13 @@ class Runner:
         streams = self.streams = Streams(agent, self._settings.max_batch)
         self._batcher.places = streams.room()[0]
         while not self._is_closing:
-            if not streams.active:
-                self._batcher.wait()
-            if slices := self._batcher.batch(may_wait=not streams.active):
+            is_making = streams.has_due()
+            if not is_making:
+                if streams.active:
+                    self._batcher.wait_for_calls(PAUSE_S)
+                else:
+                    self._batcher.wait()
+            if slices := self._batcher.batch(may_wait=not is_making):
                 self._predict(agent, slices)
                 del slices  # whose inputs may be large, and are not to stay until the next
             for stream_call in self._batcher.stream_calls(streams.room()):
@@ -176,6 +185,7 @@ class Runner:
         began = time.monotonic()
         inputs = [item for part in slices for item in part.inputs]
         try:
+            agent.serving = [part.call.context for part in slices]
             outputs = agent.predict(inputs, slices[0].call.parameters)
         except FunctionError as error:
             self._took(began, slices, len(inputs))
@@ -196,6 +206,7 @@ class Runner:
                 if part.call.is_over(time.monotonic()):
                     break
                 try:
+                    agent.serving = [part.call.context]
                     part.call.add(agent.predict([item], part.call.parameters))
                 except FunctionError as error:
                     part.call.fail(error)
@@ -203,7 +214,7 @@ class Runner:
     def _took(self, began: float, slices: Sequence[Slice], inputs: int) -> None:
         """Note how long a batch took: for its callers, for the metrics, for what is said to those who are refused."""
         ended = time.monotonic()
-        is_idle = not (self.streams and self.streams.active)
+        is_idle = not (self.streams and self.streams.has_due())
         self._batcher.computed(inputs, ended - began, is_idle=is_idle)
         self.seconds_per_input.add((ended - max(self._computed_at, slices[0].call.arrived)) / inputs)
         self._computed_at = ended

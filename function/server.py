@@ -18,6 +18,7 @@ from prometheus_client import start_http_server
 
 from function import children, process, tracing
 from function.app import create
+from function.cors import Cors
 from function.ending import Ending
 from function.keys import Keys
 from function.log import STDERR, install
@@ -107,6 +108,8 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
 
         worker.leave = ending.leave
         signal.signal(signal.SIGTERM, on_term)
+        for number in (number for number, handler in self._plain.items() if handler is signal.SIG_IGN):
+            signal.signal(number, signal.SIG_IGN)  # as `nohup` has it; gunicorn has set it back
         ending.arm()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
         if not faulthandler.is_enabled():
@@ -148,6 +151,7 @@ def main() -> None:
         Weights(weights)  # says now what is wrong with WEIGHTS_URI
         if settings.api_keys_file:
             Keys(settings.api_keys_file)
+        Cors(settings.cors_origins)
         if settings.oidc_audience:
             from function.oidc import Senders
 

@@ -22,7 +22,6 @@ from function.priority import Priority
 log = logging.getLogger("relight.function")
 
 AHEAD = 256  # pieces that nobody has read yet; then the stream waits for its reader
-PAUSE_S = 0.002  # when all streams wait for their readers
 LOOKS = 16  # at the clock per deadline, while a whole answer is gathered
 
 _END = object()
@@ -171,6 +170,10 @@ class Streams:
         """How many are being made."""
         return len(self._active)
 
+    def has_due(self) -> bool:
+        """Whether there is one to go on with; the others wait for their readers."""
+        return any(not stream.is_ahead() for stream, _ in self._active)
+
     def wait_s(self, waiting: int) -> float:
         """How long it will be until so many have found places: as places were left of late, or not left until now."""
         oldest = next((stream.began for stream, _ in self._active), math.inf)
@@ -186,6 +189,7 @@ class Streams:
         if context.spans is not None:
             context.spans.append(Span("queue", stream_call.arrived, now))
         make = self._agent.start if self._agent.shares_steps else self._agent.stream
+        self._agent.serving = [context]
         try:
             self._active.append((stream, make(stream_call.input)))
         except FunctionError as error:
@@ -196,8 +200,6 @@ class Streams:
         self._drop_unwanted()
         due = [entry for entry in self._active if not entry[0].is_ahead()]
         if not due:
-            if self._active:
-                time.sleep(PAUSE_S)
             return Made(0, 0)
         due.sort(key=lambda entry: entry[0].context.priority)  # those of a class stay in the order they came in
         for at, (stream, _) in enumerate(due):
@@ -209,6 +211,7 @@ class Streams:
 
     def _next(self, entries: list[_Entry]) -> list[Any]:
         """The next piece of each of these: None at its end, or why there is none."""
+        self._agent.serving = [stream.context for stream, _ in entries]
         try:
             if not self._agent.shares_steps:
                 return [self._agent.advance(entries[0][1])]

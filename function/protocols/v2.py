@@ -128,12 +128,15 @@ def generate(function: Function, item: dict[str, Any]) -> Any:
     Raises what Function.predict and Function.stream do.
     """
     if not function.model.traits.can_stream:
-        return function.predict(PredictRequest([item], is_bare=True))[0]
+        said = item["parameters"] if function.model.traits.takes_parameters else None  # they are in the item, too
+        return function.predict(PredictRequest([item], is_bare=True, parameters=said))[0]
     pieces = function.stream(item).whole("the answer was not complete within {} s; ask for a stream, or for less")
     return "".join(pieces) if all(isinstance(piece, str) for piece in pieces) else pieces
 
 
 def _known(function: Function, name: str, version: str) -> None:
+    if name.startswith(function.settings.model_name + "/"):
+        raise NotFound(f"there is no route {flask.request.path!r:.200}; this model has infer, generate, generate_stream and ready")
     function.known(name)
     if version != VERSION:
         raise NotFound(f"there is no version {version!r} of model {name!r} here, only {VERSION!r}")

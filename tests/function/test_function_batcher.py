@@ -309,6 +309,46 @@ def test_callers_who_are_slow_to_be_back_are_computed_in_halves(fixed_s: float, 
     assert found == sizes
 
 
+@pytest.mark.parametrize(
+    ("back_s", "sizes"),
+    [
+        pytest.param([0.0] * 7 + [0.05], [8], id="one of them after a whole batch: halves would not be"),
+        pytest.param([0.0] * 7 + [0.010], [4, 4], id="the last one before a batch is over"),
+        pytest.param([0.010] * 8 + [0.5] * 4, [4, 4], id="those who come long after them are others"),
+    ],
+)
+def test_callers_are_back_when_all_of_them_are(back_s: list[float], sizes: list[int]) -> None:
+    clock = Clock()
+    batcher = rounds(clock, 0.002, 0.004, 0.010)
+    for _ in range(30):
+        for _ in range(8):
+            batcher.put(call("together"))
+        computed(clock, batcher)
+        ended = clock.now
+        for seconds in back_s:
+            clock.now = ended + seconds
+            batcher.put(call("back"))
+        while batcher.batch(may_wait=False):  # by a model that computes for nothing, and says so of nothing
+            pass
+    for item in range(8):
+        batcher.put(call(item))
+    computed(clock, batcher)
+    for item in range(8):
+        batcher.put(call(item))
+    found = []
+    while slices := batcher.batch(may_wait=True):
+        found.append(len(slices))
+        batcher.computed(len(slices), 0.002 + 0.004 * len(slices), is_idle=True)
+    assert found == sizes
+
+
+def computed(clock: Clock, batcher: Batcher) -> None:
+    """All that waits, at the pace of those `rounds`."""
+    while slices := batcher.batch(may_wait=False):
+        clock.now += 0.002 + 0.004 * len(slices)
+        batcher.computed(len(slices), 0.002 + 0.004 * len(slices), is_idle=True)
+
+
 def test_a_full_batch_is_not_held_up_either() -> None:
     batcher = queue(max_batch=2, wait_s=3600)
     for item in range(2):

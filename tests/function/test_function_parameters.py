@@ -166,6 +166,25 @@ def test_bytes_of_another_type_are_refused(takes: Server, takes_none: Server) ->
     assert request(takes_none.port, "POST", "/", b"abc", {"Content-Type": "image/jpeg"}).status == 415
 
 
+@pytest.mark.parametrize("path", ["/", V1])
+def test_bytes_in_base64_are_bytes_for_an_agent_that_takes_them(takes: Server, takes_none: Server, path: str) -> None:
+    body = {"instances": [{"b64": "/9hhYmM="}, {"b64": 1}, {"b64": "a", "c": 1}]}
+    reply = request(takes.port, "POST", path, body)
+    assert [found["input"] for found in reply.json()["predictions"]] == ["\xff\xd8abc", {"b64": 1}, {"b64": "a", "c": 1}]
+    assert request(takes_none.port, "POST", path, body).json()["predictions"][0] == [{"b64": "/9hhYmM="}, 0.5]
+    assert request(takes.port, "POST", path, {"instances": [{"b64": "a b"}]}).status == 400
+
+
+def test_parameters_of_generate_reach_an_agent_that_takes_them(takes: Server) -> None:
+    found = request(takes.port, "POST", "/v2/models/m/generate", {"text_input": "a", "parameters": {"top_k": 1}}).json()["text_output"]
+    assert found == {"input": {"text_input": "a", "parameters": {"top_k": 1}}, "parameters": {"top_k": 1}, "together": 1}
+
+
+def test_a_type_that_is_not_taken_is_told_which_ones_are(takes: Server) -> None:
+    said = request(takes.port, "POST", "/", b"abc", {"Content-Type": "audio/wav"}).json()["error"]["message"]
+    assert "application/json, or image/* at POST /" in said
+
+
 FORM = (
     b'--x\r\nContent-Disposition: form-data; name="top_k"\r\n\r\n3\r\n'
     b'--x\r\nContent-Disposition: form-data; name="a"; filename="a.png"\r\nContent-Type: image/png\r\n\r\nfirst\r\n'

@@ -1,5 +1,6 @@
 """The function as it is deployed: `python -m function` under gunicorn, driven over HTTP."""
 
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import BIN, Reply, Server, clean_environment, free_port, request, running, wait_until
+from tests.support import BIN, ROOT, Reply, Server, clean_environment, free_port, request, running, wait_until
 
 AGENTS = """
 import os, threading, time
@@ -52,6 +53,42 @@ class Forks:
         if pid == 0 and inputs[0] == "raises": raise RuntimeError("in the child")
         if pid == 0 and inputs[0] == "exits": raise SystemExit(7)
         return ["the child's"] if pid == 0 else [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]
+
+class Logging:
+    # What an agent makes of Python's logging.
+    how = "nothing"
+    def load(self, weights, device):
+        import logging, logging.config
+        if self.how == "configures":
+            logging.config.dictConfig({"version": 1})
+        if self.how == "disables":
+            logging.disable(logging.CRITICAL)
+        if self.how == "makes records":
+            logging.setLogRecordFactory(lambda *args, **more: 1 / 0)
+        if self.how == "filters":
+            logging.getLogger().handlers[0].addFilter(lambda record: 1 / 0)
+    def predict(self, inputs): raise RuntimeError("a reason")
+
+class Configures(Logging): how = "configures"
+class Disables(Logging): how = "disables"
+class Makes(Logging): how = "makes records"
+
+class Wordless(Exception):
+    def __str__(self): raise ValueError("no words")
+
+class FailsWordless:
+    def load(self, weights, device): raise Wordless
+    def predict(self, inputs): return inputs
+
+class FailsFull(FailsWordless):
+    def load(self, weights, device):
+        self.kept = []
+        while True:
+            self.kept.append(open(os.devnull))
+
+class Moves:
+    def load(self, weights, device): os.chdir("/")
+    def predict(self, inputs): return inputs
 
 class Names:
     def load(self, weights, device): self.names = list(weights)
@@ -242,3 +279,35 @@ def test_what_proxies_and_clients_say_of_protocols_keeps_nobody_out(start: Start
 def test_a_forked_child_that_comes_back_from_the_agent_ends_there(start: StartFunction, how: str, code: int) -> None:
     function = start("some_agents:Forks").ready()
     assert [request(function.port, "POST", "/", how).json() for _ in range(2)] == [code, code]
+
+
+@pytest.mark.parametrize("agent", ["Configures", "Disables", "Makes"])
+def test_whatever_an_agent_makes_of_logging_the_log_says_why_it_failed(start: StartFunction, agent: str) -> None:
+    function = start(f"some_agents:{agent}").ready()
+    reply = request(function.port, "POST", "/", 1, {"X-Request-Id": "mine"})
+    assert (reply.status, reply.json()["error"]["type"]) == (500, "agent_failed")
+    assert "RuntimeError: a reason" in function.said()
+    assert "the agent failed on request mine" in function.said()
+
+
+@pytest.mark.parametrize(("agent", "said"), [("FailsWordless", "Wordless"), ("FailsFull", "Too many open files")])
+def test_an_agent_that_fails_in_an_odd_way_ends_the_server_too(start: StartFunction, agent: str, said: str) -> None:
+    function = start(f"some_agents:{agent}")
+    assert function.wait(60) == 3
+    assert said in function.said()
+
+
+def test_keys_are_found_wherever_the_agent_goes(start: StartFunction, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("key\n")
+    function = start("some_agents:Moves", FUNCTION_API_KEYS_FILE=os.path.relpath(tmp_path / "keys", ROOT)).ready()
+    assert request(function.port, "POST", "/", 1, {"Authorization": "Bearer key"}).status == 200
+
+
+def test_what_ignored_a_hangup_goes_on_ignoring_it(tmp_path: Path) -> None:
+    (tmp_path / "some_agents.py").write_text(AGENTS)
+    port = free_port()
+    env = clean_environment(PYTHONPATH=str(tmp_path), PORT=str(port), FUNCTION_HOST="127.0.0.1", FUNCTION_AGENT="some_agents:Sleeper")
+    with running(["nohup", str(BIN / "python"), "-m", "function"], tmp_path / "log", env, port) as function:
+        function.ready()
+        os.killpg(function.process.pid, signal.SIGHUP)
+        assert request(port, "POST", "/", 0).status == 200

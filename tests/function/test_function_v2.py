@@ -466,7 +466,7 @@ WRONG = [
     ({"inputs": [tensor([1.0], "INT8")]}, "an element is 1.0, which is no INT8"),
     ({"inputs": [tensor([True], "INT8")]}, "an element is True, which is no INT8"),
     ({"inputs": [tensor([1], "BOOL")]}, "an element is 1, which is no BOOL"),
-    ({"inputs": [tensor([None], "FP32")]}, "an element is None, which is no FP32"),
+    ({"inputs": [tensor([None], "FP32")]}, "an element is null, which is no FP32"),
     ({"inputs": [tensor([1, 128], "INT8")]}, "128 is out of range for INT8"),
     ({"inputs": [tensor([-1, 1], "UINT64")]}, "-1 is out of range for UINT64"),
     ({"inputs": [tensor([2**63], "INT64")]}, "9223372036854775808 is out of range for INT64"),
