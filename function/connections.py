@@ -5,7 +5,9 @@ All of it is the loop's: no other thread touches a connection but through its ou
 
 import enum
 import errno
+import itertools
 import logging
+import math
 import select
 import socket
 import time
@@ -20,17 +22,21 @@ log = logging.getLogger("relight.function")
 
 _READ = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
 _WRITE = select.EPOLLOUT | select.EPOLLONESHOT
+YOUNG_S = 1.0  # for which one that is at rest, or a request that is on its way, is taken to go on at once
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class State(enum.IntEnum):
-    """What a connection is at. When there are too many, those of an earlier one give way first, the oldest of them before the others."""
+    """What a connection is at."""
 
     ENDING = 0  # it is answered for the last time; whatever still comes is thrown away
     IDLE = 1  # between two requests
     RECEIVING = 2  # a request is on its way
     SENDING = 3  # its answer is
-    WORKING = 4  # somebody makes its answer; never gives way
+    WORKING = 4  # somebody makes its answer; never gives way to others
+
+
+_LAST = ((State.IDLE, math.inf), (State.RECEIVING, math.inf), (State.SENDING, math.inf))  # to give way
 
 
 class Connection:
@@ -43,6 +49,7 @@ class Connection:
         self.client = client
         self.server = server
         self.state = State.IDLE
+        self.since = 0.0  # when it came to that
         self.began = self.expires = 0.0  # a request to come, and when it is late, on `time.monotonic`'s clock
         self.received = b""  # of a request's head, and behind one whose end is known
         self.note: access.Note | None = None  # of the answer that the loop gives
@@ -59,6 +66,13 @@ class Connection:
         self.content = b""  # the body, once it is there
         self.fast_call: Any = None  # a fast_path.FastCall, if the loop answers it
 
+    def has_data(self) -> bool:
+        """Whether something has come that nobody has read."""
+        try:
+            return bool(self.raw.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+
     def finish_note(self) -> None:
         """The answer is out, or nobody takes it."""
         note, self.note = self.note, None
@@ -69,8 +83,9 @@ class Connection:
 class Connections:
     """All of them."""
 
-    def __init__(self, epoll: select.epoll, limit: int) -> None:
+    def __init__(self, epoll: select.epoll, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._epoll = epoll
+        self._clock = clock
         self._limit = limit
         self._open: dict[int, Connection] = {}  # by file descriptor
         self.get = self._open.get
@@ -88,16 +103,27 @@ class Connections:
         """A new one; the oldest that is of no use gives way if there are too many."""
         if len(self._open) >= self._limit:
             self.evict()
+        conn.since = self._clock()
         self._open[conn.raw.fileno()] = conn
         self._by_state[conn.state][conn] = None
 
     def evict(self) -> bool:
-        """Close the one that is missed least; False if all are being worked on."""
-        for state in State:
-            if state is not State.WORKING and (found := next(iter(self._by_state[state]), None)):
+        """Close the one that is missed least; False if all are being worked on.
+
+        Those that have been at rest for a while go first, then those whose requests take long to come; of each the oldest. Who was just
+        answered, or has just come, is likely to ask.
+        """
+        young = self._clock() - YOUNG_S
+        for state, since in ((State.ENDING, math.inf), (State.IDLE, young), (State.RECEIVING, young), *_LAST):
+            if found := self._oldest(state, since):
                 self.drop(found)
                 return True
         return False
+
+    def _oldest(self, state: State, since: float) -> Connection | None:
+        """The first one that came to this state before then, and whose next request is not there already."""
+        conns = itertools.takewhile(lambda conn: conn.since < since, self._by_state[state])
+        return next((conn for conn in conns if state is not State.IDLE or not conn.has_data()), None)
 
     def drop(self, conn: Connection) -> None:
         """Close it."""
@@ -113,12 +139,13 @@ class Connections:
 
     def enter(self, conn: Connection, state: State, seconds: float | None = None) -> None:
         """It is at something else now, for so long at most; None leaves the time as it is."""
+        now = self._clock()
         if conn.state is not state:
             del self._by_state[conn.state][conn]
-            conn.state = state
+            conn.state, conn.since = state, now
             self._by_state[state][conn] = None
         if seconds is not None:
-            conn.expires = time.monotonic() + seconds
+            conn.expires = now + seconds
 
     def await_data(self, conn: Connection) -> None:
         """Have the poller say when something comes."""

@@ -8,17 +8,31 @@ from contextlib import ExitStack
 
 import pytest
 
-from function.connections import Connection, Connections, State
+from function.connections import YOUNG_S, Connection, Connections, State
 
 LIMIT = 20
 
-Add = Callable[[State], Connection]
+Add = Callable[..., Connection]
+
+
+class Clock:
+    """Moved by hand."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @pytest.fixture
-def connections() -> Iterator[Connections]:
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def connections(clock: Clock) -> Iterator[Connections]:
     with select.epoll() as epoll:
-        found = Connections(epoll, LIMIT)
+        found = Connections(epoll, LIMIT, clock)
         yield found
         for conn in found:
             found.drop(conn)
@@ -28,9 +42,10 @@ def connections() -> Iterator[Connections]:
 def add(connections: Connections) -> Iterator[Add]:
     with ExitStack() as stack:
 
-        def one(state: State) -> Connection:
+        def one(state: State, sent: bytes = b"") -> Connection:
             ours, theirs = socket.socketpair()
             stack.enter_context(theirs)
+            theirs.sendall(sent)
             ours.setblocking(False)
             conn = Connection(ours, "client", "server", lambda conn: None)
             connections.add(conn)
@@ -42,10 +57,11 @@ def add(connections: Connections) -> Iterator[Add]:
         yield one
 
 
-def test_who_is_missed_least_gives_way_first_and_the_oldest_of_them(connections: Connections, add: Add) -> None:
-    made = {state: [add(state) for _ in range(4)] for state in (State.WORKING, State.SENDING, State.RECEIVING, State.IDLE, State.ENDING)}
-    expected = [conn for state in sorted(set(State) - {State.WORKING}) for conn in made[state]]
-    for conn in expected:
+def test_who_is_missed_least_gives_way_first_and_the_oldest_of_them(connections: Connections, add: Add, clock: Clock) -> None:
+    order = (State.ENDING, State.IDLE, State.RECEIVING, State.SENDING)
+    made = {state: [add(state) for _ in range(4)] for state in (State.WORKING, *reversed(order))}
+    clock.now += 10
+    for conn in [conn for state in order for conn in made[state]]:
         assert connections.evict()
         assert not conn.is_open
         assert conn.raw.fileno() == -1
@@ -53,7 +69,21 @@ def test_who_is_missed_least_gives_way_first_and_the_oldest_of_them(connections:
     assert all(conn.is_open for conn in made[State.WORKING])
 
 
-def test_one_that_was_at_rest_for_longer_gives_way_before_one_that_was_just_answered(connections: Connections, add: Add) -> None:
+def test_who_has_just_come_or_was_just_answered_stays_for_longer_than_a_request_that_takes_long(
+    connections: Connections, add: Add, clock: Clock
+) -> None:
+    sending, slow = add(State.SENDING), add(State.RECEIVING)
+    clock.now += 10
+    newcomer, quick = add(State.IDLE), add(State.RECEIVING)
+    for gone in (slow, newcomer, quick, sending):
+        assert gone.is_open
+        connections.evict()
+        assert not gone.is_open
+
+
+def test_one_that_was_at_rest_for_longer_gives_way_before_one_that_was_just_answered(
+    connections: Connections, add: Add, clock: Clock
+) -> None:
     first, second = add(State.IDLE), add(State.IDLE)
     connections.enter(first, State.WORKING)
     connections.enter(first, State.IDLE, 75)
@@ -61,13 +91,25 @@ def test_one_that_was_at_rest_for_longer_gives_way_before_one_that_was_just_answ
     assert (first.is_open, second.is_open) == (True, False)
 
 
+def test_one_whose_next_request_is_there_already_is_at_rest_no_longer(connections: Connections, add: Add, clock: Clock) -> None:
+    asking, at_rest, receiving = add(State.IDLE, b"POST"), add(State.IDLE), add(State.RECEIVING)
+    clock.now += 10
+    connections.evict()
+    connections.evict()
+    assert [conn.is_open for conn in (asking, at_rest, receiving)] == [True, False, False]
+
+
 @pytest.mark.parametrize("seed", range(20))
-def test_a_newcomer_stays_while_one_is_at_rest_and_who_is_worked_on_always_does(connections: Connections, add: Add, seed: int) -> None:
+def test_a_newcomer_stays_while_one_is_at_rest_and_who_is_worked_on_always_does(
+    connections: Connections, add: Add, clock: Clock, seed: int
+) -> None:
     chance = random.Random(seed)
     for _ in range(300):
         before = list(connections)
         busy = [conn for conn in before if conn.state is State.WORKING]
-        at_rest = [conn for conn in before if conn.state in (State.ENDING, State.IDLE)]
+        clock.now += chance.random() * YOUNG_S / 2
+        rested = clock.now - YOUNG_S
+        at_rest = [conn for conn in before if conn.state is State.ENDING or (conn.state is State.IDLE and conn.since < rested)]
         newcomer = add(State.IDLE)
         assert newcomer.is_open
         assert all(conn.is_open for conn in busy)
