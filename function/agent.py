@@ -69,8 +69,8 @@ class InferenceAgent(Protocol):
         With a second argument of that name, `predict(self, inputs, parameters)`, it is handed what the request says in "parameters", the
         same for all inputs ({} without any); an agent without it has such requests refused.
 
-        Raises BadInput for an input it cannot use. It must have no side effects: when it raises for several inputs it is called again
-        with one at a time, so that only the culprit fails.
+        Raises BadInput for an input it cannot use. It must have no side effects, also on its inputs: when it raises for several of them it
+        is called again with one at a time, so that only the culprit fails.
         """
 
 

@@ -355,6 +355,10 @@ class Batcher:
                 queue.popleft()
             yield Slice(call, inputs, start == 0)
 
+    def has_stream_calls(self) -> bool:
+        """Whether streams wait for a place."""
+        return any(self._stream_calls)
+
     def stream_calls(self, room: Sequence[int]) -> list[StreamCall]:
         """The next streams to start. room: by priority, so many at most once there is one of that class among them."""
         taken: list[StreamCall] = []

@@ -173,6 +173,8 @@ class Runner:
                 del slices  # whose inputs may be large, and are not to stay until the next
             for stream_call in self._batcher.stream_calls(streams.room()):
                 streams.start(stream_call)
+            if self._batcher.has_stream_calls():
+                streams.make_room()
             if streams.active:
                 began = time.monotonic()
                 made = streams.step()

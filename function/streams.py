@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from function.batcher import CallContext, Recent, Span, StreamCall
-from function.errors import ClientGone, FunctionError, NoPlace, TimedOut
+from function.errors import ClientGone, FunctionError, NoPlace, TimedOut, TooSlow
 from function.guarded_agent import GuardedAgent, Sequence_, Usage
 from function.priority import Priority
 
 log = logging.getLogger("relight.function")
 
 AHEAD = 256  # pieces that nobody has read yet; then the stream waits for its reader
+PATIENCE_S = 5.0  # with a reader who does not read, while others wait for the place
 LOOKS = 16  # at the clock per deadline, while a whole answer is gathered
 
 _END = object()
@@ -35,6 +36,7 @@ class Stream:
         self.context = context
         self.began = math.inf  # to be made, on `time.monotonic`'s clock
         self.is_held = False  # others have all the places; the model's thread says so
+        self.behind_since = math.inf  # its reader, as the model's thread has seen it
         self.usage = Usage()  # what the agent tells of it so far
         self._pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -198,6 +200,9 @@ class Streams:
     def step(self) -> Made:
         """One piece more for each whose reader keeps up; interactive ones first, if there are too many."""
         self._drop_unwanted()
+        now = time.monotonic()
+        for stream, _ in self._active:
+            stream.behind_since = min(stream.behind_since, now) if stream.is_ahead() else math.inf
         due = [entry for entry in self._active if not entry[0].is_ahead()]
         if not due:
             return Made(0, 0)
@@ -250,6 +255,14 @@ class Streams:
         for stream, sequence in entries:
             self._took_s.add(time.monotonic() - stream.began)
             self._agent.drop(sequence)
+
+    def make_room(self) -> None:
+        """Others wait for a place: end the stream whose reader has not read for longest, if that is too long."""
+        if self._active:
+            slowest = min(self._active, key=lambda entry: entry[0].behind_since)
+            if time.monotonic() - slowest[0].behind_since > PATIENCE_S:
+                slowest[0].end(TooSlow("the stream was not read while others waited for its place"))
+                self._forget([slowest])
 
     def end(self, error: FunctionError) -> None:
         """End all of them, as the agent is about to go."""

@@ -453,3 +453,14 @@ def test_a_shorter_deadline_of_the_callers_does_not(make_model: MakeModel) -> No
 def test_an_agent_that_cannot_stream_says_so(make_model: MakeModel) -> None:
     with pytest.raises(CannotStream, match="makes its answers in one go"):
         make_model("Mute").stream(1, ask())
+
+
+def test_who_does_not_read_gives_its_place_to_those_who_wait_for_one(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("function.streams.PATIENCE_S", 0.1)
+    model = make_model(max_batch=2)
+    unread = [model.stream(10**9, ask()) for _ in range(2)]
+    assert list(model.stream(3, ask()).pieces()) == [1, 2, 3]
+    assert sum(stream.is_ahead() for stream in unread) == 2  # both had fallen behind; one of them was ended, the other one goes on
+    wait_until("one is left", lambda: model.active_streams() == 1)
+    for stream in unread:
+        stream.close()
