@@ -24,13 +24,13 @@ from tests.function.wire import post
 from tests.support import BIN, ROOT
 
 AGENT = """
-import time
+import os, time
 
 class Agent:
     # Takes 20 ms for a batch, so that it bounds how many are served. "big" is answered with 10 MB; a stream ends if it is "short".
     def load(self, weights, device): pass
     def predict(self, inputs):
-        time.sleep(0.02)
+        time.sleep(float(os.environ.get("TAKES_S", "0.02")))
         return ["x" * 10_000_000 if item == "big" else item for item in inputs]
     def start(self, input): return iter(["y"] * 3) if input["text_input"] == "short" else iter(lambda: "y" * 20_000, None)
     def step(self, sequences): return [next(sequence, None) for sequence in sequences]

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from function.batcher import Batcher, Call, CallContext
+from function.outbox import CONTINUE
 from tests.function.disturbances import AGENT, KINDS, disturbed, look
 from tests.function.wire import answer, connected, post, reset
 from tests.support import BIN, Server, clean_environment, free_port, request, running, wait_until
@@ -93,6 +94,7 @@ def test_who_comes_is_let_in_when_all_descriptors_are_held_by_clients_at_rest(st
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("is_small", [False, True], ids=["usual", "few-files"])
 @pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), tuple(KINDS)], ids=lambda kinds: "-".join(kinds).replace(" ", "-"))
 def test_callers_lose_little_while_very_many_are_slow(start: StartFunction, kinds: tuple[str, ...], *, is_small: bool) -> None:
@@ -178,10 +180,11 @@ def sent(port: int, data: bytes) -> int:
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         with suppress(OSError):
             connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
         found = b""
         with suppress(OSError):
             while piece := connection.recv(1 << 20):
-                found = found or piece[:12]
+                found = (found + piece).removeprefix(CONTINUE)[:100]
     return int(found[9:12] or 0)
 
 
@@ -196,12 +199,13 @@ def memory_stays(server: Server, settle: int, amount: int) -> None:
     found += storm(server.port, range(settle, settle + amount))
     assert set(found) <= {200, 400, 404, 503}, found
     assert found[200] > 0.7 * found.total(), found
-    assert rss_bytes(server) < before * 1.05 + 2e6
+    assert rss_bytes(server) < before * 1.05
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(900)
 def test_fifty_thousand_requests_of_every_kind_leave_memory_as_it_was(start: StartFunction) -> None:
-    server = start(FUNCTION_EVENT_MEMORY=200, FUNCTION_ACCESS_LOG="false")
+    server = start(FUNCTION_EVENT_MEMORY=200, FUNCTION_ACCESS_LOG="false", TAKES_S=0)
     memory_stays(server, 10_000, 50_000)
     server.kill()
 
@@ -253,5 +257,6 @@ def test_clients_that_leave_at_any_time_leave_nothing(start: StartFunction) -> N
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(300)
 def test_clients_that_leave_at_any_time_for_long_leave_nothing(start: StartFunction) -> None:
     leaves_nothing(start(), 120.0)
