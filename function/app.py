@@ -24,6 +24,7 @@ def create_app(settings: FunctionSettings, model: Model, metrics: Metrics | None
 def create(settings: FunctionSettings, model: Model, metrics: Metrics, trace: Trace | None = None) -> tuple[flask.Flask, FastPath]:
     """The app, and what answers ordinary requests without it, by the same rules. trace: who wants to know of each request."""
     app = flask.Flask("function", static_folder=None)
+    app.url_map.merge_slashes = False  # a path is one that is known, or a 404; never a redirect
     budget = ParseBudget.for_bodies_of(settings.max_body_bytes)
     function, gate = Function(settings, model, metrics, budget), Gate(settings)
     access = Access(metrics, Cors(settings.cors_origins), is_logged=settings.access_log, trace=trace)

@@ -79,7 +79,12 @@ class GuardedAgent:
 
     def load(self, weights: Weights, device: str) -> None:
         """Bind the model's tensors."""
-        self._agent.load(weights, device)
+        pid = os.getpid()
+        try:
+            self._agent.load(weights, device)
+        finally:
+            if os.getpid() != pid:
+                _end_child(sys.exc_info()[1])
 
     def warm_up(self) -> bool:
         """What the first call would otherwise pay; returns whether the agent has that."""
@@ -197,8 +202,12 @@ def _media_types(declared: Any) -> tuple[str, ...]:
 
 def to_function_error(error: BaseException, requests: Sequence[CallContext] = ()) -> FunctionError:
     """What the caller is told of what the agent raised; the log has the rest. requests: that it may be about."""
-    if issubclass(type(error), _SAYABLE):  # what an instance says of its class is the agent's doing
-        return _sayable(error)
+    try:
+        if issubclass(type(error), _SAYABLE):  # what an instance says of its class is the agent's doing
+            return _sayable(error)
+    except BaseException:  # noqa: BLE001  and what its class says of itself, too
+        log.error("the agent raised what cannot be looked at")
+        return AgentFailed(_FAILED)
     ids = [request.request_id for request in requests if request.request_id]
     log_failure(f"the agent failed on {_requests(ids)}" if ids else "the agent failed", error)
     return AgentFailed(_FAILED)

@@ -249,7 +249,7 @@ def _milliseconds(text: str) -> float:
     except ValueError:
         found = math.nan
     if not 0 < found < math.inf:
-        raise BadInput(f"X-Request-Timeout-Ms: {text!r} is not a number of milliseconds above 0")
+        raise BadInput(f"X-Request-Timeout-Ms: {text!r:.60} is not a number of milliseconds above 0")
     return found
 
 

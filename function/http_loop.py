@@ -53,6 +53,7 @@ class HttpLoop:
         self.connections = Connections(self._epoll, limit)
         self._receiver = Receiver(self.connections, held_bytes)
         self._keepalive_s = keepalive_s
+        self._whole: list[Connection] = []  # whose head or body has just come
         self._handler: Handler
 
     def handle(self, handler: Handler) -> None:
@@ -66,20 +67,17 @@ class HttpLoop:
 
     def turn(self, patience_s: float) -> None:
         """Do what there is to do, or wait for it for so long."""
-        whole: list[Connection] = []
         come: list[Listener] = []
         for fd, _ in self._epoll.poll(min(patience_s, TICK_S)):
             if fd == self._wake:
                 for one, wish in self.inbox.take():
                     self._attempt(one, wish)
             elif conn := self.connections.get(fd):
-                if conn.state in (State.SENDING, State.WORKING):
-                    self._flush(conn)
-                elif self._receiver.receive(conn):
-                    whole.append(conn)
+                self._attempt(conn, self._look)
             elif fd in self._listeners:
                 come.append(self._listeners[fd])
         # Only now, as receiving lets other threads in: the model's finds all of them at once, instead of one after the other.
+        whole, self._whole = self._whole, []
         for conn in whole:
             self._attempt(conn, self._take)
         for listener in come:  # last, as those who come may take the place of one that was at rest
@@ -103,13 +101,23 @@ class HttpLoop:
             self.connections.drop(conn)
             self._handler.on_drop(conn)
 
+    def _look(self, conn: Connection) -> None:
+        """The poller says that something can be done."""
+        if conn.state in (State.SENDING, State.WORKING):
+            self._flush(conn)
+        elif self._receiver.receive(conn):
+            self._whole.append(conn)
+
     def _accept(self, listener: Listener) -> None:
         """Take in who has come: many at once, as a probe waits behind them."""
-        for sock, client, server in listener.accept(ACCEPT_AT_ONCE, self.connections.evict):
-            conn = Connection(sock, client, server, lambda conn: self.inbox.put(conn, self._await_room))
-            self.connections.add(conn)
-            conn.expires = time.monotonic() + HEAD_S
-            self.connections.await_data(conn)
+        try:
+            for sock, client, server in listener.accept(ACCEPT_AT_ONCE, self.connections.evict):
+                conn = Connection(sock, client, server, lambda conn: self.inbox.put(conn, self._await_room))
+                self.connections.add(conn)
+                conn.expires = time.monotonic() + HEAD_S
+                self._attempt(conn, self.connections.await_data)
+        except MemoryError:
+            log.error("no memory for another connection")
 
     # A request
 
@@ -163,7 +171,7 @@ class HttpLoop:
         if not conn.sock.flush():
             self.connections.await_room(conn)
         elif conn.state is State.SENDING:
-            self._attempt(conn, self._sent)
+            self._sent(conn)
 
     def _sent(self, conn: Connection) -> None:
         """An answer is out, or nobody takes it."""

@@ -63,7 +63,10 @@ class _WholeFile(io.FileIO):
         left = memoryview(data).cast("B")
         size = len(left)
         while left:
-            written = super().write(left)
+            try:
+                written = super().write(left)
+            except OSError:  # nobody takes it: the disk is full, or its reader is gone; that is no fault of who prints
+                return size
             if written is None:  # somebody has made it non-blocking
                 _wait_for_room(self.fileno())
             else:

@@ -8,7 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +39,8 @@ class Answerers:
 
     fast_path: FastPath
     app: Callable[[Any, Connection], bool]  # answers gunicorn's request; whether another can follow
-    pool: Executor  # where it does
-    aside: Executor  # the same for what is answered without the model, and without waiting for its callers
+    pool: ThreadPoolExecutor  # where it does
+    aside: ThreadPoolExecutor  # the same for what is answered without the model, and without waiting for its callers
     admit: Callable[[Priority], None]  # raises what a call that came now would be refused with
 
 
@@ -82,7 +82,7 @@ class RequestHandler:
         if answer:
             self._reply(conn, answer)
         elif _ASIDE.match(data):
-            self._answerers.aside.submit(self._serve, conn)
+            self._serve_by(self._answerers.aside, conn)
         elif error := self._refusal(conn, head):
             self._refuse(conn, error, head)
         elif head and head.is_ordinary and head.length <= min(len(conn.received), self._max_body_bytes):  # it is all there
@@ -104,7 +104,20 @@ class RequestHandler:
         conn.sock.interim = CONTINUE if conn.head or conn.request.version >= (1, 1) else b""  # which knows of it
         self._working.add(conn)
         if not self._submit(conn):
-            self._answerers.pool.submit(self._serve, conn)
+            self._serve_by(self._answerers.pool, conn)
+
+    def _serve_by(self, pool: ThreadPoolExecutor, conn: Connection) -> None:
+        """Have a thread make the answer."""
+        try:
+            pool.submit(self._serve, conn)
+        except RuntimeError as error:  # no thread can be started
+            if pool._threads:  # noqa: SLF001  it is in the queue, and one of these takes it
+                return
+            pool._work_queue.get_nowait()  # noqa: SLF001
+            log.error("a request cannot be answered: %s", error)
+            conn.is_last = True
+            self._working.discard(conn)
+            self._tell(conn, Unavailable("no thread can be started for this request; ask again", retry_after_s=1))
 
     def on_late(self, conn: Connection, error: FunctionError) -> None:
         """Say so."""

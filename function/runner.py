@@ -160,10 +160,10 @@ class Runner:
 
     def _serve(self, agent: GuardedAgent) -> None:
         streams = self.streams = Streams(agent, self._settings.max_batch)
-        self._batcher.places = streams.room()[0]
         while not self._is_closing:
             is_making = streams.has_due()
             if not is_making:
+                self._batcher.places = streams.room()[0]
                 if streams.active:
                     self._batcher.wait_for_calls(PAUSE_S)
                 else:

@@ -143,7 +143,7 @@ def _descriptors(worker: FunctionWorker) -> list[int]:
 
 def main() -> None:
     """Serve until SIGTERM. Exits 2 with one line on stderr when a setting is wrong, 3 when the agent cannot be brought up."""
-    plain = children.handlers()
+    plain = {**children.handlers(), signal.SIGTERM: signal.SIG_DFL}  # see function/__main__.py
     process.prepare()
     install()
     try:

@@ -86,6 +86,29 @@ class FailsFull(FailsWordless):
         while True:
             self.kept.append(open(os.devnull))
 
+class Threadless:
+    # Threads cannot be started any more, as with a limit of processes.
+    def load(self, weights, device):
+        def refuse(*_): raise RuntimeError("can't start new thread")
+        threading._start_new_thread = threading.Thread.start = refuse
+    def predict(self, inputs): return inputs
+
+class ForksInLoad:
+    def load(self, weights, device):
+        self.pid = os.fork()
+        if self.pid: self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    def predict(self, inputs): return [self.code]
+
+class Meta(type):
+    @property
+    def __mro__(cls): raise ValueError("no order")
+
+class Unordered(Exception, metaclass=Meta): pass
+
+class RaisesUnordered:
+    def load(self, weights, device): pass
+    def predict(self, inputs): raise Unordered if inputs[0] else ValueError
+
 class Moves:
     def load(self, weights, device): os.chdir("/")
     def predict(self, inputs): return inputs
@@ -311,3 +334,37 @@ def test_what_ignored_a_hangup_goes_on_ignoring_it(tmp_path: Path) -> None:
         function.ready()
         os.killpg(function.process.pid, signal.SIGHUP)
         assert request(port, "POST", "/", 0).status == 200
+
+
+def test_without_threads_a_request_that_needs_one_is_told_to_come_again(start: StartFunction) -> None:
+    function = start("some_agents:Threadless").ready()
+    for path in ("/metrics", "/v1/models"):
+        reply = request(function.port, "GET", path)
+        assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+    assert request(function.port, "POST", "/", "a").json() == "a"  # which needs none
+    assert request(function.port, "GET", "/healthz").status == 200
+
+
+def test_a_child_that_comes_back_from_load_ends_there(start: StartFunction) -> None:
+    function = start("some_agents:ForksInLoad").ready()
+    assert request(function.port, "POST", "/", 1).json() == 0
+    assert function.said().count("ready after") == 1
+
+
+def test_an_error_that_cannot_even_be_looked_at_ends_its_request_alone(start: StartFunction) -> None:
+    function = start("some_agents:RaisesUnordered").ready()
+    assert [request(function.port, "POST", "/", item).status for item in (1, 0, 1)] == [500, 500, 500]
+
+
+def test_sigterm_ends_it_while_it_still_imports(tmp_path: Path) -> None:
+    env = clean_environment(PORT=str(free_port()), FUNCTION_HOST="127.0.0.1", FUNCTION_AGENT="function.agents.echo:Echo")
+    with running([str(BIN / "python"), "-X", "importtime", "-m", "function"], tmp_path / "log", env) as function:
+        wait_until("it imports", lambda: "function.settings" in function.said() or "import time" in function.said())
+        function.signal(signal.SIGTERM)
+        assert function.wait() in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize("path", ["/v1//models", "/v1/models//model"])
+def test_no_path_leads_elsewhere(start: StartFunction, path: str) -> None:
+    reply = request(start().ready().port, "GET", path)
+    assert (reply.status, reply.headers["content-type"]) == (404, "application/json")
