@@ -1,4 +1,4 @@
-"""What becomes of each request that the loop has received: who answers it, and how the answer goes out.
+"""What becomes of each request that the loop has received: who answers it.
 
 Probes, what is refused and ordinary predictions are answered in the loop; all else by the WSGI app, in a thread.
 """
@@ -6,26 +6,25 @@ Probes, what is refused and ordinary predictions are answered in the loop; all e
 import io
 import logging
 import re
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from gunicorn import SERVER, http, util
+from gunicorn import http
 
-from function import error_shapes, fast_path
+from function import fast_path
 from function.connections import Connection, State
 from function.errors import FunctionError, HttpError, Unavailable
-from function.fast_path import Answer, FastPath, Head
-from function.http import written
+from function.fast_path import FastPath, Head
 from function.http_loop import HttpLoop
 from function.incoming import Body, ChunkedBody
 from function.outbox import CONTINUE
 from function.priority import Priority
 from function.receiver import HEAD_BYTES
-from function.refusals import Refusals, wire
+from function.refusals import Refusals
+from function.replies import Replies
 
 log = logging.getLogger("relight.function")
 
@@ -56,8 +55,8 @@ class RequestHandler:
         self._most_working = most_working
         self._max_body_bytes = max_body_bytes
         self._working: set[Connection] = set()  # whose request has a thread, or waits for one, or for the model
-        self.refusals = Refusals(self._fast_path.access, self._send)
-        self._date = (0, "")  # the second, and how HTTP says it
+        self._replies = Replies(loop, config)
+        self.refusals = Refusals(self._fast_path.access, self._replies.send)
 
     def is_busy(self) -> bool:
         """Whether there are requests that were let in, on their way or being answered."""
@@ -80,7 +79,7 @@ class RequestHandler:
         self._separate(conn, end)
         conn.is_last = not end or bool(asked and asked.is_last and (answer or head))
         if answer:
-            self._reply(conn, answer)
+            self._replies.reply(conn, answer)
         elif _ASIDE.match(data):
             self._serve_by(self._answerers.aside, conn)
         elif error := self._refusal(conn, head):
@@ -117,7 +116,7 @@ class RequestHandler:
             log.error("a request cannot be answered: %s", error)
             conn.is_last = True
             self._working.discard(conn)
-            self._tell(conn, Unavailable("no thread can be started for this request; ask again", retry_after_s=1))
+            self._replies.tell(conn, Unavailable("no thread can be started for this request; ask again", retry_after_s=1))
 
     def on_late(self, conn: Connection, error: FunctionError) -> None:
         """Say so."""
@@ -125,7 +124,7 @@ class RequestHandler:
         if conn.parsed:
             self.refusals.answer(conn, error, began)
         else:
-            self._tell(conn, error)
+            self._replies.tell(conn, error)
 
     def on_drop(self, conn: Connection) -> None:
         """Nobody works on it."""
@@ -166,7 +165,7 @@ class RequestHandler:
                 conn.request = self._parsed(conn)
                 conn.body = self._body_of(conn)
             except Exception as error:  # noqa: BLE001  told there
-                self._tell(conn, error)
+                self._replies.tell(conn, error)
                 return
         self._loop.await_body(conn)
 
@@ -202,7 +201,7 @@ class RequestHandler:
         """Answer it."""
         self._working.discard(conn)
         conn.note = conn.fast_call.note
-        self._reply(conn, self._fast_path.answer(conn.fast_call))
+        self._replies.reply(conn, self._fast_path.answer(conn.fast_call))
 
     # All else, in a thread
 
@@ -236,55 +235,9 @@ class RequestHandler:
         """In the loop again."""
         self._working.discard(conn)
         if failed:
-            self._tell(conn, failed)
+            self._replies.tell(conn, failed)
         else:
             self._loop.conclude(conn, is_open=is_open)
-
-    # The answer
-
-    def _reply(self, conn: Connection, answer: Answer) -> None:
-        second = int(time.time())
-        if self._date[0] != second:
-            self._date = second, util.http_date()
-        headers = [("Server", SERVER), ("Date", self._date[1]), *answer.headers]
-        self._send(conn, wire(answer.status, headers, answer.body, close=conn.is_last or self._loop.is_ending))
-
-    def _send(self, conn: Connection, data: bytes) -> None:
-        """From the loop, which does not wait."""
-        try:
-            conn.sock.sendall(data)
-        except OSError as error:
-            log.debug("a connection ended: %s", error)
-        self._loop.conclude(conn, is_open=not (conn.is_last or self._loop.is_ending))
-
-    def _tell(self, conn: Connection, error: Exception) -> None:
-        """What is no HTTP request, and what went wrong in gunicorn or the app."""
-        if isinstance(error, http.errors.ParseException):
-            error = self._said(error)
-        elif not isinstance(error, FunctionError):
-            log.error("a request failed", exc_info=error)
-            error = HttpError(500, "internal_error", "the function failed on this request; its log says why")
-        answer = written(error, error_shapes.own)
-        conn.is_last = True
-        self._send(conn, wire(answer.status, answer.headers, answer.get_data(), close=True))
-
-    def _said(self, error: Exception) -> HttpError:
-        """What the client is told of an error of gunicorn's parser."""
-        config = self._config
-        if isinstance(error, http.errors.LimitRequestLine):
-            return HttpError(414, "bad_request", f"the first line of the request is longer than {config.limit_request_line} bytes")
-        if isinstance(error, http.errors.LimitRequestHeaders):
-            most = f"{HEAD_BYTES} bytes in all, {config.limit_request_field_size} in each, {config.limit_request_fields} headers"
-            return HttpError(431, "bad_request", f"the headers of the request are more than is taken here: {most}")
-        status = 417 if isinstance(error, http.errors.ExpectationFailed) else 400
-        return HttpError(status, "bad_request", f"this is not an HTTP request that is understood here: {_reason(error)}")
-
-
-def _reason(error: Exception) -> str:
-    """What gunicorn says is wrong; of a header only its name, since its value may be a key."""
-    if isinstance(error, http.errors.InvalidHeader):
-        return f"Invalid HTTP header: {''.join(str(error.hdr).split()[:1])!r:.60}"
-    return f"{error!s:.200}"
 
 
 def _ending() -> Unavailable:
