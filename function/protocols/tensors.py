@@ -22,6 +22,7 @@ from function.agent import TensorSpec
 from function.errors import BadInput
 from function.values import dumps
 
+_EXACT = 2**53  # up to which FP64 keeps integers
 MAX_DIMENSIONS = 32  # nested lists much deeper than this cannot be written as JSON again
 _PIECE = 2**15  # elements; the interpreter takes 1 or 2 ms for so many
 
@@ -413,7 +414,12 @@ def _datatype(elements: list[Any], types: set[type]) -> str:
     if types == {int}:
         low, high = min(map(min, _pieces(elements))), max(map(max, _pieces(elements)))
         return next((name for name in ("INT64", "UINT64") if _FIXED[name].low <= low and high <= _FIXED[name].high), "BYTES")
-    return "FP64" if types and types <= {int, float} else "BYTES"
+    is_real = bool(types) and types <= {int, float} and (types == {float} or all(map(_is_exact, elements)))
+    return "FP64" if is_real else "BYTES"  # JSON's text keeps integers that are too large for it
+
+
+def _is_exact(element: float) -> bool:
+    return isinstance(element, float) or -_EXACT <= element <= _EXACT
 
 
 def _are_texts(elements: Any) -> bool:

@@ -582,4 +582,7 @@ def test_no_binary_event_makes_the_function_fail(server: Server, attributes: dic
 @example(body=(b'{"ext":' + b"[" * 900 + b"]" * 900 + b"}"), kind=STRUCTURED)
 def test_no_body_makes_the_function_fail(server: Server, body: bytes, kind: str) -> None:
     reply = structured(server, body, kind=kind)
-    assert (reply.status, reply.json()["error"]["type"]) == (400, "bad_input")
+    if kind == BATCH and body.strip() == b"[]":  # nothing to do, and that is done
+        assert (reply.status, reply.json()) == (200, [])
+    else:
+        assert (reply.status, reply.json()["error"]["type"]) == (400, "bad_input")

@@ -176,6 +176,7 @@ JSON_VALUES = st.recursive(
 @example(value=[[1, 2], [3, 4]])
 @example(value=["a", "b"])
 @example(value={"a": [1.5, None]})
+@example(value=[2**53 + 1, 0.5])
 @settings(max_examples=40, deadline=None)
 def test_any_value_is_the_same_by_every_route(function: Server, value: Any) -> None:
     text = "json:" + json.dumps(value)
