@@ -240,6 +240,8 @@ def test_a_stream_whose_clean_up_fails_is_forgotten_when_its_caller_leaves(serve
     before = server.said()
     leave_after_the_first_piece(server, code)
     wait_until("its place is free", lambda: b'function_active_streams{model="m"} 0.0' in request(server.port, "GET", "/metrics").body)
+    wait_until("the log", lambda: reason in said_since(server, before))
+    assert request(server.port, "POST", PREDICT, {"instances": ["found = ['it goes on']"]}).status == 200
     assert said_since(server, before).count(reason) == 1
 
 
@@ -406,19 +408,21 @@ class nothing:  # noqa: N801  stands where `pytest.raises` does
 
 
 class Rude(Counting):
-    """Whoever asks how it goes hears of it."""
+    """Whoever asks at its end how it went hears of it."""
 
     @property
     def prompt_tokens(self) -> int:
-        raise OSError("ask somebody else")
+        if not self.pieces:
+            raise OSError("ask somebody else")
+        return 1
 
 
 @pytest.mark.parametrize(
     "culprit",
     [
-        pytest.param(lambda: Counting(["x", object()]), id="a piece that JSON cannot hold"),
-        pytest.param(lambda: Counting(["x", "\ud800"]), id="half a character"),
-        pytest.param(lambda: Rude(["x"]), id="an attribute that raises"),
+        pytest.param(lambda: Counting(["x", "y", object()]), id="a piece that JSON cannot hold"),
+        pytest.param(lambda: Counting(["x", "y", "\ud800"]), id="half a character"),
+        pytest.param(lambda: Rude(["x", "y", "z"]), id="an attribute that raises"),
     ],
 )
 def test_what_one_sequence_gives_makes_no_step_run_twice(make_model: MakeModel, culprit: Callable[[], Counting]) -> None:
@@ -573,11 +577,11 @@ def test_a_call_that_hangs_is_seen_as_stuck(
 ) -> None:
     model = make_model(agent, settings={"timeout_s": 0.05}, **script)
     assert model.is_alive()
-    context = CallContext(0.05, is_own_deadline=False)
-    caller = threading.Thread(target=_swallow, args=(lambda: list(model.stream(kind([]), context).pieces()),)) if kind else None
-    caller = caller or threading.Thread(target=_swallow, args=(lambda: model.predict(["a"], context),))
+    caller = threading.Thread(target=_swallow, args=(lambda: list(model.stream(kind([]), ask()).pieces()),)) if kind else None
+    caller = caller or threading.Thread(target=_swallow, args=(lambda: model.predict(["a"], ask()),))
     caller.start()
     wait_until("it is given up", lambda: not model.is_alive())
+    Hanging.gate.set()
     caller.join()
 
 

@@ -1,5 +1,6 @@
 """When those who are refused are told to come back: as fast as the queue was seen to move."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -47,7 +48,9 @@ MakeModel = Callable[..., Model]
 
 
 @pytest.fixture
-def make_model(tmp_path: Path) -> MakeModel:
+def make_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeModel:
+    monkeypatch.setattr("function.streams.PATIENCE_S", math.inf)  # with streams that nobody reads
+
     def make(**settings: Any) -> Model:
         found = FunctionSettings(agent=f"{__name__}:Paced", queue_limit=WAITING, **settings)
         model = Model(found, Weights(WeightsSettings(cache_dir=tmp_path)), started_at=time.monotonic())

@@ -1,5 +1,6 @@
 """Streams through the model: shared steps, joining and leaving, deadlines, hang-ups, errors. In one process, without HTTP."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -103,7 +104,9 @@ MakeModel = Callable[..., Model]
 
 
 @pytest.fixture
-def make_model(tmp_path: Path) -> MakeModel:
+def make_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeModel:
+    monkeypatch.setattr("function.streams.PATIENCE_S", math.inf)  # with streams that nobody reads
+
     def make(agent: str = "Counter", **settings: Any) -> Model:
         found = FunctionSettings(agent=f"{__name__}:{agent}", **settings)
         model = Model(found, Weights(WeightsSettings(cache_dir=tmp_path)), started_at=time.monotonic())
@@ -218,7 +221,7 @@ def test_batch_work_gives_its_places_to_interactive_streams(make_model: MakeMode
     for _ in range(3):
         assert together([lambda: list(model.stream(4, ask()).pieces()) for _ in range(2)]) == [[1, 2, 3, 4]] * 2
     assert max(Counter.together) == 2
-    assert model.active_streams() == 2
+    wait_until("the others have gone", lambda: model.active_streams() == 2)
     for stream in held:
         stream.close()
 
