@@ -109,9 +109,9 @@ class Access:
     def end(self, note: Note, route: str, status: int) -> dict[str, str]:
         """The answer is known; returns headers for it. When it is out, `finish` the note, if it is wanted."""
         seconds = time.monotonic() - note.began
-        self._metrics.count_request(route, status)
+        self._metrics.requests(route, status).inc()
         if route != REFUSED:  # those take no time, and may be many
-            self._metrics.time_request(route, seconds)
+            self._metrics.seconds(route).observe(seconds)
         if self._is_logged and route not in _QUIET:
             note.line = {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -127,7 +127,7 @@ class Access:
         timing = {**note.timing, "total": seconds}
         return {
             "X-Request-Id": note.request_id,
-            "Server-Timing": ", ".join(f"{name};dur={found * 1000:.2f}" for name, found in timing.items()),
+            "Server-Timing": ", ".join([f"{name};dur={found * 1000:.2f}" for name, found in timing.items()]),
             **self._cors.headers(note.origin),
         }
 

@@ -312,7 +312,7 @@ class Batcher:
                     # Not from when the oldest call came: one that missed the last batch would then be taken alone, and its company after
                     # it, for ever in turn, although all are there within a moment.
                     self._lock.wait_for(lambda: self._are_here(everybody), patience_s)
-            slices = next((found for priority in Priority if (found := list(self._slices(priority, most)))), [])
+            slices = list(self._slices(Priority.INTERACTIVE, most)) or list(self._slices(Priority.BATCH, most))
             if slices:
                 self._company, self._is_idle = len(slices), False
             if self.waiting():  # whose turn may be far off

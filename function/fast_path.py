@@ -152,7 +152,7 @@ class FastPath:
         except Exception as error:  # noqa: BLE001  see `failure`
             fast_call.failed = error
         else:
-            self._function.metrics.fast_path.inc()
+            self._function.metrics.fast_path += 1
         return fast_call
 
     def expire(self, now: float) -> None:

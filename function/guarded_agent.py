@@ -248,6 +248,8 @@ def _retry_after_s(error: BaseException) -> float:
 
 def _as_list(found: Any, count: int, method: str, what: str) -> list[Any]:
     """What `predict` or `step` gave, made a list once. Raises TypeError, ValueError, or whatever foreign code raises."""
+    if type(found) is list and len(found) == count:
+        return found
     wanted = f"a list of {count} {what}{'s' if count != 1 else ''}"
     items = plain(found) if hasattr(found, "shape") else found  # an array or a tensor: all of it at once, not row by row
     if isinstance(items, _NO_LIST) or not hasattr(items, "__iter__"):

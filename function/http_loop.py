@@ -53,7 +53,6 @@ class HttpLoop:
         self.connections = Connections(self._epoll, limit)
         self._receiver = Receiver(self.connections, held_bytes)
         self._keepalive_s = keepalive_s
-        self._whole: list[Connection] = []  # whose head or body has just come
         self._handler: Handler
 
     def handle(self, handler: Handler) -> None:
@@ -73,12 +72,11 @@ class HttpLoop:
                 for one, wish in self.inbox.take():
                     self._attempt(one, wish)
             elif conn := self.connections.get(fd):
-                self._attempt(conn, self._look)
+                self._attempt(conn, self._flush if conn.state >= State.SENDING else self._receiver.receive)
             elif fd in self._listeners:
                 come.append(self._listeners[fd])
         # Only now, as receiving lets other threads in: the model's finds all of them at once, instead of one after the other.
-        whole, self._whole = self._whole, []
-        for conn in whole:
+        for conn in self._receiver.take_whole():
             self._attempt(conn, self._take)
         for listener in come:  # last, as those who come may take the place of one that was at rest
             self._accept(listener)
@@ -100,13 +98,6 @@ class HttpLoop:
             log.exception("a connection was closed")
             self.connections.drop(conn)
             self._handler.on_drop(conn)
-
-    def _look(self, conn: Connection) -> None:
-        """The poller says that something can be done."""
-        if conn.state in (State.SENDING, State.WORKING):
-            self._flush(conn)
-        elif self._receiver.receive(conn):
-            self._whole.append(conn)
 
     def _accept(self, listener: Listener) -> None:
         """Take in who has come: many at once, as a probe waits behind them."""

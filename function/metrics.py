@@ -22,14 +22,13 @@ class Metrics(Observer):
     def __init__(self, model: Model, model_name: str) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter that nobody asks for
         self.registry = CollectorRegistry()
-        self.registry.register(_ModelCollector(model, model_name))
+        self.registry.register(_ModelCollector(model, model_name, lambda: self.fast_path))
         requests = Counter("function_requests", "Requests answered.", ["route", "code"], registry=self.registry)
         seconds = Histogram("function_request_seconds", "Seconds to answer a request.", ["route"], buckets=_SECONDS, registry=self.registry)
-        self._requests: Callable[[str, int], Counter] = functools.cache(lambda route, code: requests.labels(route, str(code)))
-        self._seconds: Callable[[str], Histogram] = functools.cache(seconds.labels)  # of routes and codes there are few
-        self.fast_path = Counter(
-            "function_fast_path", "Predictions that the loop took in without a thread of their own.", registry=self.registry
-        )
+        # Of routes and codes there are few.
+        self.requests: Callable[[str, int], Counter] = functools.cache(lambda route, code: requests.labels(route, str(code)))
+        self.seconds: Callable[[str], Histogram] = functools.cache(seconds.labels)
+        self.fast_path = 0  # predictions that the loop took in; it alone counts them
         self.instances = Counter("function_instances", "Inputs handed to the model.", registry=self.registry)
         self.first_piece = Histogram(
             "function_first_piece_seconds",
@@ -60,14 +59,6 @@ class Metrics(Observer):
         self._pieces = Counter("function_pieces", "Pieces of streams that were made for callers.", registry=self.registry)
         model.observe(self)
 
-    def count_request(self, route: str, code: int) -> None:
-        """A request was answered."""
-        self._requests(route, code).inc()
-
-    def time_request(self, route: str, seconds: float) -> None:
-        """It took so long."""
-        self._seconds(route).observe(seconds)
-
     def watch_memory(self, kept: Callable[[], tuple[int, int]]) -> None:
         """kept: how many events are remembered, and their bytes."""
         self._remembered.set_function(lambda: kept()[0])
@@ -94,7 +85,8 @@ class Metrics(Observer):
 class _ModelCollector(Collector):
     """Reads the model's state when it is asked, so that nothing has to be kept in step."""
 
-    def __init__(self, model: Model, model_name: str) -> None:
+    def __init__(self, model: Model, model_name: str, fast_path: Callable[[], int]) -> None:
+        self._fast_path = fast_path
         self._model = model
         self._name = model_name
 
@@ -113,6 +105,8 @@ class _ModelCollector(Collector):
         trips = CounterMetricFamily("function_breaker_trips", "Times the breaker opened.", labels=["model"])
         trips.add_metric([self._name], self._model.breaker.trips)
         yield trips
+        text = "Predictions that the loop took in without a thread of their own."
+        yield CounterMetricFamily("function_fast_path", text, value=self._fast_path())
         yield _gauge(
             "function_cold_start_seconds",
             "Seconds from the process's start to the end of each stage.",

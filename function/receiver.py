@@ -21,23 +21,28 @@ class Receiver:
         """held_bytes: of bodies that are not whole yet, beside small ones."""
         self._connections = connections
         self._held_bytes = held_bytes
+        self._whole: list[Connection] = []
 
-    def receive(self, conn: Connection) -> bool:
-        """Take what has come; whether a head or a body is whole with it. If not, the connection is looked after."""
+    def receive(self, conn: Connection) -> None:
+        """Take what has come; see `take_whole`."""
         try:
             data = conn.raw.recv(_READ_BYTES)
         except BlockingIOError:
             self._connections.await_data(conn)
-            return False
+            return
         except OSError:
             data = b""
         if not data:
             self._connections.drop(conn)
-            return False
-        is_whole = conn.state is not State.ENDING and (self._body(conn, data) if conn.body else self._head(conn, data))
-        if not is_whole:
+        elif conn.state is not State.ENDING and (self._body(conn, data) if conn.body else self._head(conn, data)):
+            self._whole.append(conn)
+        else:
             self._connections.await_data(conn)
-        return is_whole
+
+    def take_whole(self) -> list[Connection]:
+        """Those whose head or body is whole with what has come since the last time."""
+        whole, self._whole = self._whole, []
+        return whole
 
     def _head(self, conn: Connection, data: bytes) -> bool:
         if conn.state is State.IDLE:

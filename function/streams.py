@@ -174,7 +174,7 @@ class Streams:
 
     def has_due(self) -> bool:
         """Whether there is one to go on with; the others wait for their readers."""
-        return any(not stream.is_ahead() for stream, _ in self._active)
+        return bool(self._active) and any(not stream.is_ahead() for stream, _ in self._active)
 
     def wait_s(self, waiting: int) -> float:
         """How long it will be until so many have found places: as places were left of late, or not left until now."""
