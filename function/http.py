@@ -30,9 +30,9 @@ HEARTBEAT_S = 10.0  # a comment line when the model is silent for so long, so th
 _SETTLED_S = 0.01  # who asked so lately is there; the look costs more than it would save
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class PredictRequest:
-    """What a caller asks of the model, in JSON or in an event."""
+    """What a caller asks of the model, in JSON or in an event. Nobody changes it; not frozen, for the same reason as CallContext."""
 
     inputs: list[Any]
     is_bare: bool  # one value, answered as such
