@@ -42,7 +42,7 @@ _LIST_BYTES = 64 + 8
 _OBJECT_BYTES = 64 + 120  # with a table for five keys
 _KEY_BYTES = 96  # of a larger table, with the smaller one that it is copied from
 _FEW_KEYS = 10
-_STRING_BYTES = 64  # with 15 signs of ASCII; the same key is one string, as orjson remembers keys
+_STRING_BYTES = 64  # with 15 ASCII characters; the same key is one string, as orjson remembers keys
 _WIDE_STRING_BYTES = 80
 _NUMBER_BYTES = 32  # none for the integers that CPython keeps
 _KEPT_NUMBERS = frozenset(b"%d" % number for number in range(-5, 257))
@@ -244,7 +244,7 @@ class _Scan:
         self.deepest = 0  # at least as many levels as there are
         self._most_bytes = most_bytes
         self._nodes = 1
-        self._fixed_bytes = 0  # of objects, without the signs of strings
+        self._fixed_bytes = 0  # of objects, without the characters of strings
         self._signs = 0
         self._width = 1  # bytes that each of them takes
         self._depth = 0
@@ -371,7 +371,7 @@ def _check_integers(pieces: list[bytes]) -> None:
     for found in _INTEGER.finditer(b'"'.join(pieces)):
         number = found[0]
         if len(number) > 21 or not -(2**63) <= int(number) < 2**64:
-            shown = number.decode() if len(number) <= 60 else f"{number[:40].decode()}… ({len(number)} signs)"
+            shown = number.decode() if len(number) <= 60 else f"{number[:40].decode()}… ({len(number)} digits)"
             raise BadInput(f"the integer {shown} is beyond -2^63 to 2^64-1 and would be rounded; send it as a string, or with an exponent")
 
 
