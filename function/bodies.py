@@ -42,6 +42,7 @@ _LIST_BYTES = 64 + 8
 _OBJECT_BYTES = 64 + 120  # with a table for five keys
 _KEY_BYTES = 96  # of a larger table, with the smaller one that it is copied from
 _FEW_KEYS = 10
+_FEW_NUMBERS = 16  # of a chunk, which may all be counted
 _STRING_BYTES = 64  # with 15 ASCII characters; the same key is one string, as orjson remembers keys
 _WIDE_STRING_BYTES = 80
 _NUMBER_BYTES = 32  # none for the integers that CPython keeps
@@ -292,12 +293,13 @@ class _Scan:
         marks, strings, ends_in_string = _marks(text, self._in_string)
         if strings or self._in_string:
             self._signs += len(chunk)
-        self._add_depth(marks)
-        self._add_values(marks, strings, *_shares(text, self._in_string))
+        structure, commas = marks.translate(None, b',"'), marks.count(b",")
+        self._add_depth(structure)
+        self._add_values(structure, commas, strings, text)
         self._in_string = ends_in_string
 
-    def _add_depth(self, marks: bytes) -> None:
-        brackets = marks.translate(_TO_LISTS, b',:"')
+    def _add_depth(self, structure: bytes) -> None:
+        brackets = structure.translate(_TO_LISTS, b":")
         opened = brackets.count(b"[")
         change, rounds = 2 * opened - len(brackets), 0
         while rounds < _MOST_ROUNDS:  # each takes away the innermost level; for chains of brackets, which nobody sends, it is not worth it
@@ -309,10 +311,11 @@ class _Scan:
         if self._depth > MAX_DEPTH:
             raise _too_deep()
 
-    def _add_values(self, marks: bytes, strings: int, made_numbers: float, made_keys: float) -> None:
-        keys, lists, objects = marks.count(b":"), marks.count(b"["), marks.count(b"{")
-        nodes = marks.count(b",") + keys + lists + objects  # each but the first one is behind a comma, a colon or the bracket of its parent
+    def _add_values(self, structure: bytes, commas: int, strings: int, text: bytes) -> None:
+        keys, lists, objects = structure.count(b":"), structure.count(b"["), structure.count(b"{")
+        nodes = commas + keys + lists + objects  # each but the first one is behind a comma, a colon or the bracket of its parent
         numbers = max(0, nodes - strings - lists - objects)
+        made_numbers, made_keys = _shares(text, self._in_string) if keys or numbers > _FEW_NUMBERS else (1.0, 1.0)
         string_bytes = _STRING_BYTES if self._width == 1 else _WIDE_STRING_BYTES
         self._nodes += nodes
         self._fixed_bytes += (
@@ -335,7 +338,7 @@ def _width(text: bytes) -> int:
     width = 1
     if not text.isascii():
         width = 4 if any(lead in text for lead in _ASTRAL_LEADS) else 2
-    if b"\\" in text and b"\\u" in text:  # to look for one byte is far faster
+    if b"\\" in text and b"u" in text and b"\\u" in text:  # to look for one byte is far faster
         width = max(width, 4 if b"\\ud" in text or b"\\uD" in text else 2)
     return width
 

@@ -30,7 +30,6 @@ _HEADER = re.compile(r"([A-Za-z0-9-]+):([ -~]*)\r\n")
 _MOST_HEAD_BYTES, _MOST_HEADERS = 4000, 100  # within gunicorn's limits; and a line of the log fits into any pipe that is ready
 _UNKNOWN = {"transfer-encoding", "upgrade"}  # with which it is for gunicorn to say where the request ends
 _EXTRAORDINARY = {"content-encoding", "expect", "te", "trailer"}
-_EXTRAORDINARY |= {"x-forwarded-protocol", "x-forwarded-ssl"}  # which gunicorn compares with x-forwarded-proto
 _is_of_event = operator.methodcaller("startswith", "ce-")  # a header
 # What is enough of any other GET or HEAD
 _FIRST_LINE = re.compile(rb"(GET|HEAD) (/[!-~]*) HTTP/1\.([01])\r\n")

@@ -15,7 +15,7 @@ from function import error_shapes
 from function.access import Headers, Note
 from function.batcher import Call, CallContext
 from function.bodies import ParseBudget, decompress, parse_json
-from function.errors import AgentFailed, BadInput, ClientGone, FunctionError, NotFound, TooLarge, TooSlow, UnsupportedMediaType
+from function.errors import AgentFailed, BadInput, ClientGone, FunctionError, NotFound, TooLarge, UnsupportedMediaType
 from function.metrics import Metrics
 from function.model import Model
 from function.priority import Priority
@@ -142,12 +142,7 @@ class Function:
         request, limit = flask.request, self.settings.max_body_bytes
         self.model.admit(Priority.of_request({name.lower(): value for name, value in request.headers.items()}))
         length = request.content_length or 0
-        try:
-            body: bytes = request.stream.read(limit + 1) if length <= limit else b""
-        except BlockingIOError:
-            raise TooSlow("the body did not come") from None
-        except OSError as error:
-            raise ClientGone("the connection ended within the body") from error
+        body: bytes = request.stream.read(limit + 1) if length <= limit else b""  # the loop has all of it
         if max(length, len(body)) > limit:
             raise TooLarge(f"the body is larger than {limit} bytes (FUNCTION_MAX_BODY_BYTES)")
         coding = request.headers.get("Content-Encoding", "")

@@ -21,6 +21,7 @@ from werkzeug.test import TestResponse
 
 from function.agent import BadInput, Weights
 from function.app import create_app
+from function.errors import TooSlow
 from function.model import Model
 from function.protocols.openapi import describe
 from function.settings import FunctionSettings
@@ -133,10 +134,10 @@ BODIES = {
 
 
 class Stalled(io.BytesIO):
-    """A body that stops coming, as the worker's socket tells it."""
+    """A body that stops coming, as the loop tells it."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        raise BlockingIOError
+        raise TooSlow("the body did not come in time")
 
 
 def ask(client: FlaskClient, path: str, word: str = "a", **kwargs: Any) -> TestResponse:
