@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from knative.environment import SettingsError
 from knative.queue_source.errors import QueueSourceError
 from knative.queue_source.settings import QueueSourceSettings, from_environment, shown
+from weights_cache.environment import SettingsError
 
 if TYPE_CHECKING:
     from knative.queue_source.claim import Claims

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from knative import environment
-from knative.environment import SettingsError, setting
+from weights_cache import environment
+from weights_cache.environment import SettingsError, setting
 
 _NAME = re.compile(r"[a-z0-9]+")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")

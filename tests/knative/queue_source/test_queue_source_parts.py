@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from knative.environment import SettingsError
 from knative.queue_source import event, results, unwrap, verdict
 from knative.queue_source.claim import reference
 from knative.queue_source.errors import ResultRefused, Unacceptable
@@ -18,6 +17,7 @@ from knative.queue_source.settler import Settler
 from knative.queue_source.sqs import arn_of, client, traceparent
 from knative.queue_source.verdict import Verdict
 from knative.queue_source.workers import Workers
+from weights_cache.environment import SettingsError
 
 NEEDED = {"QUEUE_SOURCE_URL": "https://sqs.eu-west-1.amazonaws.com/1/work", "K_SINK": "http://minilm.default.svc.cluster.local"}
 

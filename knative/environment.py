@@ -1,1 +1,0 @@
-../weights_cache/environment.py

@@ -1,0 +1,8 @@
+"""What a program is told by its environment: settings, and how they are told without their secrets.
+
+The one package that all others share, and the only one of the cache that `knative` may import. It imports nothing of ours.
+"""
+
+from weights_cache.environment.settings import SettingsError, read, setting
+
+__all__ = ["SettingsError", "read", "setting"]
