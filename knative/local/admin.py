@@ -1,7 +1,6 @@
 """The admin port: a page to watch the platform, and what the page and the terminal ask: JSON, events, metrics, logs, a test request.
 
-It has no password, so it answers only who is on this machine and means it. A Host that is no loopback name is refused (another site's
-name may be made to lead here: DNS rebinding), and so is what a browser says another site has asked for (cross-site request forgery).
+It has no password, so it answers only who is on this machine and means it (see `origin`).
 """
 
 import asyncio
@@ -12,7 +11,6 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from importlib.resources import files
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
+from knative.local import origin
 from knative.local.feed import Feed
 from knative.local.logs import Logs
 from knative.local.manifest import tag_label
@@ -205,25 +204,12 @@ class Admin:
 
 
 def _check_origin(request: web.BaseRequest) -> None:
-    if not _is_loopback(request.host):
-        raise Refused(403, "forbidden", f"Host {request.host!r} is no name of this machine's loopback; use 127.0.0.1 or localhost")
-    origin = request.headers.get("Origin")
-    if origin is not None and origin != f"http://{request.host}":
-        raise Refused(403, "forbidden", f"a page of {origin} may not ask this")
     # The page itself may be reached by a link from anywhere; it cannot be framed.
-    if request.path != "/" and request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-        raise Refused(403, "forbidden", "a page of another site may not ask this")
-
-
-def _is_loopback(host: str) -> bool:
-    match = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\[\]]+)(:[0-9]{1,5})?", host)
-    if not match:
-        return False
-    name = match[1].strip("[]").lower()
+    fetch_site = None if request.path == "/" else request.headers.get("Sec-Fetch-Site")
     try:
-        return ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost"
+        origin.check(request.host, request.headers.get("Origin"), fetch_site)
+    except origin.Forbidden as error:
+        raise Refused(403, "forbidden", str(error)) from error
 
 
 def _page() -> tuple[bytes, str]:
