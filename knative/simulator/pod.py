@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PENDING, STARTING, READY, DRAINING, GONE = range(5)
+from knative.autoscaler.choice import PENDING
 
 
 class Job:
@@ -36,13 +36,13 @@ class Pod:
     )
 
     def __init__(self, number: int, generation: int) -> None:
-        self.number = number  # in the order in which they were asked for
+        self.number = number  # see choice.Candidate
         self.generation = generation  # of the revision
         self.state = PENDING
         self.node: int | None = None
         self.in_flight = 0
-        self.listed = False  # among those that have room (see rooms.py)
-        self.rank = 0  # in the order in which they got the first of the requests that they have (see rooms.py)
+        self.listed = False
+        self.rank = 0
         self.ready_s = 0.0  # since when it takes requests
         self.told_s = 0.0  # when it was told to go
         # Only where requests slow each other down: how much work each request that was there all the time has had, by when, and

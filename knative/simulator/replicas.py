@@ -11,13 +11,13 @@ from typing import Protocol
 
 import numpy as np
 
+from knative.autoscaler.choice import DRAINING, GONE, PENDING, READY, STARTING, rooms, victims
 from knative.simulator.clock import ENDS, EXPIRES, READIES, SAMPLES, Clock
 from knative.simulator.model import FunctionModel
 from knative.simulator.nodes import Cluster
-from knative.simulator.pod import DRAINING, GONE, PENDING, READY, STARTING, Pod
+from knative.simulator.pod import Pod
 from knative.simulator.policy import Policy
 from knative.simulator.record import Steps
-from knative.simulator.rooms import rooms
 
 # A scale-down that is followed by a scale-up within so long was a mistake: whatever it saved, a cold start followed.
 FLAP_S = 60.0
@@ -120,13 +120,10 @@ class Replicas:
             self._go(now, pod)
 
     def _victims(self, count: int) -> list[Pod]:
-        """Which to let go: those not ready first, then the least busy, then the youngest, as `relight run` does."""
         kept = [pod for pod in self._pods.values() if pod.generation == self._generation and pod.state != DRAINING]
-        if self._policy.packs:
-            kept.sort(key=lambda pod: (pod.state != READY, pod.in_flight, -pod.number))
-        else:
-            kept.sort(key=lambda pod: (pod.state, pod.in_flight, -pod.number))
-        return kept[:count]
+        if not self._policy.packs:
+            return victims(kept, count)
+        return sorted(kept, key=lambda pod: (pod.state != READY, pod.in_flight, -pod.number))[:count]
 
     def _add(self, now: float, *, warm: bool = False) -> None:
         self._asked += 1

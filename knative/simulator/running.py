@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from knative.autoscaler.choice import GONE, READY
 from knative.simulator.clock import COMES, ENDS, EXPIRES, SAMPLES, Clock
 from knative.simulator.model import FunctionModel
 from knative.simulator.nodes import Cluster
-from knative.simulator.pod import GONE, READY, Pod
+from knative.simulator.pod import Pod
 from knative.simulator.policy import Policy, Sample
 from knative.simulator.record import Course, Steps
 from knative.simulator.replicas import Replicas

@@ -6,8 +6,9 @@ from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
 
+from knative.autoscaler.choice import GONE
 from knative.simulator.clock import ENDS, EXPIRES, Clock
-from knative.simulator.pod import GONE, Job, Pod
+from knative.simulator.pod import Job, Pod
 
 End = Callable[[float, tuple[Pod, float, float]], None]
 
