@@ -1,6 +1,7 @@
 """`relight run`."""
 
 import asyncio
+import os
 from pathlib import Path
 
 import click
@@ -9,6 +10,17 @@ from knative.local.errors import PlatformError
 from knative.local.manifest import Sources
 
 MAX_PORT = 65535
+
+
+def _names(context: click.Context, option: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of `--env`. Their values are never repeated: they may be secrets."""
+    for name in names:
+        variable, equals, _ = name.partition("=")
+        if equals:
+            raise click.BadParameter(f"name the variable alone, as in --env {variable}; its value belongs into the environment")
+        if variable not in os.environ:
+            raise click.BadParameter(f"{variable} is not set here")
+    return names
 
 
 @click.command()
@@ -32,6 +44,14 @@ MAX_PORT = 65535
     metavar="N",
     help="How many GPUs there are for `nvidia.com/gpu`. [default: as many as are found]",
 )
+@click.option(
+    "--env",
+    "inherits",
+    multiple=True,
+    metavar="NAME",
+    callback=_names,
+    help="Let pods inherit this variable, too; of most of the environment they know nothing.",
+)
 def run(
     manifests: tuple[Path, ...],
     port: int,
@@ -41,6 +61,7 @@ def run(
     seeds: tuple[str, ...],
     fork_server: bool,
     gpus: int | None,
+    inherits: tuple[str, ...],
 ) -> None:
     """Run the Knative Services in MANIFESTS on this machine until Ctrl-C.
 
@@ -54,7 +75,7 @@ def run(
         if port == MAX_PORT and not admin_port:
             raise PlatformError(f"--admin-port: must be named with --port {port}, after which there is none")
         settings = PlatformSettings(
-            port, admin_port or port + 1, state_dir, default_service, [Seed.parse(text) for text in seeds], fork_server, gpus
+            port, admin_port or port + 1, state_dir, default_service, [Seed.parse(text) for text in seeds], fork_server, gpus, inherits
         )
 
         async def main() -> None:

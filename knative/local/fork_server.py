@@ -15,13 +15,14 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from knative.local.launch import Process, inherited
+from knative.local.inheritance import inherited
+from knative.local.launch import Process
 from knative.local.procfs import MARK
 
 PROGRAM = ("-m", "function")
@@ -85,16 +86,18 @@ class ForkServer:
         is_busy: Callable[[], bool] = lambda: False,
         say: Callable[[str], object] = lambda text: None,
         mark: str = "",
+        inherits: Iterable[str] = (),
     ) -> None:
         """is_busy: whether something starts that must not be disturbed: it waits meanwhile. say: told when it is not well.
 
         mark: see `procfs.MARK`; what is forked has that of the fork server, until it starts programs of its own.
+        inherits: see `inheritance.inherited`.
         """
         self.starts = 0
         self._log = log
         self._is_busy = is_busy
         self._say = say
-        self._env = inherited() | _ONE_THREAD | {MARK: f"{mark}fork-server/"}
+        self._env = inherited(inherits) | _ONE_THREAD | {MARK: f"{mark}fork-server/"}
         self._child: asyncio.subprocess.Process | None = None
         self._control: socket.socket | None = None  # once it is warm
         self._keeper: asyncio.Task[None] | None = None

@@ -6,26 +6,26 @@ Starts nothing.
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from knative.local.errors import ManifestError
+from knative.local.inheritance import inherited
 from knative.local.limits import NO_LIMITS, Limits
 from knative.local.manifest import Manifests, QueueSource, Service
 from knative.local.procfs import MARK
 from knative.local.rules import AnyContainer
 from knative.local.schema import CPU, MEMORY, ProbeSpec
 
-# A process inherits our environment, but not what configures somebody else: a container has just what its manifest says.
-_NOT_INHERITED = re.compile(r"^(FUNCTION_|WEIGHTS_|QUEUE_SOURCE_|AWS_|K_|MAKE|PORT$|MFLAGS$)")
-
 # Two pods share this machine's ports, which in a cluster they would not.
 _PORT_SETTINGS = {"WEIGHTS_PORT", "FUNCTION_METRICS_PORT"}
 # Which queue a queue source polls, and where it tells of its work.
 QUEUE_URL, QUEUE_PORT = "QUEUE_SOURCE_URL", "QUEUE_SOURCE_PORT"
+LOOPBACK = "127.0.0.1"
+# Where our own programs listen. In a cluster that is the pod's own network; on this machine it would be everybody's.
+_HOSTS = ("FUNCTION_HOST", "WEIGHTS_HOST", "QUEUE_SOURCE_HOST")
 LONGEST_GRACE_S = 30.0  # that a source has for what it holds: in a cluster nobody sits and waits for it
 
 # For containers that have no requests any more; so short that nothing on the way of a Ctrl-C takes long, even if all of it hangs.
@@ -82,10 +82,11 @@ class PodPlan:
 
 @dataclass(frozen=True)
 class Places:
-    """Where things lie on this machine."""
+    """What is this machine's own: where things lie, and what processes inherit."""
 
     state_dir: Path
     mark: str = ""  # what the mark of every process begins with that was started for this state directory, and of no other
+    inherits: tuple[str, ...] = ()  # names of our environment's variables, besides those that are always inherited
 
     def pod(self, name: str) -> Path:
         """What lives as long as the pod."""
@@ -204,7 +205,7 @@ class _Plan:
             container=container.name,
             is_main=is_main,
             argv=argv,
-            env=inherited() | env,
+            env=inherited(self.places.inherits) | env | {name: LOOPBACK for name in _HOSTS if not env.get(name)},
             cwd=Path(here(container.working_dir)) if container.working_dir else None,
             directories=tuple(mounts.values()),
             log=self.places.log(workload, self.pod, container.name),
@@ -306,14 +307,6 @@ def _rewriter(mounts: Mapping[str, Path], addresses: Mapping[str, str]) -> Calla
         return text
 
     return rewrite
-
-
-def inherited() -> dict[str, str]:
-    """Our environment, less what configures somebody else: what a container has besides what its manifest says."""
-    env = {name: value for name, value in os.environ.items() if not _NOT_INHERITED.match(name)}
-    # `python` in a container is the one its packages are installed for.
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
-    return env
 
 
 def _probe(

@@ -60,6 +60,7 @@ class PlatformSettings:
     seeds: Sequence[Seed]
     fork_server: bool = True
     gpus: int | None = None  # None: as many as are found
+    inherits: tuple[str, ...] = ()  # see `inheritance.inherited`
 
 
 class Platform:
@@ -74,7 +75,7 @@ class Platform:
         self._manifests = self._read()
         self._problem: str | None = None  # with the manifests as they are now
         self._terminal = terminal
-        self._places = Places(settings.state_dir)
+        self._places = Places(settings.state_dir, inherits=settings.inherits)
         self._addresses: dict[str, str] = {}
         self._ports: deque[int] = deque(maxlen=1000)  # given lately, and perhaps not open yet
         self._services: dict[tuple[str, str], LiveService] = {
@@ -160,7 +161,7 @@ class Platform:
         """What a platform of this state directory has left behind that was killed; and ours, at the end, should there be any."""
         about = self._settings.state_dir.stat()
         mark = f"{about.st_dev:x}-{about.st_ino:x}/"  # of this directory alone, not of a copy of it
-        self._places = Places(self._settings.state_dir, mark)
+        self._places = Places(self._settings.state_dir, mark, self._settings.inherits)
         if count := await asyncio.to_thread(end_marked, mark):
             self._terminal.say(f"ended {count} process{'es' * (count != 1)} of an earlier `relight run` that was killed")
         started.push_async_callback(asyncio.to_thread, end_marked, mark)
@@ -297,7 +298,7 @@ class Platform:
         commands = [(*container.command, *container.args)[1:] for s in manifests.services for container in s.spec.containers]
         if not self._fork_server and self._settings.fork_server and PROGRAM in commands:
             log = self._settings.state_dir / "logs" / "fork-server.log"
-            self._fork_server = ForkServer(log, self._is_starting, self._terminal.say, self._places.mark)
+            self._fork_server = ForkServer(log, self._is_starting, self._terminal.say, self._places.mark, self._settings.inherits)
 
     async def _start_embedded(self, manifests: Manifests) -> None:
         wants_objects = bool(self._settings.seeds) or manifests.mentions(OBJECT_STORE)

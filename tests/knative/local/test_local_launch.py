@@ -2,8 +2,6 @@
 
 import itertools
 import os
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -367,37 +365,9 @@ def test_the_embedded_stores_name_becomes_its_address(text: str, expected: str) 
     assert planned.argv[1] == expected
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["FUNCTION_AGENT", "WEIGHTS_URI", "QUEUE_SOURCE_URL", "AWS_SECRET_ACCESS_KEY", "K_SINK", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PORT"],
-)
-def test_what_configures_somebody_else_is_not_inherited(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, "the caller's")
-    assert "the caller's" not in plan({}, {}).processes[0].env.values()
-    assert name not in plan({}, {}).processes[1].env
-
-
-def test_the_rest_of_our_environment_is_inherited_and_the_manifest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTP_PROXY_OF_OURS", "here")
-    monkeypatch.setenv("LANG", "C")
-    assert process({"env": env(LANG="de_DE")}).env.items() >= {("HTTP_PROXY_OF_OURS", "here"), ("LANG", "de_DE")}
-
-
 def test_knatives_own_names_are_told() -> None:
     for planned in plan({}, {}).processes:
         assert planned.env.items() >= {("K_SERVICE", "hello"), ("K_CONFIGURATION", "hello"), ("K_REVISION", "hello-00001")}
-
-
-@pytest.mark.parametrize("path", ["/usr/bin:/bin", None])
-def test_python_is_the_one_that_the_packages_are_installed_for(path: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if path is None:
-        monkeypatch.delenv("PATH")
-    else:
-        monkeypatch.setenv("PATH", path)
-    found = shutil.which("python", path=process().env["PATH"])
-    assert found
-    assert Path(found).parent == Path(sys.executable).parent
-    assert process().env["PATH"].endswith(path or os.defpath)
 
 
 SINK = "http://127.0.0.1:9998"

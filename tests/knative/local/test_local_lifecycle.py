@@ -15,7 +15,7 @@ import pytest
 from tests.knative.local.running import Platform, command, manifests, platform_running, service
 from tests.support import BIN, clean_environment, free_port, running, wait_until
 
-MARK = "STARTED_BY_TEST"  # every process of a platform inherits it
+MARK = "STARTED_BY_TEST"  # every process of a platform inherits it, as --env says
 END_S = 60.0  # much less than `timeoutSeconds`, for which the requests that are held would wait
 
 # Goes on after SIGTERM, and has a child in a group of its own that does too.
@@ -43,7 +43,7 @@ def standing(state: Path, mark: str) -> Iterator[Platform]:
     """A platform with a ready pod, one that will not end by itself, and one that is just starting."""
     stubborn = {"name": "stubborn", "command": ["sh", "-c", STUBBORN]}
     services = [service("ready"), service("stuck", stubborn), service("starting", env={"GATE": "never"})]
-    with platform_running(state, services, **{MARK: mark}) as platform:
+    with platform_running(state, services, "--env", MARK, **{MARK: mark}) as platform:
         platform.call("ready")
         platform.call("stuck")
         yield platform
@@ -67,7 +67,7 @@ def test_a_platform_that_is_told_to_stop_leaves_nothing_behind_within_seconds(tm
 
 
 def test_pods_end_with_a_platform_that_was_killed_and_the_next_one_starts_in_its_place(tmp_path: Path, mark: str) -> None:
-    with platform_running(tmp_path, [service("ready"), service("other", env={"GATE": "never"})], **{MARK: mark}) as platform:
+    with platform_running(tmp_path, [service("ready"), service("other", env={"GATE": "never"})], "--env", MARK, **{MARK: mark}) as platform:
         platform.call("ready", "/first")
         with platform.connection("other"):
             platform.wait_for("other", "its pod", lambda found: found["pods"])
@@ -76,7 +76,7 @@ def test_pods_end_with_a_platform_that_was_killed_and_the_next_one_starts_in_its
         platform.server.wait()
         wait_until("the pods' end", lambda: not marked(mark))
         assert (tmp_path / "pods" / pod["name"]).exists()
-    with platform_running(tmp_path, [service("ready")], **{MARK: mark}) as platform:
+    with platform_running(tmp_path, [service("ready")], "--env", MARK, **{MARK: mark}) as platform:
         assert platform.call("ready", "/second").status == 200
         assert platform.seen("ready") == ["/first", "/second"]
         assert [folder.name for folder in (tmp_path / "pods").iterdir()] == [platform.pods("ready")[0]["name"]]
@@ -167,7 +167,7 @@ def test_a_platform_that_is_killed_leaves_nothing_to_the_next_one(tmp_path: Path
     function = service("forked", container={"command": ["python", "-m", "function"], "readinessProbe": {"httpGet": {"path": "/readyz"}}})
     function["spec"]["template"]["spec"]["containers"][0]["env"] = [{"name": "FUNCTION_AGENT", "value": "function.agents.echo:Echo"}]
     services = [service("ready", daemon), function]
-    with platform_running(tmp_path, services, **{MARK: mark}) as platform:
+    with platform_running(tmp_path, services, "--env", MARK, **{MARK: mark}) as platform:
         assert platform.call("ready").status == 200
         wait_until("a fork server", lambda: platform.status()["fork_server"]["warm"])
         platform.call("forked", "/", "POST", {"instances": [1]})
@@ -196,7 +196,7 @@ def test_the_platform_of_another_state_directory_is_left_alone(tmp_path: Path) -
 
 def test_a_daemon_ends_with_its_pod(tmp_path: Path, mark: str) -> None:
     services = [service("ready", {"name": "daemon", "command": ["sh", "-c", DAEMON]}, scale={"window": "6s"})]
-    with platform_running(tmp_path, services, **{MARK: mark}) as platform:
+    with platform_running(tmp_path, services, "--env", MARK, **{MARK: mark}) as platform:
         assert platform.call("ready").status == 200
         wait_until("the daemon", lambda: any("trap" in line for line in marked(mark)))
         platform.wait_for("ready", "no pods", lambda found: not found["pods"])
