@@ -5,6 +5,7 @@ Host → Service → revision.slot(), the body read on meanwhile → pod → the
 
 import asyncio
 import json
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, closing
@@ -18,6 +19,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from knative.local.errors import BadGateway, Overloaded, PodUnreached, RequestError, TooSlow
+from knative.local.outcomes import ACTIVATOR, GONE, POD
 from knative.local.pod import Pod
 from knative.local.revision import Revision
 from knative.local.router import Router
@@ -52,16 +54,32 @@ class Activator:
 
 
 async def serve(request: web.BaseRequest, revision: Revision) -> web.StreamResponse:
-    """One request for a revision that is known."""
+    """One request for a revision that is known; however it ends, the record of its Service has it."""
     call = _Call(request, revision)
+    code, source = GONE, ACTIVATOR
     try:
-        async with call.clock, revision.request():
-            return await _forward(call)
+        answer, error = await _answer(call)
+        code, source = (error.status, ACTIVATOR) if error else (answer.status, POD)
+        return answer
+    except Exception:
+        code = HTTPStatus.INTERNAL_SERVER_ERROR  # a mistake of ours, which the server answers
+        raise
+    finally:
+        if request.transport is None:  # the caller went away
+            code, source = (call.answer.status, POD) if call.answer else (GONE, ACTIVATOR)
+        revision.record.outcomes.add(time.monotonic(), code, source, revision.name)
+
+
+async def _answer(call: "_Call") -> tuple[web.StreamResponse, RequestError | None]:
+    """What the caller gets, and the error that it stands for if it is not the pod's answer, or not the whole of it."""
+    try:
+        async with call.clock, call.revision.request():
+            return await _forward(call), None
     except TimeoutError:
         error: RequestError = call.too_slow()
     except RequestError as refused:
         error = refused
-    return _cut(request, call.answer) if call.answer else error_response(error)
+    return _cut(call.request, call.answer) if call.answer else error_response(error), error
 
 
 class _Call:

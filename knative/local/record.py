@@ -5,6 +5,7 @@ from collections import Counter, deque
 from typing import Any, Literal, NamedTuple
 
 from knative.local.latency import Histogram, Latencies
+from knative.local.outcomes import Outcomes
 from knative.local.pod import Pod
 
 COLD_STARTS = 8  # kept of each Service
@@ -68,6 +69,7 @@ class Record:
 
     def __init__(self) -> None:
         self.latencies = Latencies()
+        self.outcomes = Outcomes()
         self.cold_start_s = Histogram()
         self.weights: Counter[str] = Counter()  # pods that became ready, by where their weights came from
         self.samples: deque[Sample] = deque(maxlen=HISTORY)
@@ -107,4 +109,5 @@ class Record:
             "weights": dict(self.weights),
             "cold_starts": [start.document() for start in reversed(self._cold_starts)],  # the latest first
             "hung": list(reversed(self._hung)),
+            **self.outcomes.status(now),
         }
