@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from knative.local import procfs
 from knative.local.errors import ManifestError
 from knative.local.inheritance import inherited
 from knative.local.limits import NO_LIMITS, Limits
@@ -104,6 +105,21 @@ class Places:
         if source.host_path:
             return self.state_dir / "host" / source.host_path.path.lstrip("/")
         return self.pod(pod) / "volumes" / name
+
+
+def exposure(process: Process, pid: int) -> str | None:
+    """What a person is to be told if other machines can reach a container, though its manifest does not say so.
+
+    pid: its process, with those below it. Reads /proc, so not in the loop.
+    """
+    if any(process.env.get(name, LOOPBACK) != LOOPBACK for name in _HOSTS):
+        return None
+    if not (places := procfs.exposed(procfs.members(pid, procfs.kin()))):
+        return None
+    return (
+        f"{process.container} listens at {', '.join(places)}, where other machines can reach it; "
+        f"have its command say --host {LOOPBACK}, or however its server is told so"
+    )
 
 
 def check_references(manifests: Manifests) -> None:

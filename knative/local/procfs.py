@@ -1,9 +1,13 @@
-"""Processes as the kernel lists them: whose they are, what memory is theirs alone, and the end of those that a container left behind."""
+"""Processes as the kernel lists them: whose they are, what memory is theirs alone, where others can reach them, and the end of those that
+a container left behind.
+"""
 
 import contextlib
+import ipaddress
 import os
 import select
 import signal
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -17,6 +21,7 @@ END_S = 5.0  # for killed processes to be gone
 
 _PAGE = os.sysconf("SC_PAGESIZE")
 _PROC = Path("/proc")
+_LISTENS = b"0A"  # in /proc/net/tcp
 
 
 class Kin(NamedTuple):
@@ -59,6 +64,45 @@ def own_bytes(pids: Iterable[int], limit: float) -> int:
     """
     quick = sum(_resident_alone(pid) for pid in pids)
     return quick if quick <= limit else sum(_proportional(pid) for pid in pids)
+
+
+def exposed(pids: Iterable[int]) -> list[str]:
+    """Where these processes can be reached from other machines, as `address:port` of each TCP socket that listens beyond loopback."""
+    found: set[tuple[str, int]] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+            if sockets := _sockets(pid):
+                found |= {place for inode, place in _listening(pid) if inode in sockets}
+    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in sorted(found)]
+
+
+def _sockets(pid: int) -> set[int]:
+    """The sockets that it has open, by inode."""
+    found = set()
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            link = os.readlink(entry.path)  # noqa: PTH115  hundreds at a time
+            if link.startswith("socket:["):
+                found.add(int(link[8:-1]))
+    return found
+
+
+def _listening(pid: int) -> Iterator[tuple[int, tuple[str, int]]]:
+    """The TCP sockets of its network that listen beyond loopback: inode, address and port."""
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
+            for line in _read(f"/proc/{pid}/net/{table}").splitlines()[1:]:
+                fields = line.split()
+                host, _, port = fields[1].decode().partition(":")
+                address = _address(host)
+                if fields[3] == _LISTENS and not (getattr(address, "ipv4_mapped", None) or address).is_loopback:
+                    yield int(fields[9]), (str(address), int(port, 16))
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """As the kernel prints them: words of four bytes, each in the machine's own order."""
+    words = (int(text[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(text), 8))
+    return ipaddress.ip_address(b"".join(words))
 
 
 def end_marked(prefix: str) -> int:
