@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from knative.local.outcomes import name
 from knative.local.pod import Phase
 from knative.local.queue_watch import QueueWatch
 from knative.local.service import LiveService
@@ -54,13 +55,17 @@ class Metrics:
             "dead": dead,
         }
         for source in self._queues.status()[0]:
-            for name, family in families.items():
-                if source[name] is not None:
-                    family.add_metric([source["namespace"], source["name"]], source[name])
+            for figure, family in families.items():
+                if source[figure] is not None:
+                    family.add_metric([source["namespace"], source["name"]], source[figure])
         yield from families.values()
 
     def _of_services(self) -> Iterator[Metric]:
-        requests = CounterMetricFamily("relight_requests", "Requests that came.", labels=LABELS)
+        requests = CounterMetricFamily(
+            "relight_requests",
+            "Requests that are over, by the status of the answer and who made it; 499: the caller went away before there was one.",
+            labels=[*LABELS, "code", "source"],
+        )
         concurrency = GaugeMetricFamily("relight_concurrency", "Requests in the system, those that wait included.", labels=LABELS)
         queued = GaugeMetricFamily("relight_queued", "Requests that wait for a pod.", labels=LABELS)
         desired = GaugeMetricFamily("relight_desired_pods", "Pods that the autoscaler wants.", labels=LABELS)
@@ -72,12 +77,15 @@ class Metrics:
             "relight_weights_starts", "Pods that became ready, by where their weights came from.", labels=[*LABELS, "source"]
         )
         share = GaugeMetricFamily("relight_revision_traffic_percent", "Percent of the requests that a revision is given.", labels=REVISION)
-        given = CounterMetricFamily("relight_revision_requests", "Requests that came for a revision that is still known.", labels=REVISION)
+        given = CounterMetricFamily(
+            "relight_revision_requests", "The same of each revision that is still known.", labels=[*REVISION, "code", "source"]
+        )
         ready = GaugeMetricFamily("relight_revision_ready_pods", "Pods of a revision that are ready.", labels=REVISION)
         for live in self._services:
             record, labels = live.record, [live.service.namespace, live.service.name]
             phases = Counter(pod.phase for pod in live.pods)
-            requests.add_metric(labels, live.requests_total)
+            for (code, source), count in record.outcomes.counts.items():
+                requests.add_metric([*labels, name(code), source], count)
             concurrency.add_metric(labels, live.concurrency)
             queued.add_metric(labels, live.queued)
             desired.add_metric(labels, live.desired)
@@ -86,10 +94,11 @@ class Metrics:
                 pods.add_metric([*labels, phase], phases[phase])
             for family, histogram in ((latency, record.latencies.histogram), (cold, record.cold_start_s)):
                 family.add_metric(labels, histogram.buckets(), histogram.total_s)
-            for source, count in record.weights.items():
-                weights.add_metric([*labels, source], count)
-            for name, percent in live.shares.items():
-                share.add_metric([*labels, name], percent)
-                given.add_metric([*labels, name], live.revisions[name].meter.total)
-                ready.add_metric([*labels, name], live.revisions[name].ready)
+            for place, count in record.weights.items():
+                weights.add_metric([*labels, place], count)
+            for revision, percent in live.shares.items():
+                share.add_metric([*labels, revision], percent)
+                ready.add_metric([*labels, revision], sum(pod.phase == "ready" for pod in live.revisions[revision].pods))
+                for (code, source), count in record.outcomes.of(revision).items():
+                    given.add_metric([*labels, revision, name(code), source], count)
         yield from (requests, concurrency, queued, desired, hung, pods, latency, cold, weights, share, given, ready)

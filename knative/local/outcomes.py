@@ -37,7 +37,7 @@ class Outcomes:
         self.errors = 0
         self._last_error: tuple[int, Source, str, float] | None = None
         self.counts: Counter[tuple[int, Source]] = Counter(dict.fromkeys(_USUAL, 0))
-        self.revisions: dict[str, Counter[int]] = {}
+        self._revisions: dict[str, Counter[tuple[int, Source]]] = {}
         self._seconds: deque[tuple[int, list[int], Counter[tuple[int, Source]]]] = deque(maxlen=SPAN_S + 1)
         self._second = -1
 
@@ -45,10 +45,10 @@ class Outcomes:
         """One request more that is over."""
         if not 100 <= code <= 599:
             code = _OTHER
-        counts = self.revisions.get(revision)
+        counts = self._revisions.get(revision)
         if counts is None:
             counts = self._meet(revision)
-        counts[code] += 1
+        counts[code, source] += 1
         self.counts[code, source] += 1
         self.answers += 1
         if (second := int(now)) != self._second:
@@ -61,10 +61,14 @@ class Outcomes:
             errors[code, source] += 1
             self._last_error = code, source, revision, time.time()
 
-    def _meet(self, revision: str) -> Counter[int]:
-        if len(self.revisions) >= REVISIONS:
-            del self.revisions[next(iter(self.revisions))]
-        return self.revisions.setdefault(revision, Counter())
+    def _meet(self, revision: str) -> Counter[tuple[int, Source]]:
+        if len(self._revisions) >= REVISIONS:
+            del self._revisions[next(iter(self._revisions))]
+        return self._revisions.setdefault(revision, Counter(dict.fromkeys(_USUAL, 0)))
+
+    def of(self, revision: str) -> Mapping[tuple[int, Source], int]:
+        """What the callers of one revision got; nothing if it is not known any more."""
+        return self._revisions.get(revision, {})
 
     def by_code(self) -> Counter[int]:
         """How many answers there were with each status."""
@@ -85,7 +89,7 @@ class Outcomes:
     def status(self, now: float) -> dict[str, Any]:
         """What it adds to a Service's entry in `/api/status`."""
         answers, errors = self.lately(now)
-        failed = errors.total()
+        lately = errors.total()
         return {
             "answers": {name(code): count for code, count in sorted(self.by_code().items()) if count},
             "errors": {
@@ -94,11 +98,11 @@ class Outcomes:
                 "last": self._describe_last(),
                 "last_minute": {
                     "answers": answers,
-                    "errors": failed,
-                    "rate": round(failed / answers, 4) if answers else None,
+                    "errors": lately,
+                    "rate": round(lately / answers, 4) if answers else None,
                     "codes": _listed(errors),
                 },
-                "revisions": {revision: failures for revision, counts in self.revisions.items() if (failures := _errors(counts))},
+                "revisions": {revision: failed for revision, counts in self._revisions.items() if (failed := _errors(counts))},
             },
         }
 
@@ -109,8 +113,8 @@ class Outcomes:
         return {"code": name(code), "source": source, "revision": revision, "time": round(at, 3)}
 
 
-def _errors(counts: Mapping[int, int]) -> int:
-    return sum(count for code, count in counts.items() if is_error(code))
+def _errors(counts: Mapping[tuple[int, Source], int]) -> int:
+    return sum(count for (code, _), count in counts.items() if is_error(code))
 
 
 def _listed(counts: Mapping[tuple[int, Source], int], *, errors_only: bool = False) -> list[dict[str, Any]]:

@@ -7,10 +7,12 @@ from typing import Any, Literal, NamedTuple
 from knative.local.latency import Histogram, Latencies
 from knative.local.outcomes import Outcomes
 from knative.local.pod import Pod
+from knative.local.series import ErrorSeries
 
 COLD_STARTS = 8  # kept of each Service
 HUNG = 8  # likewise
 HISTORY = 300  # samples, one a second
+_SOURCES = ("cache", "store", "resident")  # of weights; each is a series, and a probe may answer anything
 
 Outcome = Literal["starting", "ready", "failed", "dropped"]
 
@@ -27,6 +29,7 @@ class Sample(NamedTuple):
     p50: float | None
     p95: float | None
     p99: float | None
+    errors: float | None = None  # answers that were errors
 
 
 class ColdStart:
@@ -70,12 +73,30 @@ class Record:
     def __init__(self) -> None:
         self.latencies = Latencies()
         self.outcomes = Outcomes()
+        self.errors = ErrorSeries(self.outcomes)
         self.cold_start_s = Histogram()
         self.weights: Counter[str] = Counter()  # pods that became ready, by where their weights came from
         self.samples: deque[Sample] = deque(maxlen=HISTORY)
         self.hung_total = 0  # pods that answered nobody any more and were replaced
         self._cold_starts: deque[ColdStart] = deque(maxlen=COLD_STARTS)
         self._hung: deque[dict[str, Any]] = deque(maxlen=HUNG)
+        self._sampled_errors = 0  # those that the samples have
+
+    def sample(self, now: float, *, concurrency: float, rps: float, ready: int, desired: int, queued: int) -> None:
+        """One second more; `now` on `time.monotonic`'s clock."""
+        errors, self._sampled_errors = self.outcomes.errors - self._sampled_errors, self.outcomes.errors
+        self.samples.append(
+            Sample(
+                time=round(time.time(), 3),
+                concurrency=round(concurrency, 3),
+                rps=round(rps, 3),
+                ready=ready,
+                desired=desired,
+                queued=queued,
+                errors=errors,
+                **self.latencies.percentiles(now),
+            )
+        )
 
     def starting(self, pod: Pod, waiting: int) -> None:
         """A pod was asked for."""
@@ -89,7 +110,8 @@ class Record:
         if outcome == "ready":
             self.cold_start_s.add(pod.stages["ready"])
             if pod.report.weights:
-                self.weights[pod.report.weights.source] += 1
+                source = pod.report.weights.source
+                self.weights[source if source in _SOURCES else "other"] += 1
         start.end(outcome)
 
     def hung(self, pod: Pod, reason: str) -> None:

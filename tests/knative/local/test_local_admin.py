@@ -78,7 +78,7 @@ def test_history_has_a_sample_for_each_second(platform: Platform) -> None:
         return request(platform.admin_port, "GET", "/api/history").json()["services"]["default/echo"]
 
     first = wait_until("a sample", samples)[0]
-    assert first.keys() == {"time", "concurrency", "rps", "ready", "desired", "queued", "p50", "p95", "p99"}
+    assert first.keys() == {"time", "concurrency", "rps", "ready", "desired", "queued", "p50", "p95", "p99", "errors"}
     assert abs(first["time"] - time.time()) < 600
 
 
@@ -86,11 +86,16 @@ def test_metrics_are_prometheus_text_with_latencies_and_cold_starts_of_each_serv
     reply = request(platform.admin_port, "GET", "/metrics")
     assert reply.headers["content-type"].startswith("text/plain")
     found = {
-        (sample.name, sample.labels["service"], sample.labels.get("phase") or sample.labels.get("le", "")): sample.value
+        (
+            sample.name,
+            sample.labels["service"],
+            sample.labels.get("phase") or sample.labels.get("le") or sample.labels.get("code", ""),
+        ): sample.value
         for family in text_string_to_metric_families(reply.body.decode())
         for sample in family.samples
     }
-    assert found["relight_requests_total", "echo", ""] >= 1
+    assert found["relight_requests_total", "echo", "200"] >= 1
+    assert found["relight_requests_total", "idle", "503"] == 0  # there before the first, so that a rate sees it
     assert found["relight_request_seconds_bucket", "echo", "+Inf"] == found["relight_request_seconds_count", "echo", ""] >= 1
     assert found["relight_cold_start_seconds_count", "echo", ""] >= 1
     assert found["relight_pods", "echo", "ready"] == 1

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import re
 import signal
 import threading
 import time
@@ -206,8 +207,11 @@ def check(platform: Platform, name: str, answers: list[tuple[str, int, bytes]], 
     found = platform.service(name)
     assert (found["requests_total"], found["concurrency"], found["queued"]) == (len(answers), 0, 0)
     metrics = request(platform.admin_port, "GET", "/metrics").body.decode()
-    for family in ("requests_total", "request_seconds_count"):
-        assert f'relight_{family}{{namespace="default",service="{name}"}} {len(answers)}.0' in metrics
+    assert f'relight_request_seconds_count{{namespace="default",service="{name}"}} {len(answers)}.0' in metrics
+    by_status = Counter(str(status) for _, status, _ in answers)
+    for code, number in re.findall(rf'relight_requests_total{{code="(\w+)",namespace="default",service="{name}",.*}} (\d+)\.0', metrics):
+        by_status[code] -= int(number)
+    assert set(by_status.values()) == {0}, by_status
 
 
 def test_no_caller_is_lost_while_everything_dies_and_rolls(tmp_path: Path) -> None:

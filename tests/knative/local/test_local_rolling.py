@@ -69,7 +69,8 @@ def test_a_changed_template_takes_over_without_a_failed_request_and_the_old_pods
         ]
         assert found["requests_total"] == len(statuses) + 3
         metrics = request(platform.admin_port, "GET", "/metrics").body.decode()
-        assert f'relight_requests_total{{namespace="default",service="hello"}} {len(statuses) + 3}.0' in metrics
+        labels = 'code="200",namespace="default",service="hello",source="pod"'
+        assert f"relight_requests_total{{{labels}}} {len(statuses) + 3}.0" in metrics
         assert 'relight_revision_traffic_percent{namespace="default",revision="hello-00002",service="hello"} 100.0' in metrics
 
 
