@@ -33,6 +33,8 @@ class Keys:
 
     def __init__(self, path: Path) -> None:
         """Raises SettingsError if the file cannot be read or holds no key."""
+        if "/" not in str(path) and not path.exists():
+            raise SettingsError("FUNCTION_API_KEYS_FILE: there is no file of this name here; it is not repeated, as it may be a key itself")
         self._path = path.absolute()  # an agent may change the working directory
         self._lock = threading.Lock()  # guards what follows
         self._seen: Version | None = None  # the file's, whose keys these are; None if it is to be read again

@@ -15,6 +15,8 @@ from typing import Any
 
 import orjson
 
+from weights_cache.environment import masked
+
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 MOST_RECORD = 16 * 1024  # characters of one record
 MOST_QUEUED_BYTES = 1 << 20
@@ -23,11 +25,6 @@ _PIECE_BYTES = select.PIPE_BUF  # a pipe that is ready takes so many without wai
 
 # What moves a terminal's cursor, ends a line for some reader, or shows text in another order than it has
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-_SIGN = r"[\w.~+/=-]"
-_CREDENTIALS = re.compile(  # a lone word after "bearer" is a word
-    rf"(\bauthorization\W{{1,6}}(?:b\W)?(?:bearer|basic|token)\s+|\bbearer\s+(?=[a-z]*[\d._~+/=-]{_SIGN})){_SIGN}+", re.IGNORECASE
-)
-_PASSWORD = re.compile(r"(?<=://)[^/\s@]++(?=@)")
 
 log = logging.getLogger("relight.function")
 
@@ -144,8 +141,7 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record, of bounded length. Called by logging."""
         text = cut(super().format(record), 4 * MOST_RECORD)  # so that what follows takes no longer for a longer one
-        text = _PASSWORD.sub("***", _CREDENTIALS.sub(r"\1***", text))
-        return cut(_UNSAFE.sub(_escaped, text).replace("\n", "\n    "))
+        return cut(_UNSAFE.sub(_escaped, masked(text)).replace("\n", "\n    "))
 
 
 class LogHandler(logging.Handler):

@@ -24,7 +24,7 @@ import orjson
 
 from function.errors import Forbidden, Unauthorized, Unavailable
 from function.settings import CLUSTER_ISSUER, FunctionSettings
-from weights_cache.environment import SettingsError
+from weights_cache.environment import SettingsError, told
 
 try:
     import jwt
@@ -111,7 +111,7 @@ class Issuer:
         try:
             _address(url)
         except ValueError as error:
-            raise SettingsError(f"FUNCTION_OIDC_ISSUER={_without_password(url)!r}: {error}") from None
+            raise SettingsError(f"FUNCTION_OIDC_ISSUER={told(url)}: {error}") from None
         self._url = url
         self._pod = pod
         self._known: _Keys | None = None
@@ -241,12 +241,6 @@ def _by_id(keys: Any) -> dict[str, tuple[str, Any]]:
         except (jwt.PyJWTError, ValueError, TypeError):
             log.warning("a key of the token's issuer is malformed: %.200r", key["kid"])
     return found
-
-
-def _without_password(url: str) -> str:
-    """As a message may have it."""
-    scheme, slashes, rest = url.partition("://")
-    return f"{scheme}{slashes}***@{rest.rpartition('@')[2]}" if "@" in rest else url
 
 
 def _plain(text: str) -> str:

@@ -12,14 +12,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from weights_cache.environment.masking import masked, told
+
 T = TypeVar("T")
 
 # What Kubernetes injects into each container for the Services of its namespace: a Service named `function` must not look like a typo.
 _SERVICE_LINK = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_.+)?$|_PORT$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
 
 
+# What is no secret, under whatever name: of a name that is not known nobody can say what it holds.
+_HARMLESS = re.compile(r"[-+]?[0-9]{1,12}(\.[0-9]{1,6})?|true|false|yes|no|on|off", re.IGNORECASE)
+
+
 class SettingsError(Exception):
-    """A setting is misspelt, malformed or out of bounds; the text is for the person who has to act."""
+    """A setting is misspelt, malformed or out of bounds; the text is for the person who has to act, and holds no credentials."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(masked(text))
 
 
 def setting(
@@ -48,7 +57,8 @@ def read(cls: type[T], environ: Mapping[str, str], *, prefix: str) -> T:
         if name.startswith(prefix) and name not in known and not _SERVICE_LINK.search(name):
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-            raise SettingsError(f"{name}={environ[name]!r}: there is no such setting; {hint}")
+            value = f"={environ[name]!r}" if _HARMLESS.fullmatch(environ[name]) else ""
+            raise SettingsError(f"{name}{value}: there is no such setting; {hint}")
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for field in fields:
@@ -67,18 +77,18 @@ def _parse(name: str, raw: str, hint: Any, bounds: Mapping[str, Any]) -> Any:
     if hint is bool:
         words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
         if raw.lower() not in words:
-            raise SettingsError(f"{name}={raw!r}: must be true or false")
+            raise SettingsError(f"{name}={told(raw)}: must be true or false")
         return words[raw.lower()]
     if hint in (int, float):
         try:
             value = hint(raw)
         except ValueError:
-            raise SettingsError(f"{name}={raw!r}: must be {'a whole number' if hint is int else 'a number'}") from None
+            raise SettingsError(f"{name}={told(raw)}: must be {'a whole number' if hint is int else 'a number'}") from None
         low, high = bounds["minimum"], bounds["maximum"]
         if not (low is None or value >= low) or not (high is None or value <= high):  # also catches nan
             allowed = " and ".join(text for text in (low is not None and f"at least {low}", high is not None and f"at most {high}") if text)
-            raise SettingsError(f"{name}={raw!r}: must be {allowed}")
+            raise SettingsError(f"{name}={told(raw)}: must be {allowed}")
         return value
     if bounds["choices"] and raw not in bounds["choices"]:
-        raise SettingsError(f"{name}={raw!r}: must be one of {', '.join(bounds['choices'])}")
+        raise SettingsError(f"{name}={told(raw)}: must be one of {', '.join(bounds['choices'])}")
     return Path(raw) if hint is Path else raw

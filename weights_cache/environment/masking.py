@@ -1,0 +1,37 @@
+"""Text for logs, errors and terminals, without the credentials that are known by their form.
+
+It is for what somebody else wrote: a URL, a setting's value, an exception's text. What is known to be a secret is not repeated at all.
+"""
+
+import re
+
+HIDDEN = "***"
+MOST_VALUE = 80  # characters of a value that is repeated
+
+# A user and password before the host of a URL, whatever signs somebody has left unescaped in the password.
+_USER = re.compile(r"""(?<=://)(?:[^\s/?#@"'<>:[]{0,256}:(?!\d{1,5}(?:[/?#]|$))[^\s"'<>]{0,512}|[^\s/?#@"'<>]{1,512})@""")
+_SCHEMELESS = re.compile(r"^[^\s/@:]*:(?!//)\S*@")  # of a value that is to be a URL
+# A value in the query of a URL, or of a form.
+_QUERY = re.compile(
+    r"""([?&][\w.-]{0,64}?(?:token|secret|signature|sig|passwo?r?d|api[_-]?key|access[_-]?key(?:[_-]?id)?|credential)=)[^\s&#"'<>]+""",
+    re.IGNORECASE,
+)
+_SIGN = r"[\w.~+/=-]"
+_BEARER = re.compile(  # a lone word after "bearer" is a word
+    rf"(\bauthorization\W{{1,6}}(?:b\W)?(?:bearer|basic|token)\s+|\bbearer\s+(?=[a-z]*[\d._~+/=-]{_SIGN})){_SIGN}+", re.IGNORECASE
+)
+
+
+def masked(text: str) -> str:
+    """The text with `***` in place of passwords in URLs, of secrets in their queries, and of what `Authorization` or `Bearer` begins."""
+    if "://" in text:
+        text = _USER.sub(f"{HIDDEN}@", text)
+    if "=" in text:
+        text = _QUERY.sub(rf"\1{HIDDEN}", text)
+    return _BEARER.sub(rf"\1{HIDDEN}", text)
+
+
+def told(value: str) -> str:
+    """A setting's value as an error repeats it: in quotes, masked, of bounded length."""
+    value = _SCHEMELESS.sub(f"{HIDDEN}@", masked(value))
+    return repr(value if len(value) <= MOST_VALUE else f"{value[:MOST_VALUE]}…")
