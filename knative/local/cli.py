@@ -67,10 +67,12 @@ def run(
 
     MANIFESTS are YAML files, directories of them, or - for stdin. Files are watched: a change is taken at once, as SIGHUP says too.
     """
+    from knative.local.descriptors import raise_limit
     from knative.local.embedded import Seed
     from knative.local.platform import Platform, PlatformSettings
     from knative.local.terminal import Terminal
 
+    raise_limit()
     try:
         if port == MAX_PORT and not admin_port:
             raise PlatformError(f"--admin-port: must be named with --port {port}, after which there is none")

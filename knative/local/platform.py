@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from knative.local.launch import Places, PodPlan, check_references, plan_pod, pl
 from knative.local.limits import Limiter, delegated
 from knative.local.manifest import OBJECT_STORE, QUEUES, Manifests, QueueSource, Service, Sources
 from knative.local.pod import Pod
+from knative.local.ports import HOST, Ports
 from knative.local.procfs import end_marked
 from knative.local.queue_watch import QueueWatch
 from knative.local.revision import Revision
@@ -40,7 +41,6 @@ from knative.local.source import LiveSource
 from knative.local.terminal import Terminal
 from knative.local.watch import Watch
 
-HOST = "127.0.0.1"
 LONG_START_S = 15.0
 
 
@@ -85,6 +85,7 @@ class Platform:
         self._queue_sources: dict[tuple[str, str], LiveSource] = {}
         self._leaving_sources: set[asyncio.Task[None]] = set()
         self._sink_ports: dict[tuple[str, str], int] = {}  # by the Service that they lead to
+        self._listening = Ports(terminal.say)
         self._sink_listeners = AsyncExitStack()
         self._queue_watch: QueueWatch | None = None
         self._router = Router()
@@ -135,10 +136,10 @@ class Platform:
         await self._start_helpers(self._manifests)
         started.push_async_callback(self._stop_services)
         self._update_router()
-        await self._listen(started, self._settings.port, Activator(self._router).handle)
+        await started.enter_async_context(self._listening.call_port(self._settings.port, Activator(self._router).handle))
         await started.enter_async_context(self._sink_listeners)
         admin = Admin(self._services, self._queue_watch, self.status, self._settings.state_dir, self._session, self._settings.port)
-        await self._listen(started, self._settings.admin_port, admin.handle)
+        await started.enter_async_context(self._listening.admin_port(self._settings.admin_port, admin.handle))
         started.push_async_callback(admin.close)  # before its port, which would wait for those who watch
         started.callback(announce(self._settings.state_dir, f"http://{HOST}:{self._settings.admin_port}"))
         services = [live.service for live in self._services.values()]
@@ -249,7 +250,7 @@ class Platform:
 
         if service not in self._sink_ports:
             port = self._free_port()
-            await self._listen(self._sink_listeners, port, handle)
+            await self._sink_listeners.enter_async_context(self._listening.call_port(port, handle))
             self._sink_ports[service] = port
         return self._sink_ports[service]
 
@@ -438,14 +439,3 @@ class Platform:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PlatformError(f"--state-dir {folder}: another `relight run` uses it; stop that one or name another directory") from None
-
-    async def _listen(self, started: AsyncExitStack, port: int, handle: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> None:
-        # handler_cancellation: a client that goes away is forgotten, also while it is held.
-        # auto_decompress: a body is passed on as it was sent.
-        runner = web.ServerRunner(web.Server(handle, access_log=None, handler_cancellation=True, auto_decompress=False), shutdown_timeout=2)
-        await runner.setup()
-        started.push_async_callback(runner.cleanup)
-        try:
-            await web.TCPSite(runner, HOST, port, backlog=1024).start()
-        except OSError as error:
-            raise PlatformError(f"port {port} on {HOST} cannot be opened: {os.strerror(error.errno or 0)}; choose another") from error

@@ -1,0 +1,157 @@
+"""The platform's ports: each takes in who comes, and pauses when there is no room for more, until there is."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+
+from aiohttp import web
+
+from knative.local.connections import Connection, Connections
+from knative.local.descriptors import NO_ROOM, Descriptors
+from knative.local.errors import PlatformError
+from knative.local.tasks import Tasks
+
+HOST = "127.0.0.1"
+CALLS = 10_000  # connections of callers: as many as may wait for a pod
+ADMIN_CALLS = 256
+BACKLOG = 1024
+ACCEPT_AT_ONCE = 64
+LOOK_S = 1.0
+STOP_S = 2.0  # for answers that are on their way
+READ_BYTES = 32 << 10  # of a body, that wait for whoever reads it; the double before its sender is held up
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class Ports:
+    """All of them: those of callers share one bound, the admin port has its own, and all have the process's descriptors in common."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        """say: tells the user that file descriptors have run out, and when that is over."""
+        self.descriptors = Descriptors(say)
+        self.calls = Connections(CALLS)
+        self.admin = Connections(ADMIN_CALLS)
+
+    def call_port(self, port: int, handle: Handler) -> "Port":
+        """Where callers come."""
+        return Port(port, handle, self.calls, self, is_first=False)
+
+    def admin_port(self, port: int, handle: Handler) -> "Port":
+        """Where the user looks; it has a part of the descriptors that callers leave."""
+        return Port(port, handle, self.admin, self, is_first=True)
+
+    def evict(self) -> bool:
+        """Whoever has been at rest for longest gives way to somebody who needs a descriptor; False if there is none."""
+        return self.calls.evict() or self.admin.evict()
+
+
+class Port(AbstractAsyncContextManager["Port"]):
+    """One that is open as long as it is entered. Raises PlatformError if it cannot be opened."""
+
+    def __init__(self, port: int, handle: Handler, connections: Connections, ports: Ports, *, is_first: bool) -> None:
+        self._port = port
+        self._handle = handle
+        self._connections = connections
+        self._ports = ports
+        self._is_first = is_first  # it may use descriptors that others leave
+        self._tasks = Tasks(lambda _, error: connections.report(error))
+        self._is_listening = self._is_closed = False
+
+    async def __aenter__(self) -> "Port":
+        self._loop = asyncio.get_running_loop()
+        self._sock = socket.socket()
+        try:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._sock.setblocking(False)
+            self._sock.bind((HOST, self._port))
+            self._sock.listen(BACKLOG)
+        except OSError as error:
+            self._sock.close()
+            reason = os.strerror(error.errno or 0)
+            raise PlatformError(f"port {self._port} on {HOST} cannot be opened: {reason}; choose another") from error
+        # handler_cancellation: a client that goes away is forgotten, also while it is held.
+        self._server = web.Server(self._serve, handler_cancellation=True)
+        self._listen()
+        self._looking = self._loop.call_later(LOOK_S, self._look)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._is_closed = True
+        self._pause()
+        self._looking.cancel()
+        self._sock.close()
+        await asyncio.sleep(0)  # whose request has come just now is still answered
+        self._server.pre_shutdown()
+        await self._server.shutdown(STOP_S)
+        await self._tasks.stop()
+
+    async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        connection = request.protocol
+        assert isinstance(connection, Connection)
+        connection.work()
+        try:
+            return await self._handle(request)
+        finally:
+            connection.rest()
+
+    def _listen(self) -> None:
+        if not self._is_listening and not self._is_closed:
+            self._is_listening = True
+            self._loop.add_reader(self._sock, self._accept)
+
+    def _pause(self) -> None:
+        if self._is_listening:
+            self._is_listening = False
+            self._loop.remove_reader(self._sock)
+
+    def _accept(self) -> None:
+        """Take in who has come; called again soon if there are more, or if one has to go first."""
+        for _ in range(ACCEPT_AT_ONCE):
+            if not self._connections.make_room():
+                self._wait_for_room()
+                return
+            if not self._ports.descriptors.has_room(is_first=self._is_first):
+                self._make_room()
+                return
+            try:
+                raw, _ = self._sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno in NO_ROOM:
+                    self._make_room()
+                else:
+                    self._pause()
+                return
+            raw.setblocking(False)
+            self._tasks.start(self._take_in(raw), "a connection")
+
+    def _make_room(self) -> None:
+        """The descriptor of one that gives way is free in the loop's next turn."""
+        self._ports.descriptors.missed()
+        if not self._ports.evict():
+            self._wait_for_room()
+
+    def _wait_for_room(self) -> None:
+        self._pause()
+        self._connections.await_room(self._listen)
+
+    async def _take_in(self, raw: socket.socket) -> None:
+        def protocol() -> Connection:
+            # auto_decompress: a body is passed on as it was sent.
+            options = {"loop": self._loop, "access_log": None, "auto_decompress": False, "read_bufsize": READ_BYTES}
+            return Connection(self._connections, raw, self._server, **options)
+
+        try:
+            await self._loop.connect_accepted_socket(protocol, raw)
+        except OSError:
+            raw.close()  # whoever it was is gone already
+
+    def _look(self) -> None:
+        self._looking = self._loop.call_later(LOOK_S, self._look)
+        self._connections.look()
+        self._ports.descriptors.look()
+        self._listen()
