@@ -22,8 +22,10 @@ from weights_cache.environment import SettingsError, masked, read, setting, told
         pytest.param("['http://a:b@c', \"http://d:e@f\"]", "['http://***@c', \"http://***@f\"]", id="in quotes"),
         pytest.param("s3://AKIA123:secret/key@bucket/p", "s3://***@bucket/p", id="another scheme"),
         pytest.param("https://s3/b?X-Amz-Signature=abc&x=1", "https://s3/b?X-Amz-Signature=***&x=1", id="a signed URL"),
+        pytest.param("sent X-Amz-Credential=a/b, AWSAccessKeyId=c", "sent X-Amz-Credential=*** AWSAccessKeyId=***", id="parts of one"),
         pytest.param("https://h/?a=1&access_token=abc#f", "https://h/?a=1&access_token=***#f", id="a token in a query"),
         pytest.param("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic ***", id="a header"),
+        pytest.param("{'Proxy-Authorization': 'Basic dXNl'}", "{'Proxy-Authorization': 'Basic ***'}", id="a proxy's header"),
         pytest.param("got Bearer abc.def", "got Bearer ***", id="a bearer"),
     ],
 )

@@ -13,7 +13,7 @@ _USER = re.compile(r"""(?<=://)(?:[^\s/?#@"'<>:[]{0,256}:(?!\d{1,5}(?:[/?#]|$))[
 _SCHEMELESS = re.compile(r"^[^\s/@:]*:(?!//)\S*@")  # of a value that is to be a URL
 # A value in the query of a URL, or of a form.
 _QUERY = re.compile(
-    r"""([?&][\w.-]{0,64}?(?:token|secret|signature|sig|passwo?r?d|api[_-]?key|access[_-]?key(?:[_-]?id)?|credential)=)[^\s&#"'<>]+""",
+    r"""((?:\b(?=X-Amz-|X-Goog-|AWSAccess)|[?&])[\w.-]{0,64}?(?:token|secret|signature|sig|passwo?r?d|api[_-]?key|access[_-]?key(?:[_-]?id)?|credential)=)[^\s&#"'<>]+""",
     re.IGNORECASE,
 )
 _SIGN = r"[\w.~+/=-]"
