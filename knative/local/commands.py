@@ -1,17 +1,22 @@
-"""`relight status`, `relight invoke` and `relight logs`: a running platform from the terminal. (For its queues see messages.py.)"""
+"""`relight status`, `relight invoke` and `relight logs`: a running platform from the terminal. (For its queues see messages.py.)
 
+Answers and logs are the bytes that others have written where a program or a file takes them. On a terminal control characters are
+escaped, as a caller may have put them there: of answers all but line ends and tabs, of logs all but those and colours.
+"""
+
+import codecs
 import json
 import re
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import click
 
-from knative.local import address, tables
+from knative.local import address, plain, tables
 from knative.local.client import PIECE_BYTES, Client, explain, lines, parse
 from knative.local.errors import PlatformError
 
@@ -33,7 +38,7 @@ def told() -> Any:
     try:
         yield
     except PlatformError as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(plain.block(str(error))) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -103,7 +108,7 @@ def invoke(
             else:
                 whole = _print_body(reply)
         if failed:
-            click.echo(f"Error: {name} answered {reply.status} {reply.reason}", err=True)
+            click.echo(f"Error: {name} answered {reply.status} {plain.line(reply.reason)}", err=True)
         if not whole:
             click.echo(f"Error: the answer of {name} was cut off or ended in an error", err=True)
         if failed or not whole:
@@ -128,7 +133,10 @@ def logs(*, name: str, container: str | None, follow: bool, tail: int, admin: st
             raise PlatformError(f"pod {pod} has no container {container!r}; it has {', '.join(containers)}; name one with --container")
         query = {"namespace": namespace, "pod": pod, "container": container, "tail": str(tail), "follow": "1" if follow else "0"}
         with client.ask("/api/logs", query) as reply:
-            _print_body(reply)
+            if sys.stdout.isatty():
+                _print_log(reply)
+            else:
+                _print_body(reply)
 
 
 def _pod(found: list[dict[str, Any]], name: str, services: list[dict[str, Any]]) -> tuple[str, str, list[str]]:
@@ -165,22 +173,30 @@ def read_body(data: str | None) -> bytes | None:
 
 def _print_body(reply: Any) -> bool:
     """As it comes; whether it came whole."""
-    out, last = sys.stdout.buffer, b"\n"
+    is_terminal, last = sys.stdout.isatty(), b"\n"
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     try:
         while piece := reply.read1(PIECE_BYTES):
-            out.write(piece)
-            out.flush()
+            _write(plain.body(decoder.decode(piece)).encode() if is_terminal else piece)
             last = piece
     except (OSError, HTTPException):
         return False
     finally:
-        if not last.endswith(b"\n") and sys.stdout.isatty():
-            click.echo()
+        if is_terminal:
+            _write(plain.body(decoder.decode(b"", final=True)).encode() + b"\n" * (not last.endswith(b"\n")))
     return True
+
+
+def _print_log(reply: Any) -> None:
+    """A line when it is whole."""
+    with suppress(OSError, HTTPException):
+        for line in lines(reply):
+            _write(plain.log_line(line.removesuffix(b"\r").decode(errors="backslashreplace")).encode() + b"\n")
 
 
 def _print_events(reply: Any) -> bool:
     """The data of each event in a line of its own, as it comes; whether it came whole, and none of them is an error."""
+    is_terminal = sys.stdout.isatty()
     try:
         for line in lines(reply):
             if not line.startswith(b"data:"):
@@ -188,10 +204,14 @@ def _print_events(reply: Any) -> bool:
             text = line.removeprefix(b"data:").strip()
             if text == b"[DONE]":
                 break
-            sys.stdout.buffer.write(text + b"\n")
-            sys.stdout.buffer.flush()
+            _write((plain.body(text.decode(errors="backslashreplace")).encode() if is_terminal else text) + b"\n")
             if explain(parse(text)):
                 return False
     except (OSError, HTTPException):
         return False
     return True
+
+
+def _write(piece: bytes) -> None:
+    sys.stdout.buffer.write(piece)
+    sys.stdout.buffer.flush()

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from knative.local import address
+from knative.local import address, plain
 from knative.local.client import Client
 from knative.local.commands import read_body, told, where
 from knative.local.errors import PlatformError
@@ -52,7 +52,8 @@ def receive(*, queue: str, count: int | None, wait_s: int, as_json: bool, admin:
     """Take messages out of QUEUE and print them, a line each; what is printed is deleted."""
     with told():
         for message in _find(queue, _status(queue, admin, state_dir), wait_s).receive(count or MOST):
-            click.echo(json.dumps({"id": message.id, "attributes": message.attributes, "body": message.body}) if as_json else message.body)
+            text = plain.body(message.body) if sys.stdout.isatty() else message.body
+            click.echo(json.dumps({"id": message.id, "attributes": message.attributes, "body": message.body}) if as_json else text)
             sys.stdout.flush()  # before it is deleted
 
 

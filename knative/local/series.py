@@ -78,9 +78,7 @@ class Repeats:
         self._told.move_to_end(key)
         if len(self._told) > KEPT:
             self._told.popitem(last=False)
-        return f"{text} ({again + 1} times within {now - told.at:.0f} s)" if told and again else text
-
-    def forget(self, subject: str) -> None:
-        """All is well with it again: what comes next is news."""
-        for key in [key for key in self._told if key[0] == subject]:
-            del self._told[key]
+        if not told or not again:
+            return text
+        first, *rest = text.split("\n", 1)
+        return "\n".join([f"{first} ({again + 1} times within {now - told.at:.0f} s)", *rest])

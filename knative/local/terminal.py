@@ -1,4 +1,7 @@
-"""What happens, on the terminal, as it happens: a line for each event, and a live line for each pod that is starting."""
+"""What happens, on the terminal, as it happens: a line for each event, and a live line for each pod that is starting.
+
+What others have written (pods, callers, manifests) goes through plain.py, and is never read as markup.
+"""
 
 import shlex
 import time
@@ -6,14 +9,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.errors import MarkupError
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TransferSpeedColumn
+from rich.text import Text
 
 from knative.local.manifest import Service
+from knative.local.plain import block, line
 from knative.local.pod import Pod
 from knative.local.revision import Revision
+from knative.local.series import Repeats
+
+Part = str | tuple[str, str]  # a text, or a text and its style
 
 REFRESH_S = 0.1
+SHORT = 60  # characters of a word that a pod has chosen
+STAGES = 20  # of a cold start
 
 
 class Terminal:
@@ -24,6 +35,7 @@ class Terminal:
         self._bars: dict[str, TaskID] = {}
         self._shown_at = 0.0
         self._phases: dict[str, str] = {}
+        self._repeats = Repeats()
         self._live = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -36,8 +48,16 @@ class Terminal:
         )
 
     def say(self, text: str) -> None:
-        """A line outside any service."""
-        self.console.print(text, soft_wrap=True)
+        """A line outside any Service, in rich's markup: whatever others have written is to be escaped."""
+        try:
+            said = Text.from_markup(line(text))
+        except MarkupError:
+            said = Text(line(text))
+        self._print(said)
+
+    def note(self, text: str) -> None:
+        """A line outside any Service, as it is."""
+        self._print(Text(block(text)))
 
     def serving(
         self,
@@ -49,32 +69,33 @@ class Terminal:
         admin_port: int,
     ) -> None:
         """The platform takes requests. sources: their entries in the status document."""
-        self.say("")
+        self.note("")
         for service, url in zip(services, urls, strict=True):
             scale = service.scale
             standing = "at zero: costs nothing until somebody calls" if not max(scale.initial_scale, scale.min_scale) else "starting"
-            self.say(f"  [bold]{service.name}[/]  {url}  [dim]{standing}[/]")
+            self._parts("  ", (service.name, "bold"), "  ", url, "  ", (standing, "dim"))
         for source in sources:
             queue = f"queue {source['queue']}" if source["queue"] else "events"
-            self.say(f"  [bold]{source['name']}[/]  {escape(queue)} → {escape(source['sink'])}")
-        body = default.example
-        self.say(f"\n  call it   curl http://127.0.0.1:{port}/ -H 'Content-Type: application/json' -d {escape(shlex.quote(body))}")
+            self._parts("  ", (source["name"], "bold"), "  ", queue, " → ", source["sink"])
+        self.note("")
+        self.note(f"  call it   curl http://127.0.0.1:{port}/ -H 'Content-Type: application/json' -d {shlex.quote(default.example)}")
         for polled in [source["queue"] for source in sources if source["queue"]][:1]:
-            self.say(f"  send it   relight send {polled} --count 10")
-        self.say(f"  watch it  http://127.0.0.1:{admin_port}/")
-        self.say("  stop      Ctrl-C ends everything that was started\n")
+            self.note(f"  send it   relight send {polled} --count 10")
+        self.note(f"  watch it  http://127.0.0.1:{admin_port}/")
+        self.note("  stop      Ctrl-C ends everything that was started")
+        self.note("")
 
     def starting(self, revision: Revision, pod: Pod, waiting: int) -> None:
         """See Watcher."""
         why = f"{waiting} request{'s' * (waiting != 1)} waiting" if waiting else "wanted before anybody calls"
-        self._event(revision, f"starting [bold]{pod.name}[/]: {why}")
+        self._event(revision, "starting ", (pod.name, "bold"), f": {why}")
 
     def progress(self, revision: Revision, pod: Pod) -> None:
         """See Watcher."""
-        report, phase = pod.report, escape(pod.report.phase or pod.phase)
+        report, phase = pod.report, line(pod.report.phase or pod.phase, SHORT)
         if pod.waits_for and self._phases.get(pod.name) != "pending":
             self._phases[pod.name] = "pending"
-            self._event(revision, f"[yellow]{pod.name}[/] {escape(pod.waits_for)}")
+            self._event(revision, (pod.name, "yellow"), " ", pod.waits_for)
         if pod.phase != "starting":
             if pod.phase != "pending":
                 self._forget(pod)
@@ -88,9 +109,12 @@ class Terminal:
         if pod.name not in self._bars:
             if not self._bars:
                 self._live.start()
-            self._bars[pod.name] = self._live.add_task(pod.name, total=None)
+            self._bars[pod.name] = self._live.add_task(escape(line(pod.name)), total=None)
         self._live.update(
-            self._bars[pod.name], description=f"{pod.name} {phase}", completed=report.restored_bytes, total=report.total_bytes or None
+            self._bars[pod.name],
+            description=escape(f"{line(pod.name)} {phase}"),
+            completed=report.restored_bytes,
+            total=report.total_bytes or None,
         )
         if (now := time.monotonic()) - self._shown_at > REFRESH_S:
             self._shown_at = now
@@ -98,50 +122,67 @@ class Terminal:
 
     def ready(self, revision: Revision, pod: Pod) -> None:
         """See Watcher."""
-        stages = " · ".join(
-            f"{escape(name.replace('_', '-'))} {seconds:.2f}" for name, seconds in sorted(pod.stages.items(), key=lambda item: item[1])
-        )
+        ordered = sorted(pod.stages.items(), key=lambda item: item[1])[:STAGES]
+        stages = " · ".join(f"{line(name.replace('_', '-'), SHORT)} {seconds:.2f}" for name, seconds in ordered)
         weights = pod.report.weights
-        source = f"; {weights.bytes / 1e6:.1f} MB of weights from the {escape(weights.source)}" if weights else ""
-        self._event(revision, f"[green]ready after {pod.stages['ready']:.2f} s[/] [dim]({stages}{source})[/]")
+        source = f"; {weights.bytes / 1e6:.1f} MB of weights from the {line(weights.source, SHORT)}" if weights else ""
+        self._event(revision, (f"ready after {pod.stages['ready']:.2f} s", "green"), " ", (f"({stages}{source})", "dim"))
 
     def crashed(self, revision: Revision, pod: Pod, ended: str) -> None:
         """See Watcher."""
-        self._event(revision, f"[yellow]{pod.name}[/]: {escape(ended)}")
+        self._again(revision, (pod.name, "yellow"), ended)
+
+    def source_ended(self, source: str, pod: Pod, ended: str) -> None:
+        """A process of a queue source ended by itself and will be started again."""
+        if told := self._repeats.add(time.monotonic(), source, ended):
+            self._tell(source, (pod.name, "yellow"), ": ", told)
 
     def hung(self, revision: Revision, pod: Pod, reason: str) -> None:
         """See Watcher."""
-        self._event(revision, f"[red]hangs[/]: {escape(reason)}")
+        self._again(revision, ("hangs", "red"), reason)
 
     def failed(self, revision: Revision, reason: str) -> None:
         """See Watcher."""
-        self._event(revision, f"[red]failed[/]: {escape(reason)}")
+        self._again(revision, ("failed", "red"), reason)
 
     def gave_up(self, revision: Revision, pod: Pod) -> None:
         """See Watcher."""
-        self._event(revision, f"[yellow]{pod.name}[/] is idle and gives its GPU up, which another function needs")
+        self._event(revision, (pod.name, "yellow"), " is idle and gives its GPU up, which another function needs")
 
     def at_zero(self, revision: Revision, idle_s: float) -> None:
         """See Watcher."""
         if revision.reachable:
-            self._event(revision, f"[cyan]scaled to zero[/], {idle_s:.1f} s after the last request")
+            self._event(revision, ("scaled to zero", "cyan"), f", {idle_s:.1f} s after the last request")
         else:
             self._event(revision, f"{revision.name} is gone")
 
     def about(self, service: str, text: str) -> None:
         """See Watcher."""
-        self._tell(service, escape(text))
+        self._tell(service, text)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         if self._bars:
             self._live.stop()
 
-    def _event(self, revision: Revision, text: str) -> None:
-        self._tell(revision.service.name, text)
+    def _again(self, revision: Revision, what: Part, text: str) -> None:
+        """Something that may come again and again, as in a crash loop."""
+        if told := self._repeats.add(time.monotonic(), revision.name, text):
+            self._event(revision, what, ": ", told)
 
-    def _tell(self, service: str, text: str) -> None:
-        self.say(f"[dim]{time.strftime('%H:%M:%S')}[/] [bold]{service}[/] {text}")
+    def _event(self, revision: Revision, *parts: Part) -> None:
+        self._tell(revision.service.name, *parts)
+
+    def _tell(self, service: str, *parts: Part) -> None:
+        self._parts((time.strftime("%H:%M:%S"), "dim"), " ", (service, "bold"), " ", *parts)
+
+    def _parts(self, *parts: Part) -> None:
+        """One event: what follows its first line is set off."""
+        shown = [(part, "") if isinstance(part, str) else part for part in parts]
+        self._print(Text.assemble(*((block(text), style) for text, style in shown)))
+
+    def _print(self, text: Text) -> None:
+        self.console.print(text, soft_wrap=True)
 
     def _forget(self, pod: Pod) -> None:
         self._phases.pop(pod.name, None)
