@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import datetime
 import difflib
 import re
 import sys
@@ -31,6 +32,7 @@ from knative.local.schema import (
     Template,
     TrafficTarget,
 )
+from weights_cache.environment import told
 
 # Fields of a Kubernetes pod that somebody may well write here, and what is to be said then.
 _NOT_HERE = {
@@ -43,6 +45,11 @@ _NOT_HERE = {
     "selector": "a Knative Service has no selector; it knows its own pods",
     "terminationGracePeriodSeconds": "Knative refuses it; a pod has timeoutSeconds to end",
 }
+
+# Where a value may be somebody's secret, unless it is very short.
+_VALUES = {"env", "args", "command", "httpHeaders", "data"}
+_SHORT = 5  # characters
+_TYPES = ((bool, "true or false"), (int | float, "a number"), (datetime.date, "a date"), (type(None), "nothing"), (str, "text"))
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -73,6 +80,7 @@ _LEFT_ALONE = {
 # A queue as SQS names it. A cluster knows a Service by the second of these, with the namespace in it.
 _QUEUE = re.compile(rf"{re.escape(QUEUES)}/[0-9]{{12}}/([-\w]{{1,75}}(?:\.fifo)?)")
 _IN_CLUSTER = re.compile(r"https?://([-a-z0-9]+)\.([-a-z0-9]+)\.svc(?:\.cluster\.local)?(/.*)?")
+_QUOTED = re.compile(r": ['\"].*", re.DOTALL)  # what Python says was found
 # What belongs to another class of autoscaler, which measures what nobody measures here.
 _OF_THE_CLASS = ("class", "metric", "target", "target-utilization-percentage")
 
@@ -225,7 +233,7 @@ def read_manifests(sources: Sequence[tuple[str, str]]) -> Manifests:
             elif kind == "Secret":
                 secret = _parse(Secret, document, file, where)
                 manifests.secrets[secret.metadata.namespace, name] = data = _decoded(secret, file, where)
-                _check_queues(file, f"{where}: data", data.items())
+                _check_queues(file, f"{where}: data", data.items(), is_secret=True)
             elif kind not in _LEFT_ALONE:
                 raise ManifestError(
                     file,
@@ -317,12 +325,20 @@ def _documents(file: str, text: str) -> list[Any]:
         return list(yaml.load_all(text, _Loader))
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ManifestError(file, where, f"not YAML: {error.problem}") from error
+        raise ManifestError(file, where, f"not YAML: {_problem(error.problem)}") from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ManifestError(file, f"line {line}", f"not YAML: {error.reason}") from error
-    except ValueError as error:  # e.g. 2026-13-45, which has the form of a date
-        raise ManifestError(file, "", f"not YAML: {error}") from error
+    except ValueError as error:  # e.g. 2026-13-45, which has the form of a date; the value itself is not repeated
+        raise ManifestError(file, "", f"not YAML: {_QUOTED.sub('', str(error))}; put it in quotes if it is text") from error
+
+
+def _problem(said: str | None) -> str:
+    """What the parser says, less what it takes for a name: that may be a secret that needs quotes."""
+    for mistaken, sign in (("undefined alias", "*"), ("constructor for the tag", "!")):
+        if said and mistaken in said:
+            return f"{said.partition(mistaken)[0]}{mistaken}; a text that begins with {sign} needs quotes"
+    return str(said)
 
 
 def _parse(model: type[M], document: dict[str, Any], file: str, where: str) -> M:
@@ -334,8 +350,15 @@ def _parse(model: type[M], document: dict[str, Any], file: str, where: str) -> M
         found = first["input"]
         if first["type"] == "extra_forbidden":
             raise ManifestError(file, f"{where}: {path}", _no_such_field(model, first["loc"])) from error
-        shown = "" if first["type"] == "missing" or isinstance(found, dict | list) else f" (found {found!r})"
+        shown = "" if first["type"] == "missing" or isinstance(found, dict | list) else f" (found {_shown(first['loc'], found, model)})"
         raise ManifestError(file, f"{where}: {path}", first["msg"].removeprefix("Value error, ") + shown) from error
+
+
+def _shown(path: tuple[int | str, ...], found: object, model: type[BaseModel]) -> str:
+    """A value as a message repeats it, unless it may be a secret: of what has no quotes, its type is what is wrong."""
+    if model is Secret or (_VALUES.intersection(path) and len(str(found)) > _SHORT):
+        return next((words for kind, words in _TYPES if isinstance(found, kind)), "something else")
+    return told(found) if isinstance(found, str) else repr(found)
 
 
 def _no_such_field(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
@@ -382,11 +405,15 @@ def _source(file: str, where: str, item: ContainerSourceObject, manifests: Manif
     return QueueSource(file, where, item.metadata, item.spec, manifests)
 
 
-def _check_queues(file: str, where: str, values: Iterable[tuple[str, str]]) -> None:
+def _check_queues(file: str, where: str, values: Iterable[tuple[str, str]], *, is_secret: bool = False) -> None:
     """Whether what begins as the address of an embedded queue is one."""
     for name, value in values:
         if value.startswith(f"{QUEUES}/") and value != f"{QUEUES}/" and not _QUEUE.fullmatch(value):
-            raise ManifestError(file, f"{where}: {name}", f"found {value!r}; an embedded queue is {QUEUES}/000000000000/NAME")
+            raise ManifestError(
+                file,
+                f"{where}: {name}",
+                f"found {'another address' if is_secret else told(value)}; an embedded queue is {QUEUES}/000000000000/NAME",
+            )
 
 
 def _check_sink(source: QueueSource) -> None:

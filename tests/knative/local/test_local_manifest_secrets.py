@@ -1,0 +1,62 @@
+"""What is wrong with a manifest is told without a value that may be somebody's secret."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from knative.local.errors import ManifestError
+from knative.local.manifest import read_manifests
+from tests.knative.local.test_local_manifest import FILE, FUNCTION, HELLO, mistake, put, secret
+
+SOURCE = {
+    "apiVersion": "sources.knative.dev/v1",
+    "kind": "ContainerSource",
+    "metadata": {"name": "events"},
+    "spec": {"sink": {"uri": "ftp://user:geheim@host"}, "template": {"spec": {"containers": [{"name": "poll", "command": ["poll"]}]}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("documents", "said"),
+    [
+        pytest.param([HELLO, secret(data={"KEY": "geheim!"})], "data.KEY: must be base64 of text", id="not in base64"),
+        pytest.param([HELLO, secret(stringData={"PIN": 4711})], "stringData.PIN: Input should be a valid string (found a num", id="a PIN"),
+        pytest.param([HELLO, secret(stringData={"PIN": 12345678})], "(found a number)", id="a number without quotes"),
+        pytest.param([HELLO, secret(stringData={"PIN": True})], "(found true or false)", id="a word for yes"),
+        pytest.param([HELLO, secret(stringData="geheim")], "(found text)", id="no object"),
+        pytest.param([put((*FUNCTION, "env"), ["KEY=geheim"])], "env[0]", id="as Compose has it"),
+        pytest.param([put((*FUNCTION, "env"), "KEY=geheim")], "env", id="a text for a list"),
+        pytest.param([put((*FUNCTION, "env"), [{"name": "KEY=geheim"}])], "env[0].name", id="all in the name"),
+        pytest.param([put((*FUNCTION, "env"), [{"name": "KEY", "value": 12345678}])], "(found a number)", id="a number in env"),
+        pytest.param([put((*FUNCTION, "args"), "--key=geheim")], "args: Input should be a valid list (found text)", id="arguments as one"),
+        pytest.param(
+            [put((*FUNCTION, "livenessProbe"), {"httpGet": {"httpHeaders": ["Authorization: geheim"]}})], "httpHeaders[0]", id="a header"
+        ),
+        pytest.param(
+            [HELLO, secret(stringData={"URL": "http://queue.relight.localhost/geheim"})], "data: URL: found another address", id="a queue"
+        ),
+        pytest.param([HELLO, SOURCE], "found 'ftp://***@host'", id="a sink"),
+    ],
+)
+def test_a_value_is_not_repeated(documents: list[Any], said: str) -> None:
+    told = mistake(*documents)
+    assert said in told
+    assert not [value for value in ("geheim", "4711", "12345678") if value in told]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("stringData: {KEY: *geheim}", "found undefined alias; a text that begins with * needs quotes"),
+        ("stringData: {KEY: !geheim x}", "could not determine a constructor for the tag; a text that begins with ! needs quotes"),
+        ("stringData: {KEY: !!int geheim}", "invalid literal for int() with base 10; put it in quotes if it is text"),
+        ("stringData: {KEY: !!float geheim}", "could not convert string to float; put it in quotes if it is text"),
+        ("stringData: {KEY: `geheim}", "that cannot start any token"),
+    ],
+)
+def test_a_text_that_yaml_takes_for_something_else_is_not_repeated(text: str, said: str) -> None:
+    with pytest.raises(ManifestError) as caught:
+        read_manifests([(FILE, yaml.safe_dump(HELLO) + "---\n" + text)])
+    assert said in str(caught.value)
+    assert "geheim" not in str(caught.value)
