@@ -49,6 +49,7 @@ _NOT_HERE = {
 # Where a value may be somebody's secret, unless it is very short.
 _VALUES = {"env", "args", "command", "httpHeaders", "data"}
 _SHORT = 5  # characters
+_OPTION = re.compile(r"(--?[\w-]+(?:=|\s+))[^\s-]\S*")  # of a command, with its value
 _TYPES = ((bool, "true or false"), (int | float, "a number"), (datetime.date, "a date"), (type(None), "nothing"), (str, "text"))
 
 M = TypeVar("M", bound=BaseModel)
@@ -356,6 +357,8 @@ def _parse(model: type[M], document: dict[str, Any], file: str, where: str) -> M
 
 def _shown(path: tuple[int | str, ...], found: object, model: type[BaseModel]) -> str:
     """A value as a message repeats it, unless it may be a secret: of what has no quotes, its type is what is wrong."""
+    if path[-1] == "command" and isinstance(found, str):  # all in one text
+        return told(_OPTION.sub(r"\1***", found))
     if model is Secret or (_VALUES.intersection(path) and len(str(found)) > _SHORT):
         return next((words for kind, words in _TYPES if isinstance(found, kind)), "something else")
     return told(found) if isinstance(found, str) else repr(found)

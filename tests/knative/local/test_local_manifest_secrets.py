@@ -31,6 +31,9 @@ SOURCE = {
         pytest.param([put((*FUNCTION, "env"), [{"name": "KEY", "value": 12345678}])], "(found a number)", id="a number in env"),
         pytest.param([put((*FUNCTION, "args"), "--key=geheim")], "args: Input should be a valid list (found text)", id="arguments as one"),
         pytest.param(
+            [put((*FUNCTION, "command"), "x --key geheim --pin=geheim")], "(found 'x --key *** --pin=***')", id="a command as one"
+        ),
+        pytest.param(
             [put((*FUNCTION, "livenessProbe"), {"httpGet": {"httpHeaders": ["Authorization: geheim"]}})], "httpHeaders[0]", id="a header"
         ),
         pytest.param(
