@@ -12,6 +12,7 @@ ACTIVATOR: Source = "activator"
 
 GONE = 499  # as nginx has it: the caller went away before there was an answer
 SPAN_S = 60  # what "lately" is, in whole seconds
+FAILING = 0.05  # of the last minute's answers; a Service with more errors than that is not well
 REVISIONS = 64  # of so many it is known what their callers got; the one that came first gives way
 
 # There from the start, as a counter that appears with its first error has not increased for those who watch its rate.
@@ -102,6 +103,7 @@ class Outcomes:
                     "rate": round(lately / answers, 4) if answers else None,
                     "codes": _listed(errors),
                 },
+                "failing": lately > FAILING * answers,
                 "revisions": {revision: failed for revision, counts in self._revisions.items() if (failed := _errors(counts))},
             },
         }

@@ -1,21 +1,35 @@
-"""The status document for people in a terminal."""
+"""The status document for people in a terminal: tables, and below them in words what they have to look after."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from knative.local.plain import block, indented, line
+from knative.local.series import maker
 
 Row = Sequence[str]
 
-SERVICE_HEAD = ("SERVICE", "STATE", "PODS", "BUSY", "QUEUED", "REQUESTS", "P50", "P95", "P99", "LAST START", "URL")
-REVISION_HEAD = ("REVISION", "STATE", "TRAFFIC", "PODS", "BUSY", "REQUESTS", "TAGS")
+CELL = 120  # characters
+LOG_LINES = 12
+SERVICE_HEAD = ("SERVICE", "STATE", "PODS", "BUSY", "QUEUED", "REQUESTS", "ERRORS", "ERROR RATE", "P50", "P95", "P99", "LAST START", "URL")
+REVISION_HEAD = ("REVISION", "STATE", "TRAFFIC", "PODS", "BUSY", "REQUESTS", "ERRORS", "TAGS")
 POD_HEAD = ("POD", "PHASE", "BUSY", "AGE", "RESTARTS", "WEIGHTS")
 SOURCE_HEAD = ("QUEUE SOURCE", "PHASE", "QUEUE", "SINK", "WAITING", "IN FLIGHT", "OLDEST", "DONE", "RETRIED", "DEAD", "RESTARTS")
 QUEUE_HEAD = ("QUEUE", "WAITING", "IN FLIGHT", "OLDEST", "DEAD")
-_MARKS = {"zero": "○", "pending": "◌", "starting": "◐", "ready": "●", "draining": "↓", "failed": "✕"}
-_STYLES = {"zero": "dim", "pending": "yellow", "starting": "yellow", "ready": "green", "draining": "blue", "failed": "red"}
+_MARKS = {"zero": "○", "pending": "◌", "starting": "◐", "ready": "●", "draining": "↓", "failed": "✕", "failing": "!"}
+_STYLES = {
+    "zero": "dim",
+    "pending": "yellow",
+    "starting": "yellow",
+    "ready": "green",
+    "draining": "blue",
+    "failed": "red",
+    "failing": "red",
+}
 
 
 def seconds(value: float | None) -> str:
@@ -25,6 +39,19 @@ def seconds(value: float | None) -> str:
     return f"{value * 1000:.1f} ms" if value < 0.01 else f"{value * 1000:.0f} ms" if value < 0.1 else f"{value:.2f} s"
 
 
+@dataclass(frozen=True)
+class Problem:
+    """Something to look after, and the last lines of the log that tell of it."""
+
+    text: str
+    container: str = ""
+    log: Sequence[str] = field(default=())
+
+    def __str__(self) -> str:
+        log = [f"the last lines of {self.container}:", *self.log[-LOG_LINES:]] if self.log else []
+        return "\n".join([block(self.text), *indented(log)])
+
+
 def service_rows(status: dict[str, Any]) -> Iterator[Row]:
     """A row for each Service."""
     for service in status["services"]:
@@ -32,11 +59,13 @@ def service_rows(status: dict[str, Any]) -> Iterator[Row]:
         latency, starts = service["latency"], service["cold_starts"]
         yield (
             _full_name(service),
-            service["state"],
+            _state(service),
             f"{ready}/{service['desired']}",
             str(service["concurrency"]),
             str(service["queued"]),
             str(service["requests_total"]),
+            str(_errors(service).get("total", 0)),
+            _percent(_lately(service).get("rate")),
             *(seconds(latency[name]) for name in ("p50", "p95", "p99")),
             f"{starts[0]['outcome']} {seconds(starts[0]['seconds'])}" if starts else "-",
             service["url"],
@@ -55,6 +84,7 @@ def revision_rows(status: dict[str, Any]) -> Iterator[Row]:
                     f"{revision['ready']}/{revision['desired']}",
                     str(revision["concurrency"]),
                     str(revision["requests_total"]),
+                    str(_errors(service).get("revisions", {}).get(revision["name"], 0)),
                     ", ".join(revision["tags"]) or "-",
                 )
 
@@ -83,6 +113,27 @@ def queue_rows(status: dict[str, Any]) -> Iterator[Row]:
             yield queue["name"], *_in_queue(queue), _number(queue["dead"])
 
 
+def _state(service: dict[str, Any]) -> str:
+    """In one word: a Service is not well whose pods are, but whose callers get errors."""
+    return "failing" if service["state"] == "ready" and _errors(service).get("failing") else str(service["state"])
+
+
+def _errors(service: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = service.get("errors") or {}
+    return found
+
+
+def _lately(service: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = _errors(service).get("last_minute") or {}
+    return found
+
+
+def _percent(rate: float | None) -> str:
+    if rate is None:
+        return "-"
+    return f"{rate:.1%}".replace("%", " %") if 0 < rate < 0.1 else f"{rate:.0%}".replace("%", " %")
+
+
 def _full_name(found: dict[str, Any]) -> str:
     return found["name"] if found["namespace"] == "default" else f"{found['namespace']}/{found['name']}"
 
@@ -99,22 +150,43 @@ def _number(value: int | None) -> str:
 def _blocks(status: dict[str, Any]) -> Iterator[tuple[Row, list[Row]]]:
     tables = (SERVICE_HEAD, service_rows), (REVISION_HEAD, revision_rows), (POD_HEAD, pod_rows), (SOURCE_HEAD, source_rows)
     for head, rows in (*tables, (QUEUE_HEAD, queue_rows)):
-        if found := list(rows(status)):
+        found: list[Row] = [[line(cell, CELL) for cell in row] for row in rows(status)]
+        if found:
             yield head, found
 
 
-def _problems(status: dict[str, Any]) -> list[str]:
+def _problems(status: dict[str, Any]) -> Iterator[Problem]:
     """What a person has to look after."""
-    failures = [service["failure"] for service in status["services"] if service["failure"]]
-    failures += [f"{queue['name']}: {queue['problem']}" for queue in status["queues"] if queue["problem"]]
-    failures += [
-        f"{_full_name(source)} is started again and again: {container} {ended}"
-        for source in status["queue_sources"]
-        for container, ended in source["exits"].items()
-        if source["phase"] == "failed"
-    ]
-    problem = status["manifests"]["problem"]
-    return [*failures, *([f"manifests not taken: {problem}"] if problem else [])]
+    for service in status["services"]:
+        yield from _problems_of(service, status["now"])
+    for queue in status["queues"]:
+        if queue["problem"]:
+            yield Problem(f"{queue['name']}: {queue['problem']}")
+    for source in status["queue_sources"]:
+        for container, ended in source["exits"].items():
+            if source["phase"] == "failed":
+                yield Problem(f"{_full_name(source)} is started again and again: {container} {ended}")
+    if problem := status["manifests"]["problem"]:
+        yield Problem(f"manifests not taken: {problem}")
+
+
+def _problems_of(service: dict[str, Any], now: float) -> Iterator[Problem]:
+    failure = service["failure"] or ""
+    if failure:
+        yield _with_log(failure, service.get("failure_log"))
+    for pod in service["pods"]:
+        if (reason := pod.get("reason")) and reason not in failure:
+            yield _with_log(f"{pod['name']}: {reason}", pod.get("log"))
+    lately = _lately(service)
+    if lately.get("errors"):
+        made = ", ".join(f"{found['code']} from {maker(found['source'])}: {found['count']}" for found in lately["codes"])
+        last = _errors(service)["last"]
+        text = f"{lately['errors']} of the last minute's {lately['answers']} answers are errors ({made})"
+        yield Problem(f"{_full_name(service)}: {text}; the last was {max(0, now - last['time']):.0f} s ago")
+
+
+def _with_log(text: str, log: dict[str, Any] | None) -> Problem:
+    return Problem(text, log["container"], log["lines"]) if log else Problem(text)
 
 
 def pod_rows(status: dict[str, Any]) -> Iterator[Row]:
@@ -135,7 +207,7 @@ def pod_rows(status: dict[str, Any]) -> Iterator[Row]:
 def plain(status: dict[str, Any]) -> str:
     """Lines with columns, for whatever reads them."""
     blocks = ["\n".join(_aligned([head, *rows])) for head, rows in _blocks(status)]
-    return "\n\n".join([*blocks, *_problems(status), *_waits(status)])
+    return "\n\n".join([*blocks, *map(str, _problems(status)), *_waits(status)])
 
 
 def rich(status: dict[str, Any]) -> Group:
@@ -144,17 +216,18 @@ def rich(status: dict[str, Any]) -> Group:
     for head, rows in _blocks(status):
         table = Table(*head, box=None, padding=(0, 2, 0, 0), header_style="dim")
         for name, state, *rest in rows:
-            shown = f"[{_STYLES.get(state, '')}]{_MARKS.get(state, '?')} {state}[/]" if state in _STYLES else escape(state)
-            table.add_row(f"[bold]{escape(name)}[/]", shown, *map(escape, rest))
+            shown = Text(f"{_MARKS[state]} {state}", _STYLES[state]) if state in _STYLES else Text(state)
+            table.add_row(Text(name, "bold"), shown, *map(Text, rest))
         parts += [table, ""]
-    parts += [f"[red]✕[/] {escape(problem)}" for problem in _problems(status)]
-    parts += [f"[yellow]◌[/] {escape(line)}" for line in _waits(status)]
+    parts += [Text.assemble(("✕ ", "red"), str(problem)) for problem in _problems(status)]
+    parts += [Text.assemble(("◌ ", "yellow"), text) for text in _waits(status)]
     return Group(*parts)
 
 
 def _waits(status: dict[str, Any]) -> Iterator[str]:
     """What pods wait for that are not started."""
-    return (f"{pod['name']} {pod['waits_for']}" for service in status["services"] for pod in service["pods"] if pod.get("waits_for"))
+    pods = [pod for service in status["services"] for pod in service["pods"]]
+    return (line(f"{pod['name']} {pod['waits_for']}") for pod in pods if pod.get("waits_for"))
 
 
 def _aligned(rows: Sequence[Row]) -> Iterator[str]:

@@ -1,0 +1,126 @@
+"""The status document as tables: what has gone wrong is seen in words, and nobody else's text looks like one of ours."""
+
+import io
+import re
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from knative.local import tables
+
+ESC = "\x1b"
+EVIL = f"{ESC}[2J{ESC}[1;31mx\r\n\n12:00:00 hello ready\u2028\u202egnp [bold]b[/] [/] [link=http://evil]l[/link] \\"
+
+
+def pod(**fields: Any) -> dict[str, Any]:
+    return {"name": "hello-1-ab", "phase": "starting", "concurrency": 0, "started_at": 1.0, "restarts": {"function": 4}} | fields
+
+
+def hello(**fields: Any) -> dict[str, Any]:
+    return {
+        "name": "hello",
+        "namespace": "default",
+        "state": "ready",
+        "desired": 1,
+        "concurrency": 0,
+        "queued": 0,
+        "requests_total": 40,
+        "latency": {"p50": None, "p95": None, "p99": None},
+        "cold_starts": [],
+        "url": "http://hello/",
+        "failure": None,
+        "pods": [],
+        "revisions": [],
+    } | fields
+
+
+def errors(count: int, answers: int, total: int = 9) -> dict[str, Any]:
+    codes = [{"code": "500", "source": "pod", "count": count}] if count else []
+    lately = {"answers": answers, "errors": count, "rate": count / answers if answers else None, "codes": codes}
+    last = {"code": "500", "source": "pod", "time": 97.0, "revision": "hello-1"}
+    return {
+        "total": total,
+        "codes": codes,
+        "last": last,
+        "last_minute": lately,
+        "failing": count > 0.05 * answers,
+        "revisions": {"hello-1": total},
+    }
+
+
+def document(*services: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"now": 100.0, "services": list(services), "manifests": {"problem": None}, "queue_sources": [], "queues": []} | fields
+
+
+def on_a_screen(status: dict[str, Any]) -> str:
+    screen = io.StringIO()
+    Console(file=screen, force_terminal=True, width=400, highlight=False, emoji=False).print(tables.rich(status))
+    return screen.getvalue()
+
+
+def cell(status: dict[str, Any], column: str) -> str:
+    (row,) = tables.service_rows(status)
+    return row[tables.SERVICE_HEAD.index(column)]
+
+
+@pytest.mark.parametrize(
+    ("count", "answers", "state", "rate"),
+    [(0, 40, "ready", "0 %"), (1, 40, "ready", "2.5 %"), (3, 3, "failing", "100 %"), (0, 0, "ready", "-"), (5, 40, "failing", "12 %")],
+)
+def test_a_service_whose_callers_get_errors_is_not_well(count: int, answers: int, state: str, rate: str) -> None:
+    status = document(hello(errors=errors(count, answers)))
+    assert (cell(status, "STATE"), cell(status, "ERRORS"), cell(status, "ERROR RATE")) == (state, "9", rate)
+    told = f"hello: {count} of the last minute's {answers} answers are errors (500 from the function: {count}); the last was 3 s ago"
+    assert (told in tables.plain(status)) == (told in on_a_screen(status)) == bool(count)
+
+
+def test_a_service_that_has_failed_is_not_said_to_be_failing() -> None:
+    assert cell(document(hello(state="failed", errors=errors(3, 3))), "STATE") == "failed"
+
+
+def test_the_errors_of_a_revision_stand_beside_its_requests() -> None:
+    rows = [{"name": f"hello-{n}", "state": "ready", "percent": 50, "tags": {}, "ready": 1, "desired": 1, "concurrency": 0} for n in (1, 2)]
+    status = document(hello(errors=errors(1, 2), revisions=[row | {"requests_total": 20} for row in rows]))
+    assert [row[tables.REVISION_HEAD.index("ERRORS")] for row in tables.revision_rows(status)] == ["9", "0"]
+
+
+def test_why_a_function_is_not_up_is_told_with_the_log_of_the_container_that_is_to_blame() -> None:
+    log = {"container": "weights-cache", "lines": ["no objects below s3://models/flowerz; is the prefix right?"]}
+    reason = "weights-cache ended with status 1 twice"
+    failed = hello(state="failed", failure=reason, failure_log=log, pods=[pod(reason=reason, log=log)])
+    waits = pod(name="hello-2-cd", reason="its volume c is not there", log=None)
+    for shown in (tables.plain(document(failed, hello(pods=[waits]))), on_a_screen(document(failed, hello(pods=[waits])))):
+        assert shown.count(reason) == 1  # the pod's reason is the Service's
+        assert "  │ the last lines of weights-cache:\n  │ no objects below s3://models/flowerz; is the prefix right?" in shown
+        assert "hello-2-cd: its volume c is not there" in shown
+
+
+def everything_evil() -> dict[str, Any]:
+    log = {"container": EVIL, "lines": [EVIL] * 50}
+    bad = pod(name=EVIL, phase=EVIL, reason=EVIL, log=log, waits_for=EVIL, weights={"bytes": 1, "source": EVIL})
+    found = hello(name=EVIL, namespace=EVIL, state=EVIL, failure=EVIL, failure_log=log, url=EVIL, pods=[bad], errors=errors(1, 1))
+    found["cold_starts"] = [{"outcome": EVIL, "seconds": 1.0}]
+    revision = {"name": EVIL, "state": EVIL, "percent": EVIL, "tags": {EVIL: EVIL}, "ready": 1, "desired": 1, "concurrency": 0}
+    found["revisions"] = [revision | {"requests_total": 1}]
+    in_queue = {"depth": 1, "in_flight": 1, "oldest_age_s": 1.0, "dead": 1, "problem": EVIL, "name": EVIL, "url": "u"}
+    source = in_queue | {"namespace": EVIL, "phase": "failed", "queue": EVIL, "queue_url": "v", "sink": EVIL, "done": 1, "retried": 1}
+    source |= {"restarts": {EVIL: 1}, "exits": {EVIL: EVIL}}
+    return document(found, manifests={"problem": EVIL}, queue_sources=[source], queues=[in_queue])
+
+
+@pytest.mark.parametrize("show", [tables.plain, on_a_screen])
+def test_what_others_have_written_moves_nothing_and_makes_no_line_of_its_own(show: Any) -> None:
+    shown = show(everything_evil())
+    ours = re.sub(r"\x1b\[[0-9;]*m", "", shown)  # the styles of the tables
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e]", ours)
+    assert "evil" in ours
+    assert not [line for line in ours.splitlines() if line.lstrip().startswith("12:00:00")]
+    assert "[bold]b[/] [/] [link=http://evil]l[/link]" in ours
+    assert "\x1b]8;" not in shown
+
+
+def test_a_document_of_any_size_is_bounded_on_a_screen() -> None:
+    log = {"container": "function", "lines": ["x" * 100_000] * 1000}
+    status = document(hello(failure="y\n" * 100_000, failure_log=log, url="u" * 100_000))
+    assert len(tables.plain(status)) < 50_000
