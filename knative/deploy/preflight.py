@@ -9,6 +9,7 @@ from knative.deploy.objects import Object
 
 # What not every cluster has, by the group of its kinds.
 _OPTIONAL = {
+    "admissionregistration.k8s.io": "Kubernetes 1.30 brings it; leave out the component prefetch, whose agents could change all of a node",
     "monitoring.coreos.com": "the Prometheus operator brings it: install that, or leave out the component monitoring",
     "keda.sh": "KEDA brings it: install that, or take EVENTS=sqs, which does without",
     "eventing.knative.dev": "Knative Eventing or its Kafka broker brings it: docs/events.md says what each of EVENTS= needs",

@@ -36,7 +36,13 @@ _QUEUE_SOURCES = ("sqs", "sqs-keda")
 _NO_QUEUE = ".amazonaws.com/000000000000/"  # in the URL of a queue that is still to be named
 _REGION = re.compile(r"https?://(?:sqs\.([a-z0-9-]+)|([a-z0-9-]+)\.queue)\.amazonaws\.com")
 _HAVE_SINKS = ("ContainerSource", "SinkBinding", "Trigger", "KafkaSource", "RabbitmqSource", "IntegrationSource")
-_OF_THE_CLUSTER = ("ClusterRole", "ClusterRoleBinding", "PriorityClass")  # have no namespace
+_OF_THE_CLUSTER = (  # have no namespace
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "PriorityClass",
+    "ValidatingAdmissionPolicy",
+    "ValidatingAdmissionPolicyBinding",
+)
 
 
 def render(variables: Variables, kubectl: Kubectl) -> list[Object]:
@@ -179,10 +185,12 @@ _OF_A_SERVICE = ("name", "weights_uri", "min_scale", "max_scale", "target", "con
 
 
 def _complete(objects: list[Object]) -> None:
-    """Give what was added to an overlay the overlay's namespace."""
+    """Give what was added to an overlay the overlay's namespace; kustomize gives one to kinds that it does not know to have none."""
     namespace = next((item["metadata"]["namespace"] for item in services(objects) if "namespace" in item["metadata"]), None)
     for item in objects:
-        if namespace and item["kind"] not in _OF_THE_CLUSTER:
+        if item["kind"] in _OF_THE_CLUSTER:
+            item["metadata"].pop("namespace", None)
+        elif namespace:
             item["metadata"].setdefault("namespace", namespace)
 
 

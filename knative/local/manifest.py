@@ -77,6 +77,8 @@ _LEFT_ALONE = {
     "PriorityClass",
     "PrometheusRule",
     "ServiceAccount",
+    "ValidatingAdmissionPolicy",
+    "ValidatingAdmissionPolicyBinding",
 }
 # A queue as SQS names it. A cluster knows a Service by the second of these, with the namespace in it.
 _QUEUE = re.compile(rf"{re.escape(QUEUES)}/[0-9]{{12}}/([-\w]{{1,75}}(?:\.fifo)?)")

@@ -32,6 +32,10 @@ KINDS: dict[str, list[tuple[str, str, bool]]] = {
     "apps/v1": [("DaemonSet", "daemonsets", True)],
     "networking.k8s.io/v1": [("NetworkPolicy", "networkpolicies", True)],
     "rbac.authorization.k8s.io/v1": [("ClusterRole", "clusterroles", False), ("ClusterRoleBinding", "clusterrolebindings", False)],
+    "admissionregistration.k8s.io/v1": [
+        ("ValidatingAdmissionPolicy", "validatingadmissionpolicies", False),
+        ("ValidatingAdmissionPolicyBinding", "validatingadmissionpolicybindings", False),
+    ],
     SERVING: [("Service", "services", True), ("Revision", "revisions", True)],
 }
 

@@ -228,6 +228,23 @@ def test_every_volume_is_mounted_and_every_mount_has_a_volume(everything: list[t
             assert mounted == {volume["name"] for volume in spec["volumes"]}, name
 
 
+def test_pods_reach_the_same_clouds_whichever_policy_they_have(everything: list[tuple[str, list[Object]]]) -> None:
+    """A service on the internet, but not the node's credentials; and where the pod's own come from."""
+    blocks = {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}, {"cidr": "::/0", "except": ["fd00:ec2::254/128"]}
+    internet = [{"ipBlock": block} for block in blocks]
+    identity = {"to": [{"ipBlock": {"cidr": "169.254.170.23/32"}}, {"ipBlock": {"cidr": "fd00:ec2::23/128"}}], "ports": [{"port": 80}]}
+    for name, objects in everything:
+        for policy in (item for item in objects if item["kind"] == "NetworkPolicy" and "Egress" in item["spec"]["policyTypes"]):
+            rules = policy["spec"]["egress"]
+            assert identity in rules, f"{name}: {policy['metadata']['name']}"
+            outside = [rule for rule in rules if "ipBlock" in rule["to"][0] and rule != identity]
+            assert all(rule["to"] == internet for rule in outside), name
+            ports = {port["port"] for rule in outside for port in rule["ports"]}
+            is_labeller = policy["metadata"]["name"] == "relight-weights-agent" and any(item["kind"] == "ClusterRole" for item in objects)
+            assert 443 in ports, name
+            assert (6443 in ports) == is_labeller, name
+
+
 def test_metrics_of_the_dashboard_and_the_alerts_are_those_that_there_are() -> None:
     texts = [(MANIFESTS / "components/monitoring" / name).read_text() for name in ("dashboard.json", "alerts.yaml")]
     used = set(re.findall(r"\b(?:function|weights_cache)_[a-z_]+\b", " ".join(texts)))
