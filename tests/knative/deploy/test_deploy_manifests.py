@@ -241,7 +241,7 @@ def test_pods_reach_the_same_clouds_whichever_policy_they_have(everything: list[
             assert all(rule["to"] == internet for rule in outside), name
             ports = {port["port"] for rule in outside for port in rule["ports"]}
             is_labeller = policy["metadata"]["name"] == "relight-weights-agent" and any(item["kind"] == "ClusterRole" for item in objects)
-            assert 443 in ports, name
+            assert ports & {443, 5671}, name
             assert (6443 in ports) == is_labeller, name
 
 
