@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
@@ -27,6 +28,7 @@ expect.set_options(timeout=60_000)  # what is waited for comes on a slow machine
 GATED = {"GATE": "open"}  # such a pod opens its port only when the test lets it
 BROKEN = ["python", "-c", "print('there is no model'); raise SystemExit(3)"]
 ODD = "<img src=x onerror=alert(1)>"
+SILENT = "import time; print('no objects below s3://models/flowerz; is the prefix right?', flush=True); time.sleep(1000)"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,10 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     # Its queue is looked at, but nobody polls it: what is in it stays.
     idle = queue_source("work", "echo", ["python", "-c", "import time; print('awake', flush=True); time.sleep(1000)"])
     crashing = queue_source("never", "echo", BROKEN)
-    with platform_running(tmp_path_factory.mktemp("dashboard"), [echo, broken, idle, crashing]) as running:
+    erring = service("erring")
+    sidecar = {"name": "weights-cache", "image": "x", "command": ["python", "-c", SILENT]}
+    blamed = service("blamed", sidecar, scale={"min-scale": "1"}, container={"command": ["python", "-c", "import time; time.sleep(1000)"]})
+    with platform_running(tmp_path_factory.mktemp("dashboard"), [echo, broken, erring, blamed, idle, crashing]) as running:
         yield running
 
 
@@ -78,7 +83,8 @@ def test_a_service_is_seen_at_zero_woken_by_the_button_and_its_cold_start_is_a_w
     stages = echo.locator("details .stage")
     expect(stages).to_have_count(2)
     expect(stages.first).to_contain_text("spawn")
-    expect(echo.locator(".charts figure")).to_have_count(4)
+    expect(echo.locator(".charts figure")).to_have_count(5)
+    expect(echo.locator(".charts figure", has_text="Errors")).to_be_hidden()  # there were none
     expect(echo.get_by_role("img", name="Pods, last five minutes: now 1 ready of 1 desired")).to_be_visible()
     expect(page.locator("#sum")).to_contain_text("1 pod ready")
 
@@ -99,6 +105,90 @@ def test_a_service_that_cannot_start_says_so_in_words_with_what_its_pod_said(pag
     expect(broken.locator("header .badge")).to_have_text("failed")
     expect(broken.locator(".note").first).to_contain_text("there is no model")
     expect(broken.locator("details .badge").first).to_have_text("failed")
+
+
+def test_a_service_whose_callers_get_errors_is_not_green_and_says_which_and_from_whom(page: Page, platform: Platform) -> None:
+    card = page.locator("#s-default-erring")
+    platform.call("erring")
+    expect(card.locator("header .badge")).to_have_text("ready")
+    for _ in range(3):
+        platform.call("erring", "/status/500")
+    expect(card.locator("header .badge")).to_have_text("ready, failing")
+    assert "failing" in (card.locator("header .badge").get_attribute("class") or "")
+    expect(card).to_contain_text("3 of the last minute's 4 answers were errors: 3 × 500 from the function. The last: 500 from the function")
+    errors = card.locator(".charts figure", has_text="Errors")
+    expect(errors).to_contain_text("3 last minute · 75 %")
+    expect(errors).to_contain_text("3 in all")
+
+
+@pytest.mark.parametrize("width", [1240, 800, 360])
+def test_the_result_of_a_test_request_is_a_box_of_its_own(browser: Browser, platform: Platform, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(f"http://127.0.0.1:{platform.admin_port}/")
+    card = page.locator("#s-default-echo")
+    card.get_by_role("button", name="Send test request to echo").click()
+    result = card.locator("output")
+    expect(result).to_contain_text("200 answered after")
+    outer, box = card.bounding_box(), result.bounding_box()
+    assert outer
+    assert box
+    assert result.evaluate("node => getComputedStyle(node).display") == "block"
+    assert box["x"] - outer["x"] > 10  # its margin, on both sides alike
+    assert abs((outer["x"] + outer["width"]) - (box["x"] + box["width"]) - (box["x"] - outer["x"])) < 1
+    text = result.locator("strong").bounding_box()
+    assert text
+    assert text["x"] - box["x"] > 8  # its padding
+    page.close()
+
+
+EVIL = f"{ODD}\x1b[2J\x1b[31m\u202egnp.exe\u2028</script><b onmouseover=alert(2)>bold</b>"
+SHOWN = EVIL.replace("\x1b", "\\u001b").replace("\u202e", "\\u202e").replace("\u2028", "\\u2028")
+
+
+def evil(value: Any) -> Any:
+    """The same document, with markup and control characters in each of its texts that others have a hand in."""
+    if isinstance(value, dict):
+        kept = ("state", "mode", "url", "phase", "outcome", "address", "code", "source")
+        return {key: found if key in kept else evil(found) for key, found in value.items()}
+    if isinstance(value, list):
+        return [evil(found) for found in value]
+    return EVIL if isinstance(value, str) else value
+
+
+def test_markup_and_control_characters_are_text_in_every_field(browser: Browser, platform: Platform) -> None:
+    platform.call("echo")
+    status = platform.status()
+    log = {"container": "function", "lines": ["last words"] * 3}
+    for live in status["services"]:
+        live |= {"failure": "why", "failure_log": log, "example": "x", "rollout": {"revision": "r", "state": "starting", "trouble": "t"}}
+        for pod in live["pods"]:
+            pod |= {"reason": "why not", "log": log, "waits_for": "a GPU"}
+    status["manifests"]["problem"] = "a problem"
+    for queue in (*status["queues"], *status["queue_sources"]):
+        queue["problem"] = "a problem"
+    page = browser.new_page(viewport={"width": 1240, "height": 900})
+    alerts: list[str] = []
+    page.on("dialog", lambda dialog: (alerts.append(dialog.message), dialog.dismiss()))
+    page.on("pageerror", lambda error: alerts.append(str(error)))
+    events = f"data: {json.dumps(evil(status))}\n\n"
+    page.route("**/api/events", lambda route: route.fulfill(content_type="text/event-stream", body=events))
+    page.goto(f"http://127.0.0.1:{platform.admin_port}/")
+    expect(page.locator("main")).to_contain_text(SHOWN)
+    told = page.locator("main").evaluate("node => node.textContent")
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e]", told)
+    assert told.count(SHOWN) > 15
+    for field in (page.locator("#problem"), page.locator(".card .note").first, page.locator("#queues .note").first):
+        expect(field).to_contain_text(SHOWN)
+    assert page.locator("main img, main script, main b").count() == 0
+    assert alerts == []
+    page.close()
+
+
+def test_the_log_box_opens_with_the_container_that_is_to_blame(page: Page) -> None:
+    page.get_by_role("button", name="Log of blamed").first.click()
+    expect(page.locator("#log-container")).to_have_value("weights-cache")
+    expect(page.get_by_role("log")).to_contain_text("no objects below s3://models/flowerz")
+    page.keyboard.press("Escape")
 
 
 def test_everything_is_reached_with_the_tab_key_and_opened_with_enter(page: Page, platform: Platform) -> None:
