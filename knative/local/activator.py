@@ -7,18 +7,18 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, closing
+from collections.abc import Callable
+from contextlib import closing
 from http import HTTPStatus
-from io import FileIO
-from tempfile import TemporaryFile
 
 import aiohttp
 from aiohttp import HttpVersion11, web
-from multidict import CIMultiDict
+from multidict import CIMultiDict, MultiMapping
 from yarl import URL
 
-from knative.local.errors import BadGateway, Overloaded, PodUnreached, RequestError, TooSlow
+from knative.local.body import BadBody, Body, Room
+from knative.local.descriptors import NoDescriptors
+from knative.local.errors import BadGateway, PodUnreached, RequestError, TooSlow
 from knative.local.outcomes import ACTIVATOR, GONE, POD
 from knative.local.pod import Pod
 from knative.local.revision import Revision
@@ -39,47 +39,73 @@ _HOP_BY_HOP = {
 }
 _AUTOMATIC = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")  # what aiohttp would add to a request that has none
 UNREACHED_TRIES = 3  # of one pod
-PIECE_BYTES = 256 * 1024
+READ_BYTES = 64 * 1024  # of an answer, that wait for the caller to read them; the double before the pod is held up
+PAUSE_S, PAUSE_LIMIT_S = 0.05, 1.0  # until a descriptor is looked for again, doubling
 
 
 class Activator:
     """Answers requests for all Services of the platform."""
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: Router, miss_descriptor: Callable[[], object] = lambda: None) -> None:
+        """miss_descriptor: told when there is none for the way to a pod, so that somebody gives way."""
         self._router = router
+        self._miss_descriptor = miss_descriptor
+        self._room = Room()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """One request, from its headers to the last byte of its answer."""
-        return await serve(request, self._router.find(request.host, request.headers))
+        return await self.serve(request, self._router.find(_host(request), request.headers))
 
+    async def serve(self, request: web.BaseRequest, revision: Revision) -> web.StreamResponse:
+        """One request for a revision that is known; however it ends, the record of its Service has it."""
+        call = _Call(request, revision, self._room)
+        code, source = GONE, ACTIVATOR
+        try:
+            answer, error = await self._answer(call)
+            code, source = (error.status, ACTIVATOR) if error else (answer.status, POD)
+            return answer
+        except Exception:
+            code = HTTPStatus.INTERNAL_SERVER_ERROR  # a mistake of ours, which the server answers
+            raise
+        finally:
+            if request.transport is None:  # the caller went away
+                code, source = (call.answer.status, POD) if call.answer else (GONE, ACTIVATOR)
+            revision.record.outcomes.add(time.monotonic(), code, source, revision.name)
 
-async def serve(request: web.BaseRequest, revision: Revision) -> web.StreamResponse:
-    """One request for a revision that is known; however it ends, the record of its Service has it."""
-    call = _Call(request, revision)
-    code, source = GONE, ACTIVATOR
-    try:
-        answer, error = await _answer(call)
-        code, source = (error.status, ACTIVATOR) if error else (answer.status, POD)
-        return answer
-    except Exception:
-        code = HTTPStatus.INTERNAL_SERVER_ERROR  # a mistake of ours, which the server answers
-        raise
-    finally:
-        if request.transport is None:  # the caller went away
-            code, source = (call.answer.status, POD) if call.answer else (GONE, ACTIVATOR)
-        revision.record.outcomes.add(time.monotonic(), code, source, revision.name)
+    async def _answer(self, call: "_Call") -> tuple[web.StreamResponse, RequestError | None]:
+        """What the caller gets, and the error that it stands for if it is not the pod's answer, or not the whole of it."""
+        try:
+            async with call.clock, call.revision.request():
+                with closing(call.body):
+                    return await self._forward(call), None
+        except TimeoutError:
+            error: RequestError = call.too_slow()
+        except RequestError as refused:
+            error = refused
+        return _cut(call.request, call.answer) if call.answer else error_response(error), error
 
-
-async def _answer(call: "_Call") -> tuple[web.StreamResponse, RequestError | None]:
-    """What the caller gets, and the error that it stands for if it is not the pod's answer, or not the whole of it."""
-    try:
-        async with call.clock, call.revision.request():
-            return await _forward(call), None
-    except TimeoutError:
-        error: RequestError = call.too_slow()
-    except RequestError as refused:
-        error = refused
-    return _cut(call.request, call.answer) if call.answer else error_response(error), error
+    async def _forward(self, call: "_Call") -> web.StreamResponse:
+        """Hold the request until there is a pod, and hand it over; to another one if nothing of it has reached the first."""
+        unreached: Counter[str] = Counter()
+        pause_s = PAUSE_S
+        while True:
+            async with call.revision.slot(call.body.read_on) as pod:
+                call.handed_to(pod)
+                try:
+                    return await _hand_over(call, pod)
+                except NoDescriptors:
+                    call.taken_back(is_short=True)
+                except PodUnreached as error:
+                    call.taken_back()
+                    pod.unreached()
+                    unreached[pod.name] += 1
+                    if unreached[pod.name] == UNREACHED_TRIES:
+                        raise BadGateway(f"{pod.name} says that it is ready, and nothing listens at its port {pod.plan.port}") from error
+                    continue
+            self._miss_descriptor()
+            async with call.body.read_on():
+                await asyncio.sleep(pause_s)
+            pause_s = min(PAUSE_LIMIT_S, pause_s * 2)
 
 
 class _Call:
@@ -90,12 +116,12 @@ class _Call:
     bytes on it.
     """
 
-    def __init__(self, request: web.BaseRequest, revision: Revision) -> None:
+    def __init__(self, request: web.BaseRequest, revision: Revision, room: Room) -> None:
         now = asyncio.get_running_loop().time()
         spec = revision.service.spec
         self.request = request
         self.revision = revision
-        self.body = _Body(request.content)
+        self.body = Body(request.content, room)
         self.answer: web.StreamResponse | None = None  # once begun; after that only cutting the connection can say "no"
         self._first_byte_s, self._limit = spec.first_byte_limit()
         self._idle_s = spec.idle_timeout_seconds
@@ -103,11 +129,18 @@ class _Call:
         self.clock = asyncio.timeout_at(now + self._first_byte_s)
         self._pod: Pod | None = None
         self._handed_at = now
+        self._is_short = False
 
-    def handed_to(self, pod: Pod | None) -> None:
-        """It is the pod's turn, or nobody's."""
+    def handed_to(self, pod: Pod) -> None:
+        """It is the pod's turn."""
         self._pod = pod
         self._handed_at = asyncio.get_running_loop().time()
+        self._is_short = False
+
+    def taken_back(self, *, is_short: bool = False) -> None:
+        """It was not reached; is_short: for want of a file descriptor."""
+        self._pod = None
+        self._is_short = is_short
 
     def begins(self, answer: web.StreamResponse) -> None:
         """The pod answers."""
@@ -128,93 +161,17 @@ class _Call:
         if self._pod and not self.body.awaited:
             since = max(self._handed_at, self.body.came_at)
             self.revision.timed_out(self._pod, asyncio.get_running_loop().time() - since, self._first_byte_s)
-        name, waits_for = self.revision.service.name, self.revision.waits_for
+        name, waits_for = self.revision.service.name, "no file descriptor was left" if self._is_short else self.revision.waits_for
         text = f"{name} did not answer within {self._first_byte_s} s ({self._limit}, cold start included)"
         return TooSlow(f"{text}; {waits_for}" if waits_for else text)
 
 
-async def _forward(call: _Call) -> web.StreamResponse:
-    """Hold the request until there is a pod, and hand it over; to another one if nothing of it has reached the first."""
-    unreached: Counter[str] = Counter()
-    with closing(call.body):
-        while True:
-            async with call.revision.slot(call.body.read_on) as pod:
-                call.handed_to(pod)
-                try:
-                    return await _hand_over(call, pod)
-                except PodUnreached as error:
-                    call.handed_to(None)
-                    pod.unreached()
-                    unreached[pod.name] += 1
-                    if unreached[pod.name] == UNREACHED_TRIES:
-                        raise BadGateway(f"{pod.name} says that it is ready, and nothing listens at its port {pod.plan.port}") from error
-
-
-class _Body:
-    """The body of a request that may have to wait.
-
-    While it waits it is read into a file: that a client went away is only seen by who reads on, as the end of a connection comes after
-    everything that was sent over it.
-    """
-
-    def __init__(self, content: aiohttp.StreamReader) -> None:
-        self.awaited = False  # whether somebody who takes it waits for the client to send more
-        self.came_at = 0.0  # on the loop's clock: when somebody who takes it last got something from the client
-        self._content = content
-        self._early: FileIO | None = None  # of no name; what came while nobody took it
-
-    @asynccontextmanager
-    async def read_on(self) -> AsyncIterator[None]:
-        """For as long as it is entered, what comes is kept. Raises Overloaded if that was not possible."""
-        keeping = asyncio.create_task(self._keep())
-        try:
-            yield
-        finally:
-            keeping.cancel()
-            (ended,) = await asyncio.gather(keeping, return_exceptions=True)
-        if isinstance(ended, RequestError):
-            raise ended
-
-    async def _keep(self) -> None:
-        async for piece in self._content.iter_any():
-            try:
-                self._early = self._early or TemporaryFile(buffering=0)  # noqa: SIM115  see close()
-                rest = memoryview(piece)
-                while rest:
-                    rest = rest[self._early.write(rest) :]
-            except OSError as error:
-                raise Overloaded(f"the body cannot be kept until a pod is ready: {error.strerror or error}", retry_after_s=10) from error
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        if self._early:
-            self._early.seek(0)
-            while piece := self._early.read(PIECE_BYTES):
-                yield piece
-        clock = asyncio.get_running_loop().time
-        self.awaited = True
-        async for piece in self._content.iter_any():
-            self.awaited, self.came_at = False, clock()
-            yield piece
-            self.awaited = True
-        self.awaited, self.came_at = False, clock()
-
-    def close(self) -> None:
-        """Forget what was kept."""
-        if self._early:
-            self._early.close()
-
-
 async def _hand_over(call: _Call, pod: Pod) -> web.StreamResponse:
-    """Send the request to the pod and stream its answer back. Raises PodUnreached or BadGateway."""
+    """Send the request to the pod and stream its answer back. Raises PodUnreached, NoDescriptors, BadBody or BadGateway."""
     request = call.request
     upgrade = _upgrade(request.headers) if request.version >= HttpVersion11 else ""
-    headers = _end_to_end(request.headers)
-    headers["X-Forwarded-For"] = request.remote or ""
-    headers["X-Forwarded-Host"] = request.host
-    headers["X-Forwarded-Proto"] = request.scheme
-    if upgrade:
-        headers.update({"Connection": "Upgrade", "Upgrade": upgrade})
-    if headers.popall("Expect", None):
+    headers = _headers(request, upgrade)
+    if request.version >= HttpVersion11 and any(value.lower() == "100-continue" for value in request.headers.getall("Expect", ())):
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     sent = asyncio.Event()
     try:
@@ -225,12 +182,13 @@ async def _hand_over(call: _Call, pod: Pod) -> web.StreamResponse:
             data=call.body if request.body_exists else None,
             skip_auto_headers=_AUTOMATIC,
             allow_redirects=False,
+            read_bufsize=READ_BYTES,
             trace_request_ctx=sent,
         ) as reply:
             answer = web.StreamResponse(status=reply.status, reason=reply.reason, headers=_end_to_end(reply.headers))
             if reply.status == HTTPStatus.SWITCHING_PROTOCOLS:
                 taken = _upgrade(reply.headers)
-                if not upgrade or taken.lower() != upgrade.lower():
+                if taken.lower() not in {name.strip().lower() for name in upgrade.split(",")} - {""}:
                     raise BadGateway(f"{pod.name} switched to the protocol {taken!r}; {upgrade or 'no other'} was asked for")
                 answer.headers.update({"Connection": "Upgrade", "Upgrade": taken})
                 call.begins(answer)
@@ -245,16 +203,44 @@ async def _hand_over(call: _Call, pod: Pod) -> web.StreamResponse:
             await answer.write_eof()
             return answer
     except (aiohttp.ClientError, ConnectionError) as error:
-        # It may have been sent over a connection that then broke, and aiohttp have found no other: that is no case for another pod.
-        if isinstance(error, aiohttp.ClientConnectorError) and not sent.is_set():
-            raise PodUnreached(str(error)) from error
-        raise BadGateway(f"{pod.name} ended the connection before it had answered: {error or type(error).__name__}") from error
+        raise _explain(error, call, pod, is_sent=sent.is_set()) from error
 
 
-def _upgrade(headers: Mapping[str, str]) -> str:
-    """The protocol that a message asks to change to, or changes to; an empty text if none."""
-    named = (name.strip().lower() for name in headers.get("Connection", "").split(","))
-    return headers.get("Upgrade", "") if "upgrade" in named else ""
+def _explain(error: Exception, call: _Call, pod: Pod, *, is_sent: bool) -> Exception:
+    """What an error of the way to a pod means."""
+    if call.body.is_broken:
+        return BadBody("the body of the request is not what its head says, or no chunks")
+    # It may have been sent over a connection that then broke, and aiohttp have found no other: that is no case for another pod.
+    if isinstance(error, aiohttp.ClientConnectorError) and not is_sent:
+        return NoDescriptors(str(error)) if NoDescriptors.explains(error.os_error) else PodUnreached(str(error))
+    return BadGateway(f"{pod.name} ended the connection before it had answered: {error or type(error).__name__}")
+
+
+def _headers(request: web.BaseRequest, upgrade: str) -> CIMultiDict[str]:
+    """What the pod is sent of them, and of what we know. Each that is set here takes the place of all of its name."""
+    headers = _end_to_end(request.headers)
+    headers.popall("Expect", None)
+    host = _host(request)
+    if host:
+        headers["Host"] = host
+    headers["X-Forwarded-For"] = request.remote or ""
+    headers["X-Forwarded-Host"] = host
+    headers["X-Forwarded-Proto"] = request.scheme
+    if upgrade:
+        headers.update({"Connection": "Upgrade", "Upgrade": upgrade})
+    return headers
+
+
+def _upgrade(headers: MultiMapping[str]) -> str:
+    """The protocols that a message asks to change to, or the one that it changes to; an empty text if none."""
+    return ", ".join(headers.getall("Upgrade", ())) if "upgrade" in _options(headers) else ""
+
+
+def _host(request: web.BaseRequest) -> str:
+    """Who is asked: whom the target names if it names a host (RFC 9112, 3.2.2), else the Host."""
+    if not request.raw_path.startswith("/") and (whole := URL(request.raw_path, encoded=True)).absolute:
+        return whole.raw_authority
+    return request.headers.get("Host", "")
 
 
 def _target(request: web.BaseRequest, pod: Pod) -> URL:
@@ -266,10 +252,15 @@ def _target(request: web.BaseRequest, pod: Pod) -> URL:
     return URL(pod.address + target, encoded=True)
 
 
-def _end_to_end(headers: Mapping[str, str]) -> CIMultiDict[str]:
+def _end_to_end(headers: MultiMapping[str]) -> CIMultiDict[str]:
     """The headers that are for the other end."""
-    named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
-    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in _HOP_BY_HOP and name.lower() not in named)
+    dropped = _HOP_BY_HOP | _options(headers)
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in dropped)
+
+
+def _options(headers: MultiMapping[str]) -> set[str]:
+    """What all Connection headers name, in small letters."""
+    return {name.strip().lower() for field in headers.getall("Connection", ()) for name in field.split(",")}
 
 
 def _cut(request: web.BaseRequest, begun: web.StreamResponse) -> web.StreamResponse:

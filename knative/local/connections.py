@@ -38,7 +38,7 @@ log = logging.getLogger("relight.platform")
 class State(enum.IntEnum):
     """What a connection is at."""
 
-    ENDING = 0  # it was told why it ends
+    ENDING = 0  # it is answered for the last time; whatever still comes is thrown away
     RESTING = 1  # between two requests
     RECEIVING = 2  # the head of a request is to come
     WORKING = 3  # a request is there, its body and answer on their way; it never gives way to others
@@ -103,7 +103,7 @@ class Connection(RequestHandler):
             raise ConnectionError("an answer was begun that cannot be completed")
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             self._all.report(exc)
-            message = "the platform has made a mistake, of which its log tells more"
+            message = "the platform has made a mistake; its terminal tells more"
         elif isinstance(exc, LineTooLong):
             status, message = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "a line of the request's head is too long"
         answer = web.Response(status=status, body=_document(status, message or ""), content_type="application/json")
@@ -111,14 +111,19 @@ class Connection(RequestHandler):
         self._all.enter(self, State.ENDING)
         return answer
 
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """Something else went wrong, or the client went away: aiohttp does not know which."""
+        if not self.wire.is_closing():
+            self._all.report(kw.get("exc_info"))
+
     def work(self) -> None:
         """A request is there."""
         self._head_bytes = 0
         self._all.enter(self, State.WORKING)
 
-    def rest(self) -> None:
-        """Its answer is written."""
-        self._all.enter(self, State.RESTING)
+    def rest(self, request: web.BaseRequest) -> None:
+        """Its answer is made; what still comes of its body is thrown away for a while, so that the client reads the answer."""
+        self._all.enter(self, State.RESTING if request.content.is_eof() else State.ENDING)
 
     def has_data(self) -> bool:
         """Whether something has come that nobody has read."""
@@ -152,7 +157,7 @@ def _document(status: int, message: str) -> bytes:
     kind = "internal_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "bad_request"
     if status == HTTPStatus.REQUEST_TIMEOUT:
         kind = "too_slow"
-    return json.dumps({"error": {"type": kind, "message": message.strip()[:MESSAGE_CHARACTERS]}}).encode()
+    return json.dumps({"error": {"type": kind, "message": message.partition("\n")[0].rstrip(":")[:MESSAGE_CHARACTERS]}}).encode()
 
 
 class Connections:

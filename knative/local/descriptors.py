@@ -6,11 +6,22 @@ import resource
 import time
 from collections.abc import Callable
 
+from knative.local.errors import PlatformError
+
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # of a call that would have opened one
 MOST = 1 << 20  # Linux's own limit for a process, unless somebody has raised it
 MOST_RESERVED = 256
 STEADY_S = 10.0  # without want, until it is said to be over
 QUIET_S = 60.0  # from then until it is said again
+
+
+class NoDescriptors(PlatformError):
+    """A connection could not be opened for want of a file descriptor, or of a port: who was to be reached has no part in it."""
+
+    @staticmethod
+    def explains(error: OSError) -> bool:
+        """Whether it is that."""
+        return error.errno in (*NO_ROOM, errno.EADDRNOTAVAIL)
 
 
 def raise_limit() -> None:

@@ -19,7 +19,7 @@ import aiohttp
 from aiohttp import web
 from rich.markup import escape
 
-from knative.local.activator import Activator, error_response, serve
+from knative.local.activator import Activator, error_response
 from knative.local.address import announce
 from knative.local.admin import Admin
 from knative.local.devices import Devices, check, found
@@ -89,6 +89,7 @@ class Platform:
         self._sink_listeners = AsyncExitStack()
         self._queue_watch: QueueWatch | None = None
         self._router = Router()
+        self._activator = Activator(self._router, self._listening.miss_descriptor)
         self._session: aiohttp.ClientSession | None = None
         self._embedded: EmbeddedServer | None = None
         self._fork_server: ForkServer | None = None
@@ -136,7 +137,7 @@ class Platform:
         await self._start_helpers(self._manifests)
         started.push_async_callback(self._stop_services)
         self._update_router()
-        await started.enter_async_context(self._listening.call_port(self._settings.port, Activator(self._router).handle))
+        await started.enter_async_context(self._listening.call_port(self._settings.port, self._activator.handle))
         await started.enter_async_context(self._sink_listeners)
         admin = Admin(self._services, self._queue_watch, self.status, self._settings.state_dir, self._session, self._settings.port)
         await started.enter_async_context(self._listening.admin_port(self._settings.admin_port, admin.handle))
@@ -245,7 +246,7 @@ class Platform:
 
         async def handle(request: web.BaseRequest) -> web.StreamResponse:
             if live := self._services.get(service):
-                return await serve(request, live.choose())
+                return await self._activator.serve(request, live.choose())
             return error_response(Stopping(f"Service {service[1]} stands in no manifest any more"))
 
         if service not in self._sink_ports:

@@ -1,13 +1,14 @@
 """The platform's ports: each takes in who comes, and pauses when there is no room for more, until there is."""
 
 import asyncio
+import json
 import os
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from knative.local.connections import Connection, Connections
 from knative.local.descriptors import NO_ROOM, Descriptors
@@ -43,8 +44,9 @@ class Ports:
         """Where the user looks; it has a part of the descriptors that callers leave."""
         return Port(port, handle, self.admin, self, is_first=True)
 
-    def evict(self) -> bool:
-        """Whoever has been at rest for longest gives way to somebody who needs a descriptor; False if there is none."""
+    def miss_descriptor(self) -> bool:
+        """Somebody needs one, and there is none: whoever has been at rest for longest gives way; False if nobody is at rest."""
+        self.descriptors.missed()
         return self.calls.evict() or self.admin.evict()
 
 
@@ -93,9 +95,9 @@ class Port(AbstractAsyncContextManager["Port"]):
         assert isinstance(connection, Connection)
         connection.work()
         try:
-            return await self._handle(request)
+            return _refusal(request) or await self._handle(request)
         finally:
-            connection.rest()
+            connection.rest(request)
 
     def _listen(self) -> None:
         if not self._is_listening and not self._is_closed:
@@ -131,8 +133,7 @@ class Port(AbstractAsyncContextManager["Port"]):
 
     def _make_room(self) -> None:
         """The descriptor of one that gives way is free in the loop's next turn."""
-        self._ports.descriptors.missed()
-        if not self._ports.evict():
+        if not self._ports.miss_descriptor():
             self._wait_for_room()
 
     def _wait_for_room(self) -> None:
@@ -155,3 +156,17 @@ class Port(AbstractAsyncContextManager["Port"]):
         self._connections.look()
         self._ports.descriptors.look()
         self._listen()
+
+
+def _refusal(request: web.BaseRequest) -> web.Response | None:
+    """What no port does."""
+    if request.method == hdrs.METH_CONNECT:
+        status, kind, message = 405, "method_not_allowed", "CONNECT is for proxies, and this is none"
+    elif (coding := ",".join(request.headers.getall(hdrs.TRANSFER_ENCODING, ("chunked",)))).lower() != "chunked":
+        status, kind, message = 501, "not_implemented", f"Transfer-Encoding: found {coding[:100]!r}; known is chunked"
+    else:
+        return None
+    answer = web.Response(status=status, body=json.dumps({"error": {"type": kind, "message": message}}).encode())
+    answer.content_type = "application/json"
+    answer.force_close()
+    return answer

@@ -32,7 +32,7 @@ class Router:
     def find(self, host: str, headers: Mapping[str, str]) -> Revision:
         """The revision for one request."""
         assert self._default
-        live, tag = self._hosts.get(host.lower().partition(":")[0], (self._default, None))
+        live, tag = self._hosts.get(host.lower().partition(":")[0].rstrip("."), (self._default, None))
         if self._by_header and not tag:
             tag = headers.get(TAG_HEADER)
         return live.choose(tag)

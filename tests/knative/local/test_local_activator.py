@@ -4,17 +4,16 @@ import asyncio
 import contextlib
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from pathlib import Path
 
 import aiohttp
 import pytest
 from aiohttp import StreamReader, web
 from aiohttp.base_protocol import BaseProtocol
 
-from knative.local import activator
+from knative.local import activator, body
 from knative.local import revision as revisions
+from knative.local.body import Body, Room
 from knative.local.breaker import TIME_OUTS
-from knative.local.errors import Overloaded
 from knative.local.launch import PodPlan
 from knative.local.revision import Revision
 from knative.local.router import Router
@@ -31,33 +30,68 @@ def unread() -> StreamReader:
 
 def test_what_came_while_nobody_took_it_comes_first() -> None:
     async def scenario() -> None:
-        content = unread()
-        body = activator._Body(content)
+        content, room = unread(), Room()
+        held = Body(content, room)
         for piece in (b"one ", b"two "):
             content.feed_data(piece)
-            async with body.read_on():
+            async with held.read_on():
                 await asyncio.sleep(0.01)
+        assert room.taken == 8
         content.feed_data(b"three")
         content.feed_eof()
-        assert b"".join([piece async for piece in body]) == b"one two three"
-        body.close()
+        assert b"".join([piece async for piece in held]) == b"one two three"
+        assert room.taken == 0
 
     asyncio.run(scenario())
 
 
-def test_a_body_that_there_is_no_room_for_is_a_503_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("each", "everything"), [(1000, 10_000), (10_000, 1000)])
+def test_no_more_is_read_ahead_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch, each: int, everything: int) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(body, "EACH_BYTES", each)
+        content, room = unread(), Room(everything)
+        content.feed_data(bytes(5000))
+        held = Body(content, room)
+        async with held.read_on():
+            await asyncio.sleep(0.01)
+        assert room.taken == 1000
+        content.feed_eof()
+        assert sum([len(piece) async for piece in held]) == 5000
+        assert room.taken == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_is_over_gives_its_room_back() -> None:
+    async def scenario() -> None:
+        content, room = unread(), Room()
+        content.feed_data(bytes(5000))
+        with contextlib.closing(Body(content, room)) as held:
+            async with held.read_on():
+                await asyncio.sleep(0.01)
+            assert room.taken == 5000
+        assert room.taken == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_body_can_be_sent_again_as_long_as_all_of_it_is_kept() -> None:
     async def scenario() -> None:
         content = unread()
-        content.feed_data(b"some")
-        body = activator._Body(content)
-        with pytest.raises(Overloaded, match=r"^the body cannot be kept until a pod is ready: No space left on device$"):
-            async with body.read_on():
-                await asyncio.sleep(0.01)
-        body.close()
+        content.feed_data(b"kept")
+        held = Body(content, Room())
+        async with held.read_on():
+            await asyncio.sleep(0.01)
+        content.feed_data(b" and passed on")
+        content.feed_eof()
+        first = aiter(held)
+        assert await anext(first) == b"kept"
+        second = aiter(held)
+        assert [await anext(second), await anext(second)] == [b"kept", b" and passed on"]
+        with pytest.raises(ConnectionError):
+            await anext(aiter(held))
 
-    with Path("/dev/full").open("w+b", buffering=0) as full:
-        monkeypatch.setattr(activator, "TemporaryFile", lambda buffering: full)
-        asyncio.run(scenario())
+    asyncio.run(scenario())
 
 
 class Pod:
