@@ -1,5 +1,7 @@
 """What the local platform can tell its user, at start or in an answer."""
 
+from knative.local.trouble import Trouble
+
 
 class PlatformError(Exception):
     """Base of every error this package raises on purpose; its text is for the person who has to act."""
@@ -24,6 +26,11 @@ class RequestError(PlatformError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
+    @property
+    def whole(self) -> str:
+        """What whoever runs the platform is told; its own text is for anybody."""
+        return str(self)
+
 
 class Overloaded(RequestError):
     """The activator's queue is full."""
@@ -32,9 +39,18 @@ class Overloaded(RequestError):
 
 
 class RevisionFailed(RequestError):
-    """The revision's pod did not become ready within its progress deadline."""
+    """The revision's pods cannot be started."""
 
     type = "revision_failed"
+
+    def __init__(self, trouble: Trouble, *, retry_after_s: float) -> None:
+        super().__init__(trouble.reason, retry_after_s=retry_after_s)
+        self._trouble = trouble
+
+    @property
+    def whole(self) -> str:
+        """With the log of the container that is to blame."""
+        return self._trouble.whole
 
 
 class Stopping(RequestError):

@@ -188,7 +188,7 @@ class Platform:
             manifests = await asyncio.to_thread(self._read)
             for service in manifests.services:
                 if live := self._services.get(key(service)):
-                    live.check(service)
+                    live.rollout.check(service)
             new = {
                 key(service): LiveService(service, self._make_pod, self._terminal)
                 for service in manifests.services
@@ -205,7 +205,7 @@ class Platform:
         gone = [self._services.pop(name) for name in list(self._services) if name not in {key(service) for service in manifests.services}]
         for service in manifests.services:
             if live := self._services.get(key(service)):
-                live.apply(service)
+                live.rollout.apply(service)
         self._services.update(new)
         self._update_router()
         await self._reload_sources(manifests.sources)
@@ -365,7 +365,10 @@ class Platform:
             free_port=self._free_port,
             addresses=self._addresses,
         )
-        return self._pod(name, plan, revision.pod_changed, revision.process_ended, self._fork_server, is_urgent=revision.needs)
+        supervisor = revision.supervisor
+        return self._pod(
+            name, plan, supervisor.pod_changed, supervisor.process_ended, self._fork_server, is_urgent=lambda _: supervisor.needs_pod()
+        )
 
     def _make_source_pod(self, source: QueueSource, name: str, sink: str) -> Pod:
         plan = plan_source(source, pod=name, sink=sink, places=self._places, free_port=self._free_port, addresses=self._addresses)
@@ -398,14 +401,14 @@ class Platform:
         """Let idle pods go until a pod can have so many GPUs more, those first that nobody has called for longest; none if it is no use."""
         revisions = [revision for live in (*self._services.values(), *self._leaving) for revision in live.revisions.values()]
         others = [revision for revision in revisions if all(pod.name != claimant for pod in revision.pods)]
-        spare = [(revision, pod) for revision in sorted(others, key=lambda one: one.last_left) for pod in revision.spare_pods()]
-        missing -= sum(pod.plan.gpus for revision in revisions for pod in revision.going)
+        spare = [(revision, pod) for revision in sorted(others, key=lambda one: one.last_left) for pod in revision.supervisor.spare_pods()]
+        missing -= sum(pod.plan.gpus for revision in revisions for pod in revision.pods.going)
         if missing > sum(pod.plan.gpus for _, pod in spare):
             return
         for revision, pod in spare:
             if missing > 0:
                 missing -= pod.plan.gpus
-                revision.give_up(pod)
+                revision.supervisor.give_up(pod)
 
     def _free_port(self) -> int:
         """A loopback port that nobody has, and that no other pod was just given."""

@@ -1,21 +1,27 @@
 """One container as a process group: started, started again when it dies, ended with everything it started."""
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from knative.local.fork_server import Forked, ForkServer
 from knative.local.launch import Process
 from knative.local.limits import Confinement, Limiter
 from knative.local.procfs import MARK, end_marked
+from knative.local.tasks import Tasks
 
-# As the kubelet has them: the first restart is at once, the next after 10 s, doubling.
+# As the kubelet has them: the first restart is at once, the next after 10 s, doubling. But whoever was well since it started begins again
+# at once, and so does one that was killed from outside: callers are held for it, and it is not its own fault.
 RESTART_S, RESTART_LIMIT_S = 10.0, 300.0
+KILLED_S = 1.0  # between two starts of one that is killed again and again
 STEADY_S = 600.0  # after so long alive, a crash counts as the first one again
 # A log that has become so long is put aside, in the place of the one that was put aside before (the kubelet's default size).
 LOG_BYTES = 10 << 20
@@ -23,6 +29,18 @@ LOG_LOOK_S = 5.0
 
 _prctl = ctypes.CDLL(None).prctl
 _PR_SET_PDEATHSIG = 1
+_FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a process ended, or why it could not be started. `is_own`: nobody from outside has killed it."""
+
+    text: str
+    is_own: bool = True
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class ContainerProcess:
@@ -31,12 +49,16 @@ class ContainerProcess:
     def __init__(
         self,
         process: Process,
-        on_exit: Callable[[str], object],
+        on_exit: Callable[[Ending], object],
         fork_server: ForkServer | None = None,
         limiter: Limiter | None = None,
         on_start: Callable[[], object] = lambda: None,
+        on_failure: Callable[[str, Exception], object] = lambda what, error: None,
     ) -> None:
-        """on_exit: called with what happened each time the process ends by itself, or cannot be started. on_start: when it is there."""
+        """on_exit: called with what happened each time the process ends by itself, or cannot be started. on_start: when it is there.
+
+        on_failure: told of a mistake of ours in keeping it, which is not kept any more then.
+        """
         self.process = process
         self.restarts = 0
         self.started_at = 0.0  # on time.monotonic's clock
@@ -47,9 +69,11 @@ class ContainerProcess:
         self._limiter = limiter or Limiter()
         self._confinement: Confinement | None = None
         self._reason = ""  # why we have killed it
+        self._cannot = ""  # why it could not be started
+        self._was_well = False  # since it started last
+        self._oom_kills = 0  # of the machine, when it started last
         self._child: asyncio.subprocess.Process | Forked | None = None
-        self._keeper: asyncio.Task[None] | None = None
-        self._log_keeper: asyncio.Task[None] | None = None
+        self._tasks = Tasks(on_failure)
 
     @property
     def running(self) -> bool:
@@ -66,21 +90,24 @@ class ContainerProcess:
         self.process.log.parent.mkdir(parents=True, exist_ok=True)
         self._confinement = self._limiter.confine(self.process.env.get(MARK, self.process.container), self.process.limits)
         await self._spawn()
-        self._keeper = asyncio.create_task(self._keep())
-        self._log_keeper = asyncio.create_task(_keep_short(self.process.log))
+        name = self.process.container
+        self._tasks.start(self._keep(), f"keeping the container {name}")
+        self._tasks.start(_keep_short(self.process.log), f"keeping the log of {name} short")
+
+    def is_well(self) -> None:
+        """It works: if it ends now, that is not a failed start."""
+        self._was_well = True
 
     async def restart(self, reason: str = "") -> None:
         """End the process; the keeper starts it again. `reason` is then said to be how it ended."""
         self._kill(reason)
 
     async def stop(self, grace_s: float) -> None:
-        """SIGTERM, and SIGKILL to whatever is left of all that it started after `grace_s`."""
-        keepers = [task for task in (self._keeper, self._log_keeper) if task]
-        for task in keepers:
-            task.cancel()
-        await asyncio.gather(*keepers, return_exceptions=True)  # one that is just starting the process has still to take it back
+        """SIGTERM to the process alone, as the kubelet sends it; after `grace_s` SIGKILL to whatever is left of all that it started."""
+        await self._tasks.stop()  # one that is just starting the process has still to take it back
         if self._child:
-            self._signal(signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._child.pid, signal.SIGTERM)
             try:
                 await asyncio.wait_for(self._child.wait(), grace_s)
             except TimeoutError:
@@ -100,23 +127,32 @@ class ContainerProcess:
         pause_s = 0.0
         while True:
             began = time.monotonic()
-            ended = "could not be started"
-            if self._child:
-                ended = _ending(await self._child.wait())
-                self._signal(signal.SIGKILL)  # what it left behind would hold its port
-                self._child = None  # from now on its number may be somebody else's
-            if self._confinement:
-                self._limiter.unwatch(self._confinement)
-                self._reason = self._reason or self._confinement.out_of_memory() or ""
-            self.last_exit, self._reason = self._reason or ended, ""
-            self._on_exit(self.last_exit)
+            ending = await self._end()
+            self.last_exit = ending.text
+            self._on_exit(ending)
             await self._end_rest()
-            if time.monotonic() - began > STEADY_S:
+            if self._was_well or time.monotonic() - began > STEADY_S:
                 pause_s = 0.0
             await asyncio.sleep(pause_s)
-            pause_s = min(RESTART_LIMIT_S, pause_s * 2 or RESTART_S)
+            pause_s = min(RESTART_LIMIT_S, pause_s * 2 or RESTART_S) if ending.is_own else max(pause_s, KILLED_S)
             self.restarts += 1
             await self._spawn()
+
+    async def _end(self) -> Ending:
+        """Wait for the end of the process, and say how it came."""
+        ending = Ending(f"could not be started: {self._cannot}")
+        if self._child:
+            ending = _ending(await self._child.wait())
+            self._signal(signal.SIGKILL)  # what it left behind would hold its port
+            self._child = None  # from now on its number may be somebody else's
+        if self._confinement:
+            self._limiter.unwatch(self._confinement)
+            self._reason = self._reason or self._confinement.out_of_memory() or ""
+        if not ending.is_own and not self._reason and _oom_kills() > self._oom_kills:
+            self._reason = f"{ending.text}, and this machine was out of memory"
+        ending = Ending(self._reason) if self._reason else ending
+        self._reason = ""
+        return ending
 
     async def _end_rest(self) -> None:
         """Of what it started, that which has a session of its own, as a daemon has; in a cluster it would end with the container too."""
@@ -124,28 +160,38 @@ class ContainerProcess:
             await asyncio.to_thread(end_marked, mark)
 
     async def _spawn(self) -> None:
-        self._child = None
-        with self.process.log.open("ab") as log:
-            if self._fork_server:
-                self._child = await self._fork_server.fork(self.process, log, self._enter)
-            try:
-                self._child = self._child or await asyncio.create_subprocess_exec(
-                    *self.process.argv,
-                    env=self.process.env,
-                    cwd=self.process.cwd,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=asyncio.subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=self._prepare,
-                )
-            except OSError as error:
-                log.write(f"cannot start {' '.join(self.process.argv)}: {error}\n".encode())
-        if self._child:
-            self.started_at = time.monotonic()
-            if self._confinement:
-                self._limiter.watch(self._confinement, self._child.pid, self._kill)
-            self._on_start()
+        self._child, self._was_well = None, False
+        self._oom_kills = _oom_kills()
+        try:
+            with self.process.log.open("ab") as log:
+                self._child = await self._begin(log)
+        except OSError as error:
+            self._cannot = f"{error.filename or self.process.argv[0]}: {error.strerror or error}"
+            return
+        self.started_at = time.monotonic()
+        if self._confinement:
+            self._limiter.watch(self._confinement, self._child.pid, self._kill)
+        self._on_start()
+
+    async def _begin(self, log: IO[bytes]) -> asyncio.subprocess.Process | Forked:
+        """The process. Raises OSError."""
+        if self._fork_server and (forked := await self._fork_server.fork(self.process, log, self._enter)):
+            return forked
+        try:
+            return await asyncio.create_subprocess_exec(
+                *self.process.argv,
+                env=self.process.env,
+                cwd=self.process.cwd,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=self._prepare,
+            )
+        except OSError as error:
+            # Not its arguments: a Secret's value may be among them.
+            log.write(f"cannot start {self.process.argv[0]}: {error}\n".encode())
+            raise
 
     def _prepare(self) -> None:
         """Runs in the child before the command. If this platform is killed, the pod is told to end."""
@@ -173,8 +219,23 @@ class ContainerProcess:
                 pass  # all of it is gone
 
 
-def _ending(status: int) -> str:
-    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+def _ending(status: int) -> Ending:
+    """From an exit status, negative for a signal. Shells, and our function's server, tell of a child's signal as 128 and its number."""
+    number = -status if status < 0 else status - 128
+    try:
+        by = signal.Signals(number)
+    except ValueError:
+        return Ending(f"ended with status {status}")
+    text = f"was ended by {by.name}" if status < 0 else f"ended with status {status} ({by.name})"
+    return Ending(text, is_own=by not in _FROM_OUTSIDE)
+
+
+def _oom_kills() -> int:
+    """How often the kernel has killed something on this machine to get memory back."""
+    try:
+        return int(next(line.split()[1] for line in Path("/proc/vmstat").read_text().splitlines() if line.startswith("oom_kill ")))
+    except (OSError, StopIteration):
+        return 0
 
 
 async def _keep_short(log: Path) -> None:

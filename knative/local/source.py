@@ -83,7 +83,7 @@ class LiveSource:
             "queue": queue_name(url) if url else None,
             "queue_url": self.queue_url,
             "sink": service[1] + path if service else path,
-            "phase": "failed" if self.pod.failed else pod["phase"],
+            "phase": "failed" if self.pod.trouble else pod["phase"],
             **self.counts,
             "pod": pod["name"],
             "started_at": pod["started_at"],

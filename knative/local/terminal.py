@@ -4,9 +4,10 @@ What others have written (pods, callers, manifests) goes through plain.py, and i
 """
 
 import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.errors import MarkupError
@@ -15,10 +16,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Ta
 from rich.text import Text
 
 from knative.local.manifest import Service
+from knative.local.patient import PatientStream
 from knative.local.plain import block, line
 from knative.local.pod import Pod
 from knative.local.revision import Revision
 from knative.local.series import Repeats
+from knative.local.trouble import Trouble
 
 Part = str | tuple[str, str]  # a text, or a text and its style
 
@@ -31,7 +34,7 @@ class Terminal:
     """Prints for a person; without a terminal it prints plain lines and no live ones."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, emoji=False)
+        self.console = console or Console(file=_output(), highlight=False, emoji=False)
         self._bars: dict[str, TaskID] = {}
         self._shown_at = 0.0
         self._phases: dict[str, str] = {}
@@ -141,9 +144,9 @@ class Terminal:
         """See Watcher."""
         self._again(revision, ("hangs", "red"), reason)
 
-    def failed(self, revision: Revision, reason: str) -> None:
+    def failed(self, revision: Revision, trouble: Trouble) -> None:
         """See Watcher."""
-        self._again(revision, ("failed", "red"), reason)
+        self._again(revision, ("failed", "red"), trouble.whole)
 
     def gave_up(self, revision: Revision, pod: Pod) -> None:
         """See Watcher."""
@@ -164,6 +167,8 @@ class Terminal:
         """Leave the terminal as it was."""
         if self._bars:
             self._live.stop()
+        if isinstance(self.console.file, PatientStream):
+            self.console.file.close()
 
     def _again(self, revision: Revision, what: Part, text: str) -> None:
         """Something that may come again and again, as in a crash loop."""
@@ -190,3 +195,10 @@ class Terminal:
             self._live.remove_task(bar)
             if not self._bars:
                 self._live.stop()
+
+
+def _output() -> TextIO:
+    try:
+        return cast(TextIO, PatientStream(sys.stdout))
+    except (OSError, ValueError):
+        return sys.stdout  # it has no descriptor

@@ -11,6 +11,7 @@ from knative.local.launch import PodPlan
 from knative.local.manifest import Service, read_manifests
 from knative.local.pod import Phase, Pod
 from knative.local.revision import Revision
+from knative.local.trouble import Trouble
 from tests.knative.local.running import manifests, service
 
 
@@ -58,7 +59,7 @@ class Events:
     def hung(self, revision: Revision, pod: Pod, reason: str) -> None:
         self.told.append("hung")
 
-    def failed(self, revision: Revision, reason: str) -> None:
+    def failed(self, revision: Revision, trouble: Trouble) -> None:
         self.told.append("failed")
 
     def gave_up(self, revision: Revision, pod: Pod) -> None:

@@ -13,8 +13,13 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from knative.local import health as health_module
+from knative.local import process as process_module
+from knative.local import troubles as troubles_module
+from knative.local.errors import PlatformError
 from knative.local.launch import PodPlan, Probe, Process
 from knative.local.pod import Pod, Report
+from knative.local.trouble import Trouble
 
 SLEEP = ("sh", "-c", "echo $$; exec sleep 60")
 EVERY_S = 0.02
@@ -432,15 +437,152 @@ def processes_in(folder: Path) -> list[str]:
     return found
 
 
-def test_the_last_words_are_those_of_every_container(tmp_path: Path) -> None:
+def test_without_anything_known_the_user_containers_log_is_what_there_is_to_be_seen(tmp_path: Path) -> None:
     async def scene(stage: Stage) -> None:
+        stage.function.status = 503
         talkative = stage.process("function", "sh", "-c", "for n in 1 2 3; do echo line $n; done; exec sleep 60", readiness=stage.probe())
         silent = stage.process("sidecar", "sleep", "60")
         pod = stage.pod(talkative, silent)
-        assert pod.last_words() == "its containers wrote nothing"
+        assert pod.why_not_ready() == Trouble("hello-1: its containers wrote nothing")
         await pod.start()
-        await until("three lines", lambda: "line 3" in pod.last_words())
-        assert pod.last_words(2) == "function:\n  line 2\n  line 3"
+        await until("three lines", lambda: "line 3" in pod.why_not_ready().lines)
+        found = pod.why_not_ready()
+        assert found == Trouble("hello-1: its container function does not say that it is ready", "function", ("line 1", "line 2", "line 3"))
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_start_that_ends_twice_in_the_same_way_has_failed_and_says_why(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        pod = stage.pod(stage.process("function", "sh", "-c", "echo no model; exit 3", readiness=stage.probe()))
+        stage.function.status = 503
+        await pod.start()
+        await until("the failure", lambda: pod.troubles.has_failed)
+        reason = "its container function ended with status 3, twice as it started"
+        assert pod.trouble == Trouble(reason, "function", ("no model", "no model"))
+        assert (pod.status()["reason"], pod.status()["log"]["lines"]) == (reason, ["no model", "no model"])
+        assert pod.status()["restarts"] == {"function": 1}
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_start_that_ends_in_another_way_each_time_has_failed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "RESTART_S", 0.01)
+
+    async def scene(stage: Stage) -> None:
+        script = f"echo >> {tmp_path}/starts; exit $(wc -l < {tmp_path}/starts)"
+        pod = stage.pod(stage.process("function", "sh", "-c", script, readiness=stage.probe()))
+        stage.function.status = 503
+        await pod.start()
+        await until("the failure", lambda: pod.troubles.has_failed)
+        assert pod.trouble
+        assert pod.trouble.reason == "its container function ended with status 3, again and again as it started"
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize("signal_name", ["KILL", "TERM"])
+def test_a_start_that_is_killed_from_outside_has_not_failed(tmp_path: Path, signal_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "KILLED_S", 0.01)
+
+    async def scene(stage: Stage) -> None:
+        stage.function.status = 503
+        pod = stage.pod(stage.process("function", "sh", "-c", f"kill -{signal_name} $$", readiness=stage.probe()))
+        await pod.start()
+        await until("many ends", lambda: pod.status()["restarts"]["function"] >= 5)
+        assert not pod.troubles.has_failed
+        assert pod.trouble
+        assert pod.trouble.reason == f"its container function was ended by SIG{signal_name}"
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_sidecar_that_ends_well_again_and_again_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "RESTART_S", 0.01)
+
+    async def scene(stage: Stage) -> None:
+        stage.function.status = 503
+        pod = stage.pod(stage.process(readiness=stage.probe()), stage.process("sidecar", "true"))
+        await pod.start()
+        await until("many ends", lambda: pod.status()["restarts"]["sidecar"] >= 4)
+        assert not pod.troubles.has_failed
+        stage.function.status = 200
+        await becomes(pod, "ready")
+        assert pod.trouble is None
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_what_a_sidecar_says_is_wrong_is_the_pods_trouble_and_after_a_while_it_is_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(troubles_module, "STUCK_S", 0.05)
+
+    async def scene(stage: Stage) -> None:
+        stage.function.says({"phase": "restoring", "error": "no objects below s3://models/flowerz/\nis the prefix right?"}, 503)
+        sidecar = stage.process("weights-cache", "sh", "-c", "echo no objects; exec sleep 60", readiness=stage.probe())
+        pod = stage.pod(stage.process(readiness=stage.probe()), sidecar)
+        await pod.start()
+        await until("stuck", lambda: pod.troubles.is_stuck and pod.trouble and pod.trouble.lines)
+        assert pod.trouble == Trouble(
+            "its container weights-cache says: no objects below s3://models/flowerz/\\nis the prefix right?",
+            "weights-cache",
+            ("no objects",),
+        )
+        stage.function.says({"phase": "restoring"}, 503)
+        await until("no complaint", lambda: pod.trouble is None)
+        assert not pod.troubles.is_stuck
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_sidecar_without_a_readiness_probe_is_asked_where_it_tells_of_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health_module, "SIDECAR_LOOK_S", 0.01)
+
+    async def scene(stage: Stage) -> None:
+        stage.function.says({"phase": "idle", "error": "no credentials"}, 503)
+        sidecar = replace(stage.process("cache", "sleep", "60"), env={**os.environ, "WEIGHTS_PORT": str(stage.function.port)})
+        pod = stage.pod(replace(stage.process(), startup=replace(stage.probe(), command=("false",), failures=1000)), sidecar)
+        await pod.start()
+        await until("the complaint", lambda: pod.trouble)
+        assert pod.trouble
+        assert pod.trouble.reason == "its container cache says: no credentials"
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_volume_that_cannot_be_made_is_why_a_pod_cannot_be_started(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        place = tmp_path / "c"
+        place.touch()
+        pod = stage.pod(replace(stage.process(readiness=stage.probe()), directories=(place,)))
+        with pytest.raises(PlatformError, match=f"^{place} is not a directory$"):
+            await pod.start()
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_an_exception_in_one_of_its_tasks_is_why_it_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask(*_: object) -> None:
+        raise ValueError("odd")
+
+    monkeypatch.setattr(health_module, "ask", ask)
+
+    async def scene(stage: Stage) -> None:
+        pod = stage.pod()
+        await pod.start()
+        await until("the failure", lambda: pod.troubles.has_failed)
+        assert pod.trouble == Trouble("the readiness probe of function failed: ValueError: odd")
         await pod.drain(0)
 
     play(tmp_path, scene)

@@ -13,19 +13,19 @@ import pytest
 
 from knative.local import process as process_module
 from knative.local.launch import Process
-from knative.local.process import ContainerProcess, tail
+from knative.local.process import ContainerProcess, Ending, tail
 from knative.local.procfs import MARK
 
 T = TypeVar("T")
 
 
-def container(log: Path, *argv: str, on_exit: Callable[[str], object] = lambda _: None, cwd: Path | None = None) -> ContainerProcess:
+def container(log: Path, *argv: str, on_exit: Callable[[Ending], object] = lambda _: None, cwd: Path | None = None) -> ContainerProcess:
     """One container with this command; its output goes to a folder that is not there yet."""
     process = Process("function", True, argv, dict(os.environ), cwd, (), log, None, None)
     return ContainerProcess(process, on_exit)
 
 
-def shell(log: Path, script: str, on_exit: Callable[[str], object] = lambda _: None) -> ContainerProcess:
+def shell(log: Path, script: str, on_exit: Callable[[Ending], object] = lambda _: None) -> ContainerProcess:
     return container(log, "sh", "-c", script, on_exit=on_exit)
 
 
@@ -143,6 +143,74 @@ def test_after_a_long_life_a_crash_counts_as_the_first_one_again(log: Path, monk
     asyncio.run(main())
 
 
+def test_one_that_was_well_is_started_again_at_once_however_often_it_ends(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "RESTART_S", 3600.0)
+
+    async def main() -> None:
+        function = shell(log, "echo here; exec sleep 600")
+        await function.start()
+        for count in range(1, 4):
+            await until("its start", lambda count=count: len(lines(log)) == count)  # type: ignore[misc]
+            function.is_well()
+            await function.restart("is not well any more")
+        await until("a fourth start", lambda: len(lines(log)) == 4)
+        await function.stop(5)
+
+    asyncio.run(main())
+
+
+def test_one_that_is_killed_from_outside_is_started_again_soon_however_often(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "RESTART_S", 3600.0)
+    monkeypatch.setattr(process_module, "KILLED_S", 0.01)
+    endings: list[Ending] = []
+
+    async def main() -> None:
+        function = shell(log, "echo $$; exec sleep 600", on_exit=endings.append)
+        await function.start()
+        for count in range(1, 5):
+            await until("its start", lambda count=count: len(lines(log)) == count)  # type: ignore[misc]
+            os.kill(int(lines(log)[-1]), signal.SIGKILL)
+        await until("a fifth start", lambda: len(lines(log)) == 5)
+        await function.stop(5)
+
+    asyncio.run(main())
+    assert [(ending.text, ending.is_own) for ending in endings] == [("was ended by SIGKILL", False)] * 4
+
+
+def test_one_that_the_kernel_killed_for_its_memory_has_ended_by_itself(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kills = iter([3, 4, 4])
+    monkeypatch.setattr(process_module, "_oom_kills", lambda: next(kills))
+    endings: list[Ending] = []
+
+    async def main() -> None:
+        function = shell(log, "echo $$; exec sleep 600", on_exit=endings.append)
+        await function.start()
+        await until("its start", lambda: lines(log))
+        os.kill(int(lines(log)[-1]), signal.SIGKILL)
+        await until("its end", lambda: endings)
+        await function.stop(5)
+
+    asyncio.run(main())
+    assert endings == [Ending("was ended by SIGKILL, and this machine was out of memory")]
+
+
+def test_a_mistake_of_ours_in_keeping_it_is_told(log: Path) -> None:
+    told: list[tuple[str, str]] = []
+
+    def fail(_: Ending) -> None:
+        raise ValueError("odd")
+
+    async def main() -> None:
+        planned = Process("function", True, ("true",), dict(os.environ), None, (), log, None, None)
+        function = ContainerProcess(planned, fail, on_failure=lambda what, error: told.append((what, str(error))))
+        await function.start()
+        await until("the mistake", lambda: told)
+        await function.stop(5)
+
+    asyncio.run(main())
+    assert told == [("keeping the container function", "odd")]
+
+
 @pytest.mark.parametrize("command", ["no-such-command", "/etc/hostname"], ids=["not found", "not a program"])
 def test_a_command_that_cannot_be_started_says_so_in_the_log_and_is_tried_again(
     log: Path, command: str, monkeypatch: pytest.MonkeyPatch
@@ -157,7 +225,8 @@ def test_a_command_that_cannot_be_started_says_so_in_the_log_and_is_tried_again(
         await function.stop(5)
 
     asyncio.run(main())
-    assert lines(log)[0].startswith(f"cannot start {command} --fast: ")
+    assert lines(log)[0].startswith(f"cannot start {command}: ")
+    assert "--fast" not in log.read_text()  # among arguments there may be a secret
 
 
 def test_a_working_directory_that_is_not_there_is_named(log: Path) -> None:
@@ -326,7 +395,7 @@ def test_what_it_started_in_a_session_of_its_own_ends_with_it(log: Path, monkeyp
 
 
 def test_the_reason_that_it_was_killed_for_is_how_it_ended(log: Path) -> None:
-    endings: list[str] = []
+    endings: list[Ending] = []
 
     async def main() -> None:
         function = shell(log, "echo here; exec sleep 600", on_exit=endings.append)
@@ -338,7 +407,7 @@ def test_the_reason_that_it_was_killed_for_is_how_it_ended(log: Path) -> None:
         await function.stop(0)
 
     asyncio.run(main())
-    assert endings == ["is not well"]
+    assert endings == [Ending("is not well")]
 
 
 def test_a_restart_kills_it_and_starts_it_again(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,12 +472,14 @@ def test_the_signal_that_a_dying_platform_leaves_behind_is_sigterm(log: Path) ->
     ("command", "told"),
     [
         pytest.param(("sh", "-c", "exit 3"), "ended with status 3", id="ended"),
+        pytest.param(("sh", "-c", "exit 137"), "ended with status 137 (SIGKILL)", id="a child killed"),
+        pytest.param(("sh", "-c", "exit 255"), "ended with status 255", id="no signal"),
         pytest.param(("sh", "-c", "kill -KILL $$"), "was ended by SIGKILL", id="killed"),
-        pytest.param(("/no/such/command",), "could not be started", id="never there"),
+        pytest.param(("/no/such/command",), "could not be started: /no/such/command: No such file or directory", id="never there"),
     ],
 )
 def test_how_a_process_ended_is_told(log: Path, command: tuple[str, ...], told: str) -> None:
-    endings: list[str] = []
+    endings: list[Ending] = []
 
     async def main() -> None:
         function = container(log, *command, on_exit=endings.append)
@@ -417,4 +488,4 @@ def test_how_a_process_ended_is_told(log: Path, command: tuple[str, ...], told: 
         await function.stop(5)
 
     asyncio.run(main())
-    assert endings[0] == told
+    assert endings[0].text == told

@@ -77,7 +77,7 @@ def test_a_request_is_a_latency_and_each_second_is_a_sample() -> None:
         revision = live.choose()
         async with revision.request():
             since, arrived = revision.meter._reported_at, revision.meter._changed_at  # some time apart: the clock goes on meanwhile
-            revision._sample(arrived + 1)
+            revision.scaling.scaler.sample(arrived + 1, has_pods=False)
             live._sample(arrived + 1)
         assert live.record.samples[-1].concurrency == pytest.approx(1 / (arrived + 1 - since), abs=0.001)
         assert live.record.samples[-1].p50 is None

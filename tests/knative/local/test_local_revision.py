@@ -2,14 +2,25 @@
 
 import asyncio
 import contextlib
+import random
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
+from knative.autoscaler.choice import READY, STARTING, rooms, victims
+from knative.local import scale_loop as scale_loop_module
+from knative.local import troubles as troubles_module
 from knative.local.breaker import TIME_OUTS
-from knative.local.errors import Overloaded, RevisionFailed, Stopping
+from knative.local.errors import Overloaded, PlatformError, RevisionFailed, Stopping
+from knative.local.failures import RETRY_S
+from knative.local.launch import Process
 from knative.local.pod import Phase, Pod
-from knative.local.revision import QUEUE_LIMIT, RETRY_S, Revision, pick, victims
+from knative.local.process import ContainerProcess
+from knative.local.revision import Revision
+from knative.local.trouble import Trouble
+from knative.local.waiting import QUEUE_LIMIT
 from tests.knative.local.fakes import FakePod, fake, fake_revision
 
 
@@ -19,7 +30,7 @@ def pods_of(*loads: int, phase: Phase = "ready") -> list[Pod]:
     pods: list[Pod] = []
     for age, load in enumerate(loads):
         pod = FakePod(revision, f"pod-{age}")
-        pod.phase, pod.in_flight, pod.asked_at = phase, load, float(age)
+        pod.phase, pod.in_flight, pod.number, pod.state = phase, load, age, READY if phase == "ready" else STARTING
         pods.append(pod)
     return pods
 
@@ -28,34 +39,43 @@ def names(pods: Sequence[Pod]) -> list[str]:
     return [pod.name for pod in pods]
 
 
+def taken(loads: Sequence[int], container_concurrency: int, count: int) -> list[str]:
+    """The pods that so many requests go to, one after the other, none of which ends."""
+    choice = rooms(container_concurrency, random.Random())
+    for pod in pods_of(*loads):
+        choice.add(pod)
+    found = []
+    for _ in range(count):
+        if (pod := choice.take()) is None:
+            break
+        pod.in_flight += 1
+        found.append(pod.name)
+    return found
+
+
 @pytest.mark.parametrize(
-    ("loads", "container_concurrency", "turn", "expected"),
+    ("loads", "container_concurrency", "count", "expected"),
     [
-        pytest.param((), 0, 0, None, id="no pods"),
-        pytest.param((), 5, 0, None, id="no pods with a limit"),
-        pytest.param((1000,), 0, 0, 0, id="one without a limit always has room"),
-        pytest.param((5, 1), 0, 0, 1, id="of two without a limit the less busy"),
-        pytest.param((0, 0), 1, 1, 0, id="up to three the first with room, whosever turn it is"),
-        pytest.param((1, 0), 1, 0, 1, id="one at a time: the next one"),
-        pytest.param((1, 2, 0), 3, 7, 0, id="three at a time: the first with room though not the idlest"),
-        pytest.param((1, 1), 1, 0, None, id="all full"),
-        pytest.param((0, 0, 0), 4, 0, 0, id="above three each in its turn: first"),
-        pytest.param((0, 0, 0), 4, 1, 1, id="above three each in its turn: second"),
-        pytest.param((0, 0, 0), 4, 5, 2, id="above three each in its turn: round and round"),
-        pytest.param((0, 4, 3), 4, 1, 2, id="above three one that is full is passed over"),
-        pytest.param((4, 4, 4), 4, 1, None, id="above three all full"),
+        pytest.param((), 0, 1, [], id="no pods"),
+        pytest.param((), 5, 1, [], id="no pods with a limit"),
+        pytest.param((1000,), 0, 1, ["pod-0"], id="one without a limit always has room"),
+        pytest.param((5, 1), 0, 1, ["pod-1"], id="of two without a limit the less busy"),
+        pytest.param((0, 0), 1, 2, ["pod-0", "pod-1"], id="one at a time: the first with room"),
+        pytest.param((1, 2, 0), 3, 4, ["pod-0", "pod-0", "pod-1", "pod-2"], id="three at a time: the first with room"),
+        pytest.param((1, 1), 1, 1, [], id="all full"),
+        pytest.param((0, 0, 0), 4, 5, ["pod-0", "pod-1", "pod-2", "pod-0", "pod-1"], id="above three each in its turn"),
+        pytest.param((4, 0, 3), 4, 2, ["pod-1", "pod-2"], id="above three one that is full is passed over"),
+        pytest.param((4, 4, 4), 4, 1, [], id="above three all full"),
     ],
 )
 def test_a_request_goes_to_the_pod_that_knatives_activator_would_pick(
-    loads: tuple[int, ...], container_concurrency: int, turn: int, expected: int | None
+    loads: tuple[int, ...], container_concurrency: int, count: int, expected: list[str]
 ) -> None:
-    pods = pods_of(*loads)
-    assert pick(pods, container_concurrency, turn) is (None if expected is None else pods[expected])
+    assert taken(loads, container_concurrency, count) == expected
 
 
 def test_without_a_limit_the_busiest_of_many_is_never_picked() -> None:
-    pods = pods_of(1, 9, 1, 2)
-    assert pods[1] not in {pick(pods, 0, turn) for turn in range(200)}
+    assert "pod-1" not in {taken((1, 9, 1, 2), 0, 1)[0] for _ in range(200)}
 
 
 @pytest.mark.parametrize(
@@ -235,7 +255,7 @@ def test_a_platform_that_stops_tells_those_who_wait_and_those_who_come() -> None
         for caller in (waiting, Caller(revision)):
             with pytest.raises(Stopping):
                 await caller.task
-        assert revision.pods == []
+        assert len(revision.pods) == 0
 
     asyncio.run(main())
 
@@ -308,7 +328,7 @@ def test_when_no_pod_is_ready_by_the_deadline_those_who_wait_and_those_who_come_
         assert events.told == ["starting, 1 waiting", "failed"]
         fake(revision.pods[0]).gone.set()
         await settle()
-        assert revision.pods == []
+        assert len(revision.pods) == 0
         await revision.stop()
 
     asyncio.run(main())
@@ -409,5 +429,150 @@ def test_a_pod_that_has_answered_is_replaced_at_once_however_many_have_hung() ->
             await settle()
             assert revision.pods[-1].phase == "starting"
         await revision.stop()
+
+    asyncio.run(main())
+
+
+def test_a_start_that_has_failed_is_told_to_those_who_wait_and_those_who_come_soon_after() -> None:
+    async def main() -> None:
+        revision, events = fake_revision()
+        waiting = Caller(revision)
+        await settle()
+        fake(revision.pods[0]).fail(Trouble("no model", "function", ("Traceback",)))
+        with pytest.raises(RevisionFailed, match=f"^{revision.pods[0].name}: no model$") as told:
+            await waiting.task
+        assert told.value.whole.endswith("no model. The last lines of function:\n  Traceback")
+        with pytest.raises(RevisionFailed, match="no model"):
+            await Caller(revision).task
+        status = revision.status()
+        assert (status["state"], status["failure_log"]) == ("failed", {"container": "function", "lines": ["Traceback"]})
+        assert (len(revision.pods), events.told) == (1, ["starting, 1 waiting", "failed"])  # the one that goes, and no other yet
+        await revision.stop()
+
+    asyncio.run(main())
+
+
+def test_a_pod_that_cannot_be_started_has_failed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def start(_: FakePod) -> None:
+        raise PlatformError("/volumes/default/c is not a directory")
+
+    monkeypatch.setattr(FakePod, "start", start)
+
+    async def main() -> None:
+        revision, _ = fake_revision()
+        with pytest.raises(RevisionFailed, match="/volumes/default/c is not a directory"):
+            await Caller(revision).task
+        await revision.stop()
+
+    asyncio.run(main())
+
+
+def test_pods_that_are_stuck_go_on_trying_and_callers_are_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(troubles_module, "STUCK_S", 0.0)
+
+    async def main() -> None:
+        revision, events = fake_revision()
+        waiting = Caller(revision)
+        await settle()
+        (pod,) = revision.pods
+        sidecar = ContainerProcess(Process("cache", False, ("true",), {}, None, (), Path("/no/log"), None, None), lambda _: None)
+        for _ in range(3):
+            fake(pod).complained(sidecar, "no objects")
+            fake(pod).complained(sidecar, "no objects at all")
+        for caller in (waiting, Caller(revision)):
+            with pytest.raises(RevisionFailed, match="its container cache says: no objects"):
+                await caller.task
+        assert revision.state == "failed"
+        assert list(revision.pods) == [pod]
+        assert events.told.count("failed") == 1
+        fake(pod).complained(sidecar, "")
+        patient = Caller(revision)
+        await settle()
+        assert (revision.state, queued(revision)) == ("starting", 1)
+        fake(pod).become("ready")
+        await settle()
+        await patient.leave()
+        await revision.stop()
+
+    asyncio.run(main())
+
+
+def test_one_pod_that_is_stuck_beside_one_that_starts_costs_nobody_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(troubles_module, "STUCK_S", 0.0)
+
+    async def main() -> None:
+        revision, _ = fake_revision(scale={"initial-scale": "2"})
+        revision.start()
+        await settle()
+        waiting = Caller(revision)
+        sidecar = ContainerProcess(Process("cache", False, ("true",), {}, None, (), Path("/no/log"), None, None), lambda _: None)
+        fake(revision.pods[0]).complained(sidecar, "no objects")
+        await settle()
+        assert queued(revision) == 1
+        fake(revision.pods[1]).become("ready")
+        await settle()
+        assert waiting.pod is revision.pods[1]
+        await waiting.leave()
+        await revision.stop()
+
+    asyncio.run(main())
+
+
+def test_an_exception_in_the_beat_is_a_state_with_a_reason_and_the_beat_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale_loop_module, "SAMPLE_S", 0.001)
+
+    async def main() -> None:
+        revision, events = fake_revision()
+        beats = []
+
+        def beat(*, decides: bool) -> None:
+            beats.append(decides)
+            if len(beats) == 1:
+                raise ValueError("odd")
+
+        monkeypatch.setattr(revision.scaling, "beat", beat)
+        revision.start()
+        while len(beats) < 3:
+            await asyncio.sleep(0.001)
+        assert revision.status()["failure"] == "the autoscaler's beat failed: ValueError: odd"
+        assert events.told == ["failed"]
+        with pytest.raises(RevisionFailed, match="odd"):
+            await Caller(revision).task
+        await revision.stop()
+
+    asyncio.run(main())
+
+
+def test_who_comes_to_zero_again_pokes_again_and_what_was_poked_is_counted_once() -> None:
+    async def main() -> None:
+        revision, _ = fake_revision()
+        scaler = revision.scaling.scaler
+        first = Caller(revision)
+        await settle()
+        fake(revision.pods[0]).become("ready")
+        await settle()
+        scaler.sample(time.monotonic(), has_pods=True)  # the second of the poke is over
+        await first.leave()
+        fake(revision.pods[0]).gone.set()
+        revision.scaling.scale_to(0)
+        await settle()
+        assert len(revision.pods) == 0
+        second = Caller(revision)
+        await settle()
+        assert len(revision.pods) == 1, "the second request at zero has to wait for the beat"
+        await second.go_away()
+        await revision.stop()
+
+    asyncio.run(main())
+
+
+def test_a_revision_that_is_stopped_leaves_no_task_behind() -> None:
+    async def main() -> None:
+        revision, _ = fake_revision(scale={"initial-scale": "2"})
+        revision.start()
+        await settle()
+        revision.scaling.scale_to(0)
+        await revision.stop()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(main())

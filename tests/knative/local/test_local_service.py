@@ -11,8 +11,10 @@ import yaml
 from knative.local.errors import ManifestError
 from knative.local.manifest import Service, read_manifests
 from knative.local.revision import Revision
+from knative.local.rollout import KEPT
 from knative.local.router import Router
-from knative.local.service import KEPT, LiveService
+from knative.local.service import LiveService
+from knative.local.trouble import Trouble
 from tests.knative.local.fakes import Events, FakePod
 from tests.knative.local.running import manifests, service
 
@@ -45,7 +47,7 @@ async def settle() -> None:
 
 
 def pods(live: LiveService, revision: str) -> list[FakePod]:
-    found = live.revisions[revision].pods
+    found = list(live.revisions[revision].pods)
     assert all(isinstance(pod, FakePod) for pod in found)
     return found  # type: ignore[return-value]
 
@@ -75,8 +77,8 @@ async def running(first: Service) -> Any:
 
 
 def change(live: LiveService, to: Service) -> None:
-    live.check(to)
-    live.apply(to)
+    live.rollout.check(to)
+    live.rollout.apply(to)
 
 
 def shares(live: LiveService) -> dict[str, int]:
@@ -125,7 +127,7 @@ def test_a_request_that_waits_when_the_traffic_moves_waits_for_the_new_revision(
             become_ready(live, NEW)
             await settle()
             (pod,) = pods(live, NEW)
-            assert ([pod.phase for pod in pods(live, OLD)], pod.in_flight, live.revisions[NEW].queued) == (["draining"], 1, 2)
+            assert ([pod.phase for pod in pods(live, OLD)], pod.in_flight, len(live.revisions[NEW].waiting)) == (["draining"], 1, 2)
             callers[-1].cancel()
             await settle()
             assert live.queued == 1
@@ -156,13 +158,13 @@ def test_a_new_revision_that_is_not_ready_in_time_leaves_the_traffic_where_it_is
         async with running(version(1)) as (live, events):
             change(live, version(2, deadline="0s"))
             await settle()
-            live.revisions[NEW].process_ended(pods(live, NEW)[0], "function ended with status 3: no model")
+            pods(live, NEW)[0].troubles._ended = Trouble("its container function ended with status 3: no model")
             assert "no model" in live.status("", "")["rollout"]["trouble"]
             while "failed" not in events.told:
                 await asyncio.sleep(0.01)
             assert (shares(live), live.state) == ({OLD: 100}, "ready")
-            assert live.failure.startswith(f"{NEW} failed; traffic stays on {OLD}. {NEW}-")
-            assert "not ready within 0 s" in live.failure
+            assert live.status("", "")["failure"].startswith(f"{NEW} failed; traffic stays on {OLD}. {NEW}-")
+            assert "not ready within 0 s" in live.status("", "")["failure"]
             assert events.told[-1] == f"{NEW} failed; traffic stays on {OLD}"
             await settle()
             assert {pod.phase for pod in pods(live, NEW)} == {"draining"}
@@ -172,7 +174,7 @@ def test_a_new_revision_that_is_not_ready_in_time_leaves_the_traffic_where_it_is
             change(live, version(3))
             await settle()
             become_ready(live, NEWEST)
-            assert (shares(live), live.failure) == ({NEWEST: 100}, None)
+            assert (shares(live), live.status("", "")["failure"]) == ({NEWEST: 100}, None)
 
     asyncio.run(main())
 
@@ -205,8 +207,8 @@ def test_where_somebody_is_served_a_revision_that_starts_at_zero_shows_first_tha
             await settle()
             assert (shares(live), len(pods(live, NEW))) == ({OLD: 100}, 1)
             revision = live.revisions[NEW]
-            revision._sample(revision.meter._changed_at + 1)
-            revision._decide(revision.meter._changed_at + 2)  # nobody has called
+            revision.scaling.scaler.sample(revision.meter._changed_at + 1, has_pods=True)
+            revision.scaling.apply(revision.scaling.scaler.decide(revision.meter._changed_at + 2, revision.pods.ready))  # nobody has called
             become_ready(live, NEW)
             await settle()
             assert (shares(live), [pod.phase for pod in pods(live, NEW)]) == ({NEW: 100}, ["ready"])
@@ -237,7 +239,7 @@ def test_what_a_secret_or_the_cluster_says_is_taken_without_a_new_revision_for_w
             change(live, read_manifests([("hello.yaml", text)]).services[0])
             (revision,) = live.revisions.values()
             assert revision.service.manifests.secrets == {("default", "key"): {"A": "b"}}
-            assert revision._autoscaler.spec.max_scale == 7
+            assert revision.scaling.scaler.spec.max_scale == 7
             assert [pod.phase for pod in pods(live, OLD)] == ["ready"]
 
     asyncio.run(main())
@@ -319,7 +321,7 @@ def test_a_revision_that_is_not_known_is_told_with_those_that_are_and_changes_no
     async def main() -> None:
         async with running(version(1)) as (live, _):
             with pytest.raises(ManifestError) as told:
-                live.check(version(2, {"revisionName": "hello-00009", "percent": 100}))
+                live.rollout.check(version(2, {"revisionName": "hello-00009", "percent": 100}))
             assert str(told.value) == (
                 "hello.yaml: document 1 (Service hello): spec.traffic[0].revisionName: "
                 f"found 'hello-00009'; the revisions of this run are {OLD}, {NEW}"
@@ -340,7 +342,7 @@ def test_a_named_revision_cannot_change_and_comes_back_by_its_name() -> None:
             with pytest.raises(
                 ManifestError, match=r"spec\.template\.metadata\.name: found 'hello-a', the name of a revision with another"
             ):
-                live.check(version(2, name="hello-a"))
+                live.rollout.check(version(2, name="hello-a"))
             change(live, version(2, name="hello-b"))
             await settle()
             become_ready(live, "hello-b")
@@ -426,7 +428,7 @@ def test_a_pod_that_is_let_go_for_two_reasons_at_once_goes_once() -> None:
         async with running(version(1, scale={"initial-scale": "2"})) as (live, events):
             revision = live.choose()
             live.leave()
-            revision._scale_to(0)
+            revision.scaling.scale_to(0)
             for pod in pods(live, OLD):
                 pod.gone.set()
             await settle()

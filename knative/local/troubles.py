@@ -1,0 +1,93 @@
+"""Why a pod does not come up: how its containers ended, and what they complain of."""
+
+import time
+from collections.abc import Sequence
+
+from knative.local.plain import line
+from knative.local.process import ContainerProcess, Ending
+from knative.local.trouble import Trouble
+
+STUCK_S = 5.0  # of a complaint, until it counts as one that stays
+SAME_ENDS, ENDS = 2, 3  # a start that ends so often in the same way, or in any, has failed
+LINES = 12  # of a log
+
+
+class Troubles:
+    """What is known of why one pod is not ready."""
+
+    def __init__(self, containers: Sequence[ContainerProcess]) -> None:
+        self._containers = containers
+        self._final: Trouble | None = None  # it will not be ready
+        self._ends: list[tuple[str, str]] = []  # of containers since the pod was asked for, or was ready last
+        self._ended: Trouble | None = None
+        self._complaint: tuple[ContainerProcess, str] | None = None
+        self._complains_since = 0.0
+        self._is_known_stuck = False  # what was told of it last
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the pod's start has failed for good."""
+        return self._final is not None
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether something keeps it from being ready that has done so for a while; it goes on trying."""
+        return self._complaint is not None and time.monotonic() - self._complains_since >= STUCK_S
+
+    def fail(self, trouble: Trouble) -> None:
+        """The pod will not be ready."""
+        self._final = self._final or trouble
+
+    def over(self) -> None:
+        """The pod is ready."""
+        self._ends.clear()
+        self._ended = self._complaint = None
+
+    def ended(self, container: ContainerProcess, ending: Ending, *, counts: bool) -> None:
+        """A container ended by itself. counts: as a start that ended; one that was killed from outside never does."""
+        name = container.process.container
+        said = self._complaint[1] if self._complaint and self._complaint[0] is container else ""
+        self._complaint = None
+        why = f"its container {name} {ending.text}{f': {said}' if said else ''}"
+        if counts and ending.is_own:
+            self._ends.append((name, ending.text))
+        same = self._ends.count((name, ending.text))
+        if same >= SAME_ENDS or len(self._ends) >= ENDS:
+            why += f", {'twice' if same == SAME_ENDS == len(self._ends) else 'again and again'} as it started"
+            self.fail(self._blame(container, why))
+        self._ended = self._blame(container, why)
+
+    def complained(self, container: ContainerProcess, error: str) -> bool:
+        """What a container says is wrong now, nothing if `error` is empty; whether that changes anything."""
+        before = self._complaint
+        if not error:
+            if before and before[0] is container:
+                self._complaint = None
+        elif before is None or not container.process.is_main:  # what a sidecar complains of, the function passes on
+            if before is None:
+                self._complains_since = time.monotonic()
+            self._complaint = container, line(error, 300)
+        was_known, self._is_known_stuck = self._is_known_stuck, self.is_stuck
+        return before != self._complaint or was_known != self._is_known_stuck
+
+    def latest(self) -> Trouble | None:
+        """What is known, if anything is."""
+        if self._final:
+            return self._final
+        if self._complaint:
+            container, error = self._complaint
+            return self._blame(container, f"its container {container.process.container} says: {error}")
+        return self._ended
+
+    def guess(self) -> Trouble:
+        """The same; without anything known, the container that has written something last is to blame."""
+        if found := self.latest():
+            return found
+        wrote = [container for container in self._containers if container.tail(1)]
+        if not wrote:
+            return Trouble("its containers wrote nothing")
+        last = max(wrote, key=lambda container: (container.process.is_main, container.process.container))
+        return self._blame(last, f"its container {last.process.container} does not say that it is ready")
+
+    def _blame(self, container: ContainerProcess, reason: str) -> Trouble:
+        return Trouble(reason, container.process.container, tuple(line(text, 300) for text in container.tail(LINES)))
