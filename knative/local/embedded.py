@@ -1,21 +1,29 @@
 """The server that comes with the platform, a process of its own: an object store and queues, started when a manifest names one of them."""
 
 import asyncio
-import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
+import aiohttp
+
+from knative.local.again import Again
 from knative.local.errors import PlatformError
+from knative.local.inheritance import inherited
 from knative.local.launch import Process
 from knative.local.process import ContainerProcess
 from knative.local.procfs import MARK
-from knative.local.queues import ACCOUNT, EMBEDDED, Queue
+from knative.local.queues import ACCOUNT, CONTENTS, EMBEDDED, REGION, Queue, dead_letters
+from knative.local.tasks import describe
 
-START_LIMIT_S = 60.0
-LOOK_S = 0.05
+START_LIMIT_S, START_LOOK_S = 60.0, 0.05
+LOOK_S = 2.0  # between two looks at what is in it
+ANSWER_S = 5.0  # for one of them
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,11 @@ class Seed:
 
     directory: Path
     uri: str
+
+    @property
+    def place(self) -> str:
+        """What the path of each of its objects begins with."""
+        return self.uri.removeprefix("s3://").rstrip("/") + "/"
 
     @classmethod
     def parse(cls, text: str) -> "Seed":
@@ -37,23 +50,24 @@ class Seed:
 
 
 class EmbeddedServer:
-    """Object storage and queues in memory. When it dies it is started again and filled with the seeds again; the queues are empty then."""
+    """Object storage and queues in memory. What it loses, as it died or was emptied, it is given again; the queues are empty then."""
 
     def __init__(self, port: int, log: Path, tell: Callable[[str], object], mark: str = "") -> None:
         """tell: what happens to it, for a person. mark: see `procfs.MARK`."""
         self.address = f"http://127.0.0.1:{port}"
         self.queues: list[str] = []  # by name; the dead-letter queues not among them
+        self.oldest: Mapping[str, float] = {}  # when the oldest message was sent, by the name of a queue that has some
         self._seeds: list[Seed] = []
-        self._port = port
         self._tell = tell
-        self._ended = asyncio.Event()
-        self._mending: asyncio.Task[None] | None = None
+        self._is_lost = False  # it has ended since it was looked at last
+        self._session: aiohttp.ClientSession | None = None
+        self._looking = Again("the look after the embedded object store and queues", self._look, LOOK_S, tell)
         self._process = ContainerProcess(
             Process(
                 container="embedded",
                 is_main=True,
                 argv=(sys.executable, "-m", "knative.local.embedded_server", str(port)),
-                env=dict(os.environ) | {MARK: f"{mark}embedded/"},
+                env=inherited() | {MARK: f"{mark}embedded/"},
                 cwd=None,
                 directories=(),
                 log=log,
@@ -61,16 +75,20 @@ class EmbeddedServer:
                 liveness=None,
             ),
             on_exit=self._exited,
+            on_failure=lambda what, error: tell(describe(what, error)),
         )
 
     async def start(self) -> None:
         """Returns once it answers. Raises PlatformError if it does not; it is to be stopped then too."""
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_S))
         await self._process.start()
-        if not await self._answers():
-            said = "\n".join(self._process.tail(10))
-            raise PlatformError(f"the embedded object store and queues did not start; they said:\n{said}")
-        self._ended.clear()
-        self._mending = asyncio.create_task(self._mend())
+        end = time.monotonic() + START_LIMIT_S
+        while await self._contents() is None:
+            if not self._process.running or time.monotonic() > end:
+                said = "\n".join(self._process.tail(10))
+                raise PlatformError(f"the embedded object store and queues did not start; they said:\n{said}")
+            await asyncio.sleep(START_LOOK_S)
+        self._looking.start()
 
     async def serve_objects(self, seeds: Sequence[Seed]) -> None:
         """Be an object store with these directories in it. Raises PlatformError."""
@@ -92,32 +110,44 @@ class EmbeddedServer:
 
     async def stop(self) -> None:
         """End it; what it held is gone."""
-        if self._mending:
-            self._mending.cancel()
-            await asyncio.gather(self._mending, return_exceptions=True)
+        await self._looking.stop()
+        if self._session:
+            await self._session.close()
+            self._session = None
         await self._process.stop(5)
 
-    def _exited(self, ended: str) -> None:
-        self._ended.set()
-        if self._mending:
+    def _exited(self, ended: object) -> None:
+        self._is_lost = True
+        if self._session:
             self._tell(f"object store and queues: the embedded server {ended}; starting it again")
 
-    async def _mend(self) -> None:
-        """Whenever it was started again it is empty: fill it."""
-        while True:
-            await self._ended.wait()
-            self._ended.clear()
-            while not await self._answers():
-                pass
-            try:
-                await self._create(self.queues)
-                for seed in self._seeds:
-                    await self.fill(seed)
-            except PlatformError as error:  # it died again, or the seed's directory is gone
-                self._tell(str(error))
-            if not self._ended.is_set():
-                queues = f", and {len(self.queues)} queues without their messages" if self.queues else ""
-                self._tell(f"object store is back, with what --seed names ({len(self._seeds)}){queues}")
+    async def _look(self) -> None:
+        """See what is in it, and give it what it should have. Raises PlatformError if that cannot be done."""
+        found = await self._contents()
+        if found is None:
+            return  # it is being started again
+        self.oldest = {name: at for name, at in found["queues"].items() if at is not None}
+        queues = [name for name in self.queues if not {name, dead_letters(name)} <= found["queues"].keys()]
+        seeds = [seed for seed in self._seeds if seed.place not in found["below"]]
+        await self._create(queues)
+        for seed in seeds:
+            await self.fill(seed)
+        if queues or seeds or self._is_lost:
+            had = "was started again, and" if self._is_lost else "had lost what it held, and"
+            self._is_lost = False
+            self._tell(f"object store and queues: the embedded server {had} has again {_counted(seeds, queues)}")
+
+    async def _contents(self) -> dict[str, Any] | None:
+        """See `embedded_server.contents`; None if it does not answer."""
+        if not self._session:
+            return None
+        try:
+            query = [("below", seed.place) for seed in self._seeds]
+            async with self._session.get(f"{self.address}{CONTENTS}", params=query) as reply:
+                found: dict[str, Any] = await reply.json()
+                return found if reply.status == HTTPStatus.OK else None
+        except (aiohttp.ClientError, TimeoutError, ValueError):
+            return None
 
     async def _create(self, names: Iterable[str]) -> None:
         def create() -> None:
@@ -126,24 +156,9 @@ class EmbeddedServer:
 
         await asyncio.to_thread(create)
 
-    async def _answers(self) -> bool:
-        """Whether it does, soon."""
-        for _ in range(int(START_LIMIT_S / LOOK_S)):
-            try:
-                _, writer = await asyncio.open_connection("127.0.0.1", self._port)
-                writer.close()
-                return True
-            except OSError:
-                if not self._mending and not self._process.running:
-                    break
-                await asyncio.sleep(LOOK_S)
-        return False
-
     async def fill(self, seed: Seed) -> None:
         """Put a directory into it, with `relight push` in a process of its own, which shows its progress. Raises PlatformError."""
-        env = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "WEIGHTS_"))}
-        env |= {"AWS_ACCESS_KEY_ID": "relight", "AWS_SECRET_ACCESS_KEY": "relight-local", "AWS_DEFAULT_REGION": "us-east-1"}
-        env["AWS_ENDPOINT_URL"] = self.address
+        env = inherited() | EMBEDDED | {"AWS_ENDPOINT_URL": self.address, "AWS_DEFAULT_REGION": REGION}
         command = (sys.executable, "-m", "weights_cache", "push", str(seed.directory), seed.uri, "--create-bucket")
         child = await asyncio.create_subprocess_exec(*command, env=env, stdout=asyncio.subprocess.DEVNULL)
         try:
@@ -154,3 +169,10 @@ class EmbeddedServer:
             raise
         if status:
             raise PlatformError(f"{seed.directory} could not be put into the embedded object store (exit status {status})")
+
+
+def _counted(seeds: Sequence[Seed], queues: Sequence[str]) -> str:
+    """What was given to it again."""
+    said = [f"{', '.join(seed.uri for seed in seeds)} of --seed"] if seeds else []
+    said += [f"{len(queues)} queue{'s' * (len(queues) != 1)}, without messages"] if queues else []
+    return " and ".join(said) or "nothing, as it held nothing"

@@ -9,8 +9,8 @@ from typing import Any
 import aiohttp
 
 from knative.local.embedded import EmbeddedServer
-from knative.local.queues import EMBEDDED, OLDEST, Depth, Queue, QueueError, queue_name
-from knative.local.source import ASK, LiveSource
+from knative.local.queues import EMBEDDED, Depth, Queue, QueueError, queue_name
+from knative.local.source import LiveSource
 
 LOOK_S = 3.0  # between two looks; each is two requests for each queue
 ASKED_AT_ONCE = 4
@@ -25,7 +25,6 @@ class QueueWatch:
         self._sources = sources
         self._session = session
         self._found: dict[str, Depth | str] = {}  # by address: what is in it, or why that is not known
-        self._oldest: dict[str, float] = {}  # when it was sent, by the name of an embedded queue
         self._threads = ThreadPoolExecutor(ASKED_AT_ONCE, "queues")
         self._looking: asyncio.Task[None] | None = None
 
@@ -50,7 +49,7 @@ class QueueWatch:
         found = self._found.get(url or "")
         depth = found if isinstance(found, Depth) else None
         if url and self._is_embedded(url):
-            sent_at = self._oldest.get(queue_name(url))
+            sent_at = self.embedded.oldest.get(queue_name(url)) if self.embedded else None
             oldest_s = None if sent_at is None else max(0.0, time.time() - sent_at)
         return {
             "depth": depth and depth.waiting,
@@ -73,7 +72,6 @@ class QueueWatch:
             await asyncio.gather(
                 *(self._ask(url, env) for url, env in self._wanted().items()),
                 *(live.count(self._session) for live in self._sources()),
-                self._ask_ages(),
             )
             await asyncio.sleep(LOOK_S)
 
@@ -83,12 +81,3 @@ class QueueWatch:
             self._found[url] = await loop.run_in_executor(self._threads, lambda: Queue(url, env).depth())
         except QueueError as error:
             self._found[url] = str(error)
-
-    async def _ask_ages(self) -> None:
-        if not self.embedded or not self.embedded.queues:
-            return
-        try:
-            async with self._session.get(f"{self.embedded.address}{OLDEST}", timeout=ASK) as reply:
-                self._oldest = await reply.json()
-        except (aiohttp.ClientError, TimeoutError, ValueError):
-            pass  # it has died, and will be there again

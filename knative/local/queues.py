@@ -19,7 +19,7 @@ MAX_RECEIVES = 5  # of a message of an embedded queue, before it goes to the dea
 DEAD = "-dlq"  # what the name of that ends in
 FIFO = ".fifo"
 ACCOUNT, REGION = "000000000000", "us-east-1"  # of the embedded queues
-OLDEST = "/relight/oldest"  # of the embedded server: when the oldest message of each queue was sent, which SQS tells nobody
+CONTENTS = "/-/contents"  # of the embedded server: what the platform looks at, and SQS and S3 tell nobody; no bucket has such a name
 ANSWER_S = 10.0  # for a queue to answer
 LONGEST_POLL_S = 20  # of SQS
 # What the embedded server takes; it asks for no more than a name.

@@ -9,7 +9,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from knative.local.queues import EMBEDDED, MAX_RECEIVES, OLDEST, Depth, Queue, QueueError, is_queue_url
+from knative.local.queues import CONTENTS, EMBEDDED, MAX_RECEIVES, Depth, Queue, QueueError, is_queue_url
 from tests.support import clean_environment, free_port, running, wait_until
 
 # The threads of the server take turns as often as can be, so that what can come between will.
@@ -27,9 +27,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def ages(address: str) -> dict[str, float]:
-    with urlopen(address + OLDEST) as reply:  # noqa: S310
-        found: dict[str, float] = json.load(reply)
-        return found
+    with urlopen(address + CONTENTS) as reply:  # noqa: S310
+        found: dict[str, float | None] = json.load(reply)["queues"]
+        return {name: at for name, at in found.items() if at is not None}
 
 
 def made(address: str, name: str, wait_s: int = 0) -> Queue:
