@@ -19,6 +19,7 @@ from yarl import URL
 from knative.local.body import BadBody, Body, Room
 from knative.local.descriptors import NoDescriptors
 from knative.local.errors import BadGateway, PodUnreached, RequestError, TooSlow
+from knative.local.origin import is_own_user
 from knative.local.outcomes import ACTIVATOR, GONE, POD
 from knative.local.pod import Pod
 from knative.local.revision import Revision
@@ -82,7 +83,8 @@ class Activator:
             error: RequestError = call.too_slow()
         except RequestError as refused:
             error = refused
-        return _cut(call.request, call.answer) if call.answer else error_response(error), error
+        whole = is_own_user(call.request.host, call.request.headers)
+        return _cut(call.request, call.answer) if call.answer else error_response(error, whole=whole), error
 
     async def _forward(self, call: "_Call") -> web.StreamResponse:
         """Hold the request until there is a pod, and hand it over; to another one if nothing of it has reached the first."""
@@ -163,7 +165,7 @@ class _Call:
             self.revision.timed_out(self._pod, asyncio.get_running_loop().time() - since, self._first_byte_s)
         name, waits_for = self.revision.service.name, "no file descriptor was left" if self._is_short else self.revision.waits_for
         text = f"{name} did not answer within {self._first_byte_s} s ({self._limit}, cold start included)"
-        return TooSlow(f"{text}; {waits_for}" if waits_for else text)
+        return TooSlow(f"{text}; {waits_for}" if waits_for else text, trouble=self.revision.trouble)
 
 
 async def _hand_over(call: _Call, pod: Pod) -> web.StreamResponse:
@@ -270,8 +272,8 @@ def _cut(request: web.BaseRequest, begun: web.StreamResponse) -> web.StreamRespo
     return begun
 
 
-def error_response(error: RequestError) -> web.Response:
-    """What a caller is told by the platform itself."""
-    body = json.dumps({"error": {"type": error.type, "message": str(error)}}).encode()
+def error_response(error: RequestError, *, whole: bool = False) -> web.Response:
+    """What a caller is told by the platform itself. whole: it is who runs the platform, and may see logs."""
+    body = json.dumps({"error": {"type": error.type, "message": error.whole if whole else str(error)}}).encode()
     headers = {} if error.retry_after_s is None else {"Retry-After": str(max(1, round(error.retry_after_s)))}
     return web.Response(status=error.status, body=body, content_type="application/json", headers=headers)

@@ -1,5 +1,7 @@
 """What the local platform can tell its user, at start or in an answer."""
 
+from dataclasses import replace
+
 from knative.local.trouble import Trouble
 
 
@@ -22,14 +24,16 @@ class RequestError(PlatformError):
     status = 503
     type = "unavailable"
 
-    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+    def __init__(self, message: str, *, retry_after_s: float | None = None, trouble: Trouble | None = None) -> None:
+        """message: for anybody. trouble: what it is about, whose log is for whoever runs the platform."""
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self._trouble = trouble
 
     @property
     def whole(self) -> str:
-        """What whoever runs the platform is told; its own text is for anybody."""
-        return str(self)
+        """What whoever runs the platform is told: with the log of the container that is to blame."""
+        return replace(self._trouble, reason=str(self)).whole if self._trouble else str(self)
 
 
 class Overloaded(RequestError):
@@ -44,13 +48,7 @@ class RevisionFailed(RequestError):
     type = "revision_failed"
 
     def __init__(self, trouble: Trouble, *, retry_after_s: float) -> None:
-        super().__init__(trouble.reason, retry_after_s=retry_after_s)
-        self._trouble = trouble
-
-    @property
-    def whole(self) -> str:
-        """With the log of the container that is to blame."""
-        return self._trouble.whole
+        super().__init__(trouble.reason, retry_after_s=retry_after_s, trouble=trouble)
 
 
 class Stopping(RequestError):

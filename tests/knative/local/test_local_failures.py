@@ -59,11 +59,11 @@ def test_a_command_that_is_not_there_is_a_503_that_says_so_and_when_to_come_agai
         assert reply.status == 503
         error = reply.json()["error"]
         assert error["type"] == "revision_failed"
-        assert "was not ready within 2 s (progress-deadline)" in error["message"]
-        assert f"cannot start {platform.state}/program --fast: " in error["message"]
+        assert f"its container function could not be started: {platform.state}/program: No such file or directory, twice" in error["message"]
+        assert f"cannot start {platform.state}/program: " in error["message"]
         assert "No such file or directory" in error["message"]
         assert 1 <= int(reply.headers["retry-after"]) <= 10
-    assert f"cannot start {platform.state}/program --fast: " in platform.server.said()
+    assert f"cannot start {platform.state}/program: " in platform.server.said()
 
 
 def test_a_container_that_never_becomes_ready_is_a_503_with_the_last_lines_of_its_log(platform: Platform) -> None:
@@ -71,9 +71,29 @@ def test_a_container_that_never_becomes_ready_is_a_503_with_the_last_lines_of_it
     assert "line 30 of [bold]my[/bold] app.py:100: log" in message
     assert "line 19 of" in message
     assert "line 18 of" not in message
-    assert platform.service("mute")["failure"] == message
-    # The terminal has the same, sign for sign.
-    assert message in platform.server.said()
+    reason, _, lines = message.partition(". The last lines of function:\n")
+    assert platform.service("mute")["failure"] == reason
+    assert platform.service("mute")["failure_log"] == {"container": "function", "lines": [line[2:] for line in lines.split("\n")]}
+    # The terminal has the same, sign for sign, its lines set off.
+    said = platform.server.said()
+    assert reason in said
+    assert "line 30 of [bold]my[/bold] app.py:100: log" in said
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X-Forwarded-For": "203.0.113.7"},
+        {"Forwarded": "for=203.0.113.7"},
+        {"Origin": "http://evil.example"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ],
+    ids=["a proxy", "a proxy by RFC 7239", "another site", "another site says the browser"],
+)
+def test_a_stranger_is_told_the_reason_without_the_log(platform: Platform, headers: dict[str, str]) -> None:
+    message = platform.call("mute", headers=headers).json()["error"]["message"]
+    assert "was not ready within 3 s (progress-deadline)" in message
+    assert "line " not in message
 
 
 def test_the_next_caller_within_the_pause_is_told_at_once(platform: Platform) -> None:
