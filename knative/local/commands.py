@@ -8,7 +8,7 @@ import codecs
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -171,15 +171,27 @@ def read_body(data: str | None) -> bytes | None:
         raise PlatformError(f"--data {data}: {error.strerror or error}") from error
 
 
+class _CutOff(Exception):
+    """The other side has ended before it was done."""
+
+
+def _pieces(of: Iterator[bytes]) -> Iterator[bytes]:
+    """What is read, with an error of its own where that ends early: one of ours in writing it is something else."""
+    try:
+        yield from of
+    except (OSError, HTTPException) as error:
+        raise _CutOff from error
+
+
 def _print_body(reply: Any) -> bool:
     """As it comes; whether it came whole."""
     is_terminal, last = sys.stdout.isatty(), b"\n"
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     try:
-        while piece := reply.read1(PIECE_BYTES):
+        for piece in _pieces(iter(lambda: reply.read1(PIECE_BYTES), b"")):
             _write(plain.body(decoder.decode(piece)).encode() if is_terminal else piece)
             last = piece
-    except (OSError, HTTPException):
+    except _CutOff:
         return False
     finally:
         if is_terminal:
@@ -189,8 +201,8 @@ def _print_body(reply: Any) -> bool:
 
 def _print_log(reply: Any) -> None:
     """A line when it is whole."""
-    with suppress(OSError, HTTPException):
-        for line in lines(reply):
+    with suppress(_CutOff):
+        for line in _pieces(lines(reply)):
             _write(plain.log_line(line.removesuffix(b"\r").decode(errors="backslashreplace")).encode() + b"\n")
 
 
@@ -198,7 +210,7 @@ def _print_events(reply: Any) -> bool:
     """The data of each event in a line of its own, as it comes; whether it came whole, and none of them is an error."""
     is_terminal = sys.stdout.isatty()
     try:
-        for line in lines(reply):
+        for line in _pieces(lines(reply)):
             if not line.startswith(b"data:"):
                 continue
             text = line.removeprefix(b"data:").strip()
@@ -207,7 +219,7 @@ def _print_events(reply: Any) -> bool:
             _write((plain.body(text.decode(errors="backslashreplace")).encode() if is_terminal else text) + b"\n")
             if explain(parse(text)):
                 return False
-    except (OSError, HTTPException):
+    except _CutOff:
         return False
     return True
 

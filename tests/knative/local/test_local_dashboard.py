@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Dialog, Locator, Page, expect, sync_playwright
 
 from knative.deploy.kubectl import Kubectl
 from knative.deploy.objects import container, one_service
@@ -168,7 +168,12 @@ def test_markup_and_control_characters_are_text_in_every_field(browser: Browser,
         queue["problem"] = "a problem"
     page = browser.new_page(viewport={"width": 1240, "height": 900})
     alerts: list[str] = []
-    page.on("dialog", lambda dialog: (alerts.append(dialog.message), dialog.dismiss()))
+
+    def dismiss(dialog: Dialog) -> None:
+        alerts.append(dialog.message)
+        dialog.dismiss()
+
+    page.on("dialog", dismiss)
     page.on("pageerror", lambda error: alerts.append(str(error)))
     events = f"data: {json.dumps(evil(status))}\n\n"
     page.route("**/api/events", lambda route: route.fulfill(content_type="text/event-stream", body=events))
