@@ -44,8 +44,7 @@ def create(settings: FunctionSettings, model: Model, metrics: Metrics, trace: Tr
 
     @app.get("/readyz")
     def readyz() -> flask.Response:
-        status = model.status()
-        return reply(status, 200 if status["phase"] == "ready" else 503)
+        return reply(model.status(), 200 if model.wants_calls() else 503)
 
     @app.get("/metrics")
     def prometheus() -> flask.Response:

@@ -41,9 +41,9 @@ class Master(Arbiter):  # type: ignore[misc]  # gunicorn has no types
         """Take note of who has ended. A worker that nobody told to ends the server, for whoever runs it to see. Called by gunicorn."""
         for pid, status in _ended_children():
             if worker := self.WORKERS.pop(pid, None):
-                has_explained = os.fstat(worker.tmp.fileno()).st_size > 0
+                explained = os.pread(worker.tmp.fileno(), 4096, 0).decode(errors="replace")
                 worker.tmp.close()
-                reason = None if has_explained else obituary(status)
+                reason = explained[1:] or None if explained else obituary(status)
                 if not self._is_ending:
                     raise HaltServer(reason, exit_status(status))
                 self._last_line = self._last_line or (reason if status else None)

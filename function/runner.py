@@ -1,6 +1,6 @@
 """The thread that owns the agent: brings it up, hands it batches and steps for as long as there are any, and closes it at the end.
 
-importing → loading → warming → ready → draining; a phase is never gone back to. The stages it leaves behind are the cold start's
+importing → loading → warming → ready or failed → draining; a phase is never gone back to. The stages left behind are the cold start's
 break-down.
 """
 
@@ -20,17 +20,16 @@ from function import lean_torch
 from function.agent import load_agent
 from function.batcher import Batcher, Recent, Slice, Span
 from function.errors import FunctionError, Unavailable
+from function.failing import says_enough
 from function.guarded_agent import GuardedAgent, Traits, log_failure
 from function.settings import FunctionSettings
 from function.streams import Made, Streams
-from weights_cache.environment import SettingsError
-from weights_cache.errors import WeightsError
 from weights_cache.reader import Weights
 
 log = logging.getLogger("relight.function")
 
 PAUSE_S = 0.002  # while all streams wait for their readers, and nobody else wants the model
-PHASES = ("importing", "loading", "warming", "ready", "draining")
+PHASES = ("importing", "loading", "warming", "ready", "failed", "draining")
 
 
 class Observer:
@@ -103,9 +102,9 @@ class Runner:
         try:
             agent = self._bring_up()
         except BaseException as error:  # noqa: BLE001  also SystemExit: whatever it is, there is nothing to serve
-            says_enough = isinstance(error, SettingsError | WeightsError)
+            is_enough = says_enough(error)
             log_failure(
-                str(error) if says_enough else f"the agent {self._settings.agent} could not be brought up", None if says_enough else error
+                str(error) if is_enough else f"the agent {self._settings.agent} could not be brought up", None if is_enough else error
             )
             return error
         log.info("ready after %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in dict(self._progress.stages).items()))

@@ -20,6 +20,7 @@ from function import children, process, tracing
 from function.app import create
 from function.cors import Cors
 from function.ending import Ending
+from function.failing import SidecarWatch, ends_with_reason
 from function.keys import Keys
 from function.log import STDERR, install
 from function.master import ENDING_SIGNALS, Master
@@ -97,8 +98,20 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
         assert model
         settings = self._settings
         ports = {listener.getsockname()[1] for listener in worker.sockets} | {settings.metrics_port}
+        watch = SidecarWatch(self._weights, model.is_waiting, model.note_problem)
+        reason = ""  # what the log is to end with
+
+        def close(timeout_s: float) -> bool:
+            watch.stop()
+            return model.close(timeout_s)
+
+        def on_failure(error: BaseException) -> None:
+            nonlocal reason
+            reason = "" if ends_with_reason(error) else model.failure or ""
+            ending.fail(Master.WORKER_BOOT_ERROR, error)
+
         ending = self._ending = Ending(
-            model.close, drain_s=settings.drain_s, ports=ports, on_failure=lambda: _explained(worker), flush=STDERR.flush
+            close, drain_s=settings.drain_s, ports=ports, on_failure=lambda: _explained(worker, reason), flush=STDERR.flush
         )
 
         def on_term(number: int, frame: object) -> None:
@@ -116,7 +129,8 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
             faulthandler.enable(all_threads=False)  # so that the log has the Python stack of a crash in native code
         children.make_plain(self._plain, lambda: [*_descriptors(worker), *worker.descriptors()], ports)
         self._equip(worker, model)
-        model.start(on_failure=lambda error: ending.fail(Master.WORKER_BOOT_ERROR, error))
+        model.start(on_failure=on_failure)
+        watch.start()
 
     def _equip(self, worker: FunctionWorker, model: Model) -> None:
         """Give the worker what it asks."""
@@ -130,9 +144,9 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
             worker.last_words = self._tracing.flush
 
 
-def _explained(worker: FunctionWorker) -> None:
-    """Let the master know that the log says already why the worker ends."""
-    os.pwrite(worker.tmp.fileno(), b"!", 0)
+def _explained(worker: FunctionWorker, reason: str) -> None:
+    """Let the master know that the log says already why the worker ends; and in one line what it is to end with, if not with that."""
+    os.pwrite(worker.tmp.fileno(), f"!{reason}".encode(), 0)
 
 
 def _descriptors(worker: FunctionWorker) -> list[int]:

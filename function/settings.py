@@ -45,6 +45,14 @@ class FunctionSettings:
     drain_s: float = setting(
         "FUNCTION_DRAIN_S", 60.0, minimum=0, maximum=3600, text="seconds that running requests and streams have after SIGTERM"
     )
+    tell_failure_s: float = setting(
+        "FUNCTION_TELL_FAILURE_S",
+        0.0,
+        minimum=0,
+        maximum=600,
+        text="seconds for which a function that cannot start is ready all the same, and answers each call with the reason; "
+        "see docs/deploy.md for when that may be",
+    )
     breaker_threshold: int = setting(
         "FUNCTION_BREAKER_THRESHOLD", 5, minimum=1, maximum=1000, text="time-outs in a row after which callers get 503 at once"
     )

@@ -286,7 +286,7 @@ _SCHEMAS: dict[str, Schema] = {
     ),
     "Status": _object(
         {
-            "phase": {"enum": ["importing", "restoring", "loading", "warming", "ready", "tripped", "draining"]},
+            "phase": {"enum": ["importing", "restoring", "loading", "warming", "ready", "failed", "tripped", "draining"]},
             "restored_bytes": _COUNT,
             "total_bytes": _COUNT,
             "stages": {"type": "object", "additionalProperties": _NUMBER},
