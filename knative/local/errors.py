@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from knative.local.plain import line
 from knative.local.trouble import Trouble
 
 
@@ -15,7 +16,7 @@ class ManifestError(PlatformError):
     def __init__(self, file: str, where: str, message: str) -> None:
         text = f"{file}: {where}: {message}" if where else f"{file}: {message}"
         # A name from a manifest may hold anything, and the message is to stay one line.
-        super().__init__("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text))
+        super().__init__(line(text, len(text)))
 
 
 class RequestError(PlatformError):

@@ -5,48 +5,37 @@ import fcntl
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-from aiohttp import web
-from rich.markup import escape
 
-from knative.local.activator import Activator, error_response
+from knative.local.activator import Activator
 from knative.local.address import announce
 from knative.local.admin import Admin
 from knative.local.devices import Devices, check, found
-from knative.local.embedded import EmbeddedServer, Seed
-from knative.local.errors import PlatformError, Stopping
-from knative.local.fork_server import PROGRAM, ForkServer
-from knative.local.launch import Places, PodPlan, check_references, plan_pod, plan_source
-from knative.local.limits import Limiter, delegated
-from knative.local.manifest import OBJECT_STORE, QUEUES, Manifests, QueueSource, Service, Sources
-from knative.local.pod import Pod
+from knative.local.embedded import Seed
+from knative.local.errors import PlatformError
+from knative.local.fork_server import ForkServer
+from knative.local.helpers import Helpers
+from knative.local.launch import Places, check_references
+from knative.local.manifest import Manifests, Service, Sources
+from knative.local.pod_maker import PodMaker
 from knative.local.ports import HOST, Ports
 from knative.local.procfs import end_marked
 from knative.local.queue_watch import QueueWatch
-from knative.local.revision import Revision
+from knative.local.reloader import Reloader
 from knative.local.router import Router
-from knative.local.schema import CPU, MEMORY
 from knative.local.service import LiveService
-from knative.local.source import LiveSource
+from knative.local.tasks import Tasks
 from knative.local.terminal import Terminal
-from knative.local.watch import Watch
-
-LONG_START_S = 15.0
-
-
-def key(service: Service | QueueSource) -> tuple[str, str]:
-    """What a Service, or a source, is known by."""
-    return service.namespace, service.name
+from knative.local.workloads import Key, Workloads, key
 
 
 @dataclass(frozen=True)
@@ -69,33 +58,19 @@ class Platform:
     def __init__(self, settings: PlatformSettings, sources: Sources, terminal: Terminal) -> None:
         """Raises PlatformError for a mistake in the manifests, or if the default service is none of them."""
         self._settings = settings
-        self._watch = Watch(sources)
-        self._sources = sources
-        self._devices = Devices(found(settings.gpus, os.environ), self._make_room)
-        self._manifests = self._read()
-        self._problem: str | None = None  # with the manifests as they are now
         self._terminal = terminal
-        self._places = Places(settings.state_dir, inherits=settings.inherits)
-        self._addresses: dict[str, str] = {}
-        self._ports: deque[int] = deque(maxlen=1000)  # given lately, and perhaps not open yet
-        self._services: dict[tuple[str, str], LiveService] = {
-            key(service): LiveService(service, self._make_pod, terminal) for service in self._manifests.services
-        }
-        self._leaving: dict[LiveService, asyncio.Task[None]] = {}  # they stand in no manifest any more
-        self._queue_sources: dict[tuple[str, str], LiveSource] = {}
-        self._leaving_sources: set[asyncio.Task[None]] = set()
-        self._sink_ports: dict[tuple[str, str], int] = {}  # by the Service that they lead to
-        self._listening = Ports(terminal.say)
-        self._sink_listeners = AsyncExitStack()
-        self._queue_watch: QueueWatch | None = None
+        self._devices = Devices(found(settings.gpus, os.environ), self._make_room)
+        self._reloader = Reloader(sources, self._check, terminal)
+        self._maker = PodMaker(Places(settings.state_dir, inherits=settings.inherits), self._devices, terminal.about)
+        self._ports = Ports(terminal.say)
         self._router = Router()
-        self._activator = Activator(self._router, self._listening.miss_descriptor)
-        self._session: aiohttp.ClientSession | None = None
-        self._embedded: EmbeddedServer | None = None
-        self._fork_server: ForkServer | None = None
-        self._limiter = Limiter()  # until a manifest has limits
-        self._limiter_told = False
+        self._activator = Activator(self._router, self._ports.miss_descriptor)
+        self._workloads = Workloads(self._maker, self._ports, self._activator, terminal, self._domain)
+        self._workloads.services.update(self._workloads.new(self._reloader.manifests.services))
+        self._helpers = Helpers(settings.state_dir / "logs", settings.seeds, self._maker, lambda: self._workloads.pods, terminal.say)
+        self._tasks = Tasks(self._task_failed)
         self._stop = asyncio.Event()
+        self._mistake: Exception | None = None
 
     async def run(self) -> None:
         """Run until SIGINT or SIGTERM. Raises PlatformError if something cannot be started."""
@@ -107,318 +82,113 @@ class Platform:
             watcher.attach_loop(loop)
             asyncio.set_child_watcher(watcher)
         async with AsyncExitStack() as started:
-            serving = asyncio.create_task(self._start(started))
-            stopping = asyncio.create_task(self._stop.wait())
-            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if serving.done():
-                serving.result()
-                following = asyncio.create_task(self._follow())
-                await asyncio.wait({following, stopping}, return_when=asyncio.FIRST_COMPLETED)
-                if following.done():
-                    following.result()  # it never ends but by a mistake of ours
-                following.cancel()
-                await asyncio.gather(following, return_exceptions=True)
-            else:
-                serving.cancel()
-                await asyncio.gather(serving, return_exceptions=True)
-            self._terminal.say("stopping: ending the pods")
-        self._terminal.say("stopped")
+            self._tasks.start(self._run(started), "the start of the platform")
+            await self._stop.wait()
+            await self._tasks.stop()
+            if not self._mistake:
+                self._terminal.note("stopping: ending the pods")
+        if self._mistake:
+            raise self._mistake
+        self._terminal.note("stopped")
+
+    async def _run(self, started: AsyncExitStack) -> None:
+        await self._start(started)
+        await self._reloader.run(self._prepare, self._stop.set)
+
+    def _task_failed(self, what: str, error: Exception) -> None:
+        """The start, or taking what changes: there is no platform without them."""
+        self._mistake = error
+        self._stop.set()
 
     async def _start(self, started: AsyncExitStack) -> None:
         """Bring everything up; each thing that must be ended is pushed on `started` as soon as it is there."""
+        settings, manifests, workloads = self._settings, self._reloader.manifests, self._workloads
         self._lock_state_dir(started)
         await self._end_leftovers(started)
-        shutil.rmtree(self._settings.state_dir / "pods", ignore_errors=True)  # of a platform that was killed
+        shutil.rmtree(settings.state_dir / "pods", ignore_errors=True)  # of a platform that was killed
         started.callback(self._terminal.close)
         # For probes. No connection is kept: an idle one would keep a pod that is told to end waiting for its next request.
-        self._session = await started.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)))
-        self._queue_watch = QueueWatch(self._queue_sources.values, self._session)
-        started.push_async_callback(self._stop_helpers)
-        await self._start_helpers(self._manifests)
-        started.push_async_callback(self._stop_services)
-        self._update_router()
-        await started.enter_async_context(self._listening.call_port(self._settings.port, self._activator.handle))
-        await started.enter_async_context(self._sink_listeners)
-        admin = Admin(self._services, self._queue_watch, self.status, self._settings.state_dir, self._session, self._settings.port)
-        await started.enter_async_context(self._listening.admin_port(self._settings.admin_port, admin.handle))
+        session = await started.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)))
+        self._maker.session = session
+        queue_watch = self._helpers.queue_watch = QueueWatch(workloads.sources.values, session, self._terminal.note)
+        started.push_async_callback(self._helpers.stop)
+        await self._helpers.start(manifests, with_fork_server=settings.fork_server)
+        started.push_async_callback(workloads.stop)
+        self._route(manifests)
+        await started.enter_async_context(self._ports.call_port(settings.port, self._activator.handle))
+        await started.enter_async_context(workloads.sinks)
+        admin = Admin(workloads.services, queue_watch, self.status, settings.state_dir, session, settings.port)
+        await started.enter_async_context(self._ports.admin_port(settings.admin_port, admin.handle))
         started.push_async_callback(admin.close)  # before its port, which would wait for those who watch
-        started.callback(announce(self._settings.state_dir, f"http://{HOST}:{self._settings.admin_port}"))
-        services = [live.service for live in self._services.values()]
-        urls = [f"http://{service.name}.{self._domain(service)}" for service in services]
-        default = self._services[self._find_default(self._manifests)].service
-        for source in self._manifests.sources:
-            await self._add_source(source)
-        queue_sources = [live.status() for live in self._queue_sources.values()]
-        self._terminal.serving(services, urls, queue_sources, default, self._settings.port, self._settings.admin_port)
-        started.push_async_callback(self._end_sources)  # before the ports: who is held is to be answered while that is possible
-        for live in self._services.values():
+        started.callback(announce(settings.state_dir, f"http://{HOST}:{settings.admin_port}"))
+        for source in manifests.sources:
+            await workloads.add_source(source)
+        self._welcome(manifests)
+        started.push_async_callback(workloads.end_sources)  # before the ports: who is held is to be answered while that is possible
+        for live in workloads.services.values():
             live.start()
-        for source_live in self._queue_sources.values():
+        for source_live in workloads.sources.values():
             source_live.start()
-        self._queue_watch.start()
-        if self._fork_server:
-            self._fork_server.start()  # last: it waits for pods that start now
+        queue_watch.start()
+        if self._maker.fork_server:
+            self._maker.fork_server.start()  # last: it waits for pods that start now
+
+    def _welcome(self, manifests: Manifests) -> None:
+        services = [live.service for live in self._workloads.services.values()]
+        urls = [f"http://{service.name}.{self._domain(service)}" for service in services]
+        default = self._workloads.services[self._find_default(manifests)].service
+        sources = [live.status() for live in self._workloads.sources.values()]
+        self._terminal.serving(services, urls, sources, default, self._settings.port, self._settings.admin_port)
+
+    async def _prepare(self, manifests: Manifests) -> Callable[[], Awaitable[None]]:
+        """See Reloader."""
+        new = self._workloads.new(manifests.services)
+        fork_server = self._maker.fork_server
+        await self._helpers.start(manifests, with_fork_server=self._settings.fork_server)
+        is_new = self._maker.fork_server is not fork_server
+        return partial(self._take, manifests, new, self._maker.fork_server if is_new else None)
+
+    async def _take(self, manifests: Manifests, new: dict[Key, LiveService], fork_server: ForkServer | None) -> None:
+        """Have what the manifests say now. fork_server: one that is to be started."""
+        gone = self._workloads.take(manifests, new)
+        self._route(manifests)
+        await self._workloads.take_sources(manifests.sources)
+        self._workloads.see_off(gone)
+        self._workloads.start(new)
+        if fork_server:
+            fork_server.start()
+
+    def _check(self, manifests: Manifests) -> None:
+        """Whether they can run here. Raises PlatformError, also for a default service that is none of them."""
+        check_references(manifests)
+        check(manifests, self._devices.names)
+        self._find_default(manifests)
+
+    def _route(self, manifests: Manifests) -> None:
+        default = self._workloads.services[self._find_default(manifests)]
+        self._router.update(self._workloads.services.values(), default, by_header=manifests.routes_by_header)
+
+    def _make_room(self, missing: int, claimant: str) -> None:
+        self._workloads.make_room(missing, claimant)
+
+    def status(self) -> dict[str, Any]:
+        """The document of `/api/status`."""
+        return {
+            "now": round(time.time(), 3),
+            "services": self._workloads.status(f"http://{HOST}:{self._settings.port}/"),
+            "manifests": {"problem": self._reloader.problem},
+            **self._helpers.status(),
+            "gpus": self._devices.status(),
+        }
 
     async def _end_leftovers(self, started: AsyncExitStack) -> None:
         """What a platform of this state directory has left behind that was killed; and ours, at the end, should there be any."""
         about = self._settings.state_dir.stat()
         mark = f"{about.st_dev:x}-{about.st_ino:x}/"  # of this directory alone, not of a copy of it
-        self._places = Places(self._settings.state_dir, mark, self._settings.inherits)
+        self._maker.places = Places(self._settings.state_dir, mark, self._settings.inherits)
         if count := await asyncio.to_thread(end_marked, mark):
-            self._terminal.say(f"ended {count} process{'es' * (count != 1)} of an earlier `relight run` that was killed")
+            self._terminal.note(f"ended {count} process{'es' * (count != 1)} of an earlier `relight run` that was killed")
         started.push_async_callback(asyncio.to_thread, end_marked, mark)
-
-    async def _follow(self) -> None:
-        """Take what changes in the manifests, for as long as we run."""
-        self._watch.listen()
-        while True:
-            by_signal = await self._watch.changed()
-            if self._watch.hung_up:
-                self._stop.set()
-            elif self._sources.can_change:
-                await self._reload(by_signal=by_signal)
-            else:
-                self._terminal.say(
-                    "SIGHUP: the manifests came from standard input, which cannot be read again; name a file to be able to change them"
-                )
-
-    async def _reload(self, *, by_signal: bool) -> None:
-        """Read the manifests again; all of what they say is done, or nothing."""
-        try:
-            manifests = await asyncio.to_thread(self._read)
-            for service in manifests.services:
-                if live := self._services.get(key(service)):
-                    live.rollout.check(service)
-            new = {
-                key(service): LiveService(service, self._make_pod, self._terminal)
-                for service in manifests.services
-                if key(service) not in self._services
-            }
-            fork_server = self._fork_server
-            await self._start_helpers(manifests)
-        except PlatformError as error:
-            self._problem = str(error)
-            self._terminal.say(f"[red]nothing was changed[/]: {escape(self._problem)}")
-            return
-        self._manifests, self._problem = manifests, None
-        self._terminal.say(f"[dim]manifests read again{' (SIGHUP)' if by_signal else ''}[/]")
-        gone = [self._services.pop(name) for name in list(self._services) if name not in {key(service) for service in manifests.services}]
-        for service in manifests.services:
-            if live := self._services.get(key(service)):
-                live.rollout.apply(service)
-        self._services.update(new)
-        self._update_router()
-        await self._reload_sources(manifests.sources)
-        for live in gone:
-            self._terminal.about(live.service.name, "stands in no manifest any more: its pods go")
-            live.leave()
-            self._leaving[live] = asyncio.create_task(self._see_off(live))
-        for live in new.values():
-            self._terminal.about(live.service.name, f"is new: http://{live.service.name}.{self._domain(live.service)}")
-            live.start()
-        if self._fork_server and self._fork_server is not fork_server:
-            self._fork_server.start()
-
-    async def _reload_sources(self, sources: Sequence[QueueSource]) -> None:
-        """End those that stand in no manifest any more, start those that are new; one that was changed is both, as a Deployment's pod."""
-        wanted = {key(source): source for source in sources}
-        for name, live in list(self._queue_sources.items()):
-            if wanted.get(name) != live.source:
-                self._terminal.about(
-                    live.source.name, "was changed: it starts anew" if name in wanted else "stands in no manifest any more"
-                )
-                ending = asyncio.create_task(self._queue_sources.pop(name).stop())
-                self._leaving_sources.add(ending)
-                ending.add_done_callback(self._leaving_sources.discard)
-        for name, source in wanted.items():
-            if name not in self._queue_sources:
-                await self._add_source(source)
-                self._queue_sources[name].start()
-
-    async def _add_source(self, source: QueueSource) -> None:
-        """Plan it, and open the way to its sink. Raises PlatformError."""
-        service, rest = source.sink
-        sink = f"http://{HOST}:{await self._sink_port(service)}{rest}" if service else rest
-        self._queue_sources[key(source)] = LiveSource(source, lambda name: self._make_source_pod(source, name, sink))
-
-    async def _sink_port(self, service: tuple[str, str]) -> int:
-        """A port that leads to one Service alone: not every program knows that `minilm.default.localhost` is this machine."""
-
-        async def handle(request: web.BaseRequest) -> web.StreamResponse:
-            if live := self._services.get(service):
-                return await self._activator.serve(request, live.choose())
-            return error_response(Stopping(f"Service {service[1]} stands in no manifest any more"))
-
-        if service not in self._sink_ports:
-            port = self._free_port()
-            await self._sink_listeners.enter_async_context(self._listening.call_port(port, handle))
-            self._sink_ports[service] = port
-        return self._sink_ports[service]
-
-    async def _end_sources(self) -> None:
-        """Let them finish or give back what they hold, which needs the Services' pods and the queues; who waits for a pod is answered."""
-        ending = [asyncio.create_task(live.stop()) for live in self._queue_sources.values()]
-        self._close_services()
-        await asyncio.gather(*ending, *self._leaving_sources)
-
-    async def _see_off(self, live: LiveService) -> None:
-        await live.gone()
-        await live.stop()
-        del self._leaving[live]
-
-    def _read(self) -> Manifests:
-        """The manifests as they are now. Raises PlatformError, also for a default service that is none of them."""
-        manifests = self._sources.read()
-        check_references(manifests)
-        check(manifests, self._devices.names)
-        self._find_default(manifests)
-        return manifests
-
-    def _update_router(self) -> None:
-        default = self._services[self._find_default(self._manifests)]
-        self._router.update(self._services.values(), default, by_header=self._manifests.routes_by_header)
-
-    def status(self) -> dict[str, Any]:
-        """The document of `/api/status`."""
-        address = f"http://{HOST}:{self._settings.port}/"
-        sources, queues = self._queue_watch.status() if self._queue_watch else ([], [])
-        return {
-            "now": round(time.time(), 3),
-            "services": [live.status(self._domain(live.service), address) for live in self._services.values()],
-            "manifests": {"problem": self._problem},
-            "queue_sources": sources,
-            "queues": queues,
-            "fork_server": self._fork_server and self._fork_server.status(),
-            "limits": self._limiter.describe(),
-            "gpus": self._devices.status(),
-        }
-
-    async def _start_helpers(self, manifests: Manifests) -> None:
-        """The embedded server, the limits and the fork server, as soon as a manifest has a use for them. Raises PlatformError."""
-        await self._start_embedded(manifests)
-        self._set_limits(manifests)
-        commands = [(*container.command, *container.args)[1:] for s in manifests.services for container in s.spec.containers]
-        if not self._fork_server and self._settings.fork_server and PROGRAM in commands:
-            log = self._settings.state_dir / "logs" / "fork-server.log"
-            self._fork_server = ForkServer(log, self._is_starting, self._terminal.say, self._places.mark, self._settings.inherits)
-
-    async def _start_embedded(self, manifests: Manifests) -> None:
-        wants_objects = bool(self._settings.seeds) or manifests.mentions(OBJECT_STORE)
-        wants_queues = manifests.mentions(QUEUES)
-        if not self._embedded and (wants_objects or wants_queues):
-            log = self._settings.state_dir / "logs" / "embedded.log"
-            self._embedded = EmbeddedServer(self._free_port(), log, self._terminal.say, self._places.mark)
-        if not self._embedded:
-            return
-        try:
-            if not self._addresses:
-                await self._embedded.start()
-            if wants_objects and OBJECT_STORE not in self._addresses:
-                await self._embedded.serve_objects(self._settings.seeds)
-                self._addresses[OBJECT_STORE] = self._embedded.address
-            if wants_queues:
-                await self._embedded.serve_queues(manifests.queues)
-                self._addresses[QUEUES] = self._embedded.address
-        except PlatformError:
-            if not self._addresses:
-                await self._embedded.stop()
-                self._embedded = None
-            raise
-        assert self._queue_watch
-        self._queue_watch.embedded = self._embedded
-
-    def _set_limits(self, manifests: Manifests) -> None:
-        """Say once which mechanism holds containers to their limits, as soon as there are any."""
-        containers = [container for workload in manifests.workloads for container in workload.spec.containers]
-        if not self._limiter_told and any({CPU, MEMORY} & container.resources.limits.keys() for container in containers):
-            self._limiter_told = True
-            self._limiter = Limiter(delegated())
-            self._terminal.say(f"resources.limits: {self._limiter.explain()}")
-
-    async def _stop_helpers(self) -> None:
-        await asyncio.gather(*(helper.stop() for helper in (self._queue_watch, self._fork_server, self._embedded) if helper))
-
-    def _is_starting(self) -> bool:
-        """Whether somebody may be waiting for a pod that starts; one that takes long is not waited for."""
-        now = time.monotonic()
-        pods = [pod for live in self._services.values() for pod in live.pods]
-        return any(pod.phase in ("pending", "starting") and now - pod.asked_at < LONG_START_S for pod in pods)
-
-    def _close_services(self) -> None:
-        for live in (*self._services.values(), *self._leaving):
-            live.close()
-
-    async def _stop_services(self) -> None:
-        leaving = dict(self._leaving)
-        for task in leaving.values():
-            task.cancel()
-        await asyncio.gather(*leaving.values(), return_exceptions=True)
-        await asyncio.gather(*(live.stop() for live in (*self._services.values(), *leaving)))
-
-    def _make_pod(self, revision: Revision, name: str) -> Pod:
-        plan = plan_pod(
-            revision.service,
-            revision=revision.name,
-            pod=name,
-            places=self._places,
-            manifests=revision.service.manifests,
-            free_port=self._free_port,
-            addresses=self._addresses,
-        )
-        supervisor = revision.supervisor
-        return self._pod(
-            name, plan, supervisor.pod_changed, supervisor.process_ended, self._fork_server, is_urgent=lambda _: supervisor.needs_pod()
-        )
-
-    def _make_source_pod(self, source: QueueSource, name: str, sink: str) -> Pod:
-        plan = plan_source(source, pod=name, sink=sink, places=self._places, free_port=self._free_port, addresses=self._addresses)
-        return self._pod(name, plan, lambda _: None, lambda pod, ended: self._terminal.about(source.name, f"{pod.name}: {ended}"))
-
-    def _pod(
-        self,
-        name: str,
-        plan: PodPlan,
-        on_change: Callable[[Pod], object],
-        on_exit: Callable[[Pod, str], object],
-        fork_server: ForkServer | None = None,
-        is_urgent: Callable[[Pod], bool] = lambda _: True,
-    ) -> Pod:
-        assert self._session is not None
-        return Pod(
-            name,
-            plan,
-            self._places.pod(name),
-            self._session,
-            on_change,
-            on_exit,
-            fork_server,
-            self._limiter,
-            self._devices,
-            is_urgent,
-        )
-
-    def _make_room(self, missing: int, claimant: str) -> None:
-        """Let idle pods go until a pod can have so many GPUs more, those first that nobody has called for longest; none if it is no use."""
-        revisions = [revision for live in (*self._services.values(), *self._leaving) for revision in live.revisions.values()]
-        others = [revision for revision in revisions if all(pod.name != claimant for pod in revision.pods)]
-        spare = [(revision, pod) for revision in sorted(others, key=lambda one: one.last_left) for pod in revision.supervisor.spare_pods()]
-        missing -= sum(pod.plan.gpus for revision in revisions for pod in revision.pods.going)
-        if missing > sum(pod.plan.gpus for _, pod in spare):
-            return
-        for revision, pod in spare:
-            if missing > 0:
-                missing -= pod.plan.gpus
-                revision.supervisor.give_up(pod)
-
-    def _free_port(self) -> int:
-        """A loopback port that nobody has, and that no other pod was just given."""
-        while True:
-            with socket.socket() as probe:
-                probe.bind((HOST, 0))
-                port: int = probe.getsockname()[1]
-            if port not in self._ports:
-                self._ports.append(port)
-                return port
 
     def _find_default(self, manifests: Manifests) -> tuple[str, str]:
         services, wanted = manifests.services, self._settings.default_service

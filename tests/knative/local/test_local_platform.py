@@ -16,4 +16,4 @@ def test_ports_do_not_run_out_however_many_pods_there_were(tmp_path: Path) -> No
     platform = Platform(PlatformSettings(8080, 8081, tmp_path, None, []), sources, Terminal(Console(quiet=True)))
     lowest, highest = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     for _ in range(highest - lowest + 2):
-        assert 0 < platform._free_port() < 65536
+        assert 0 < platform._maker.free_port() < 65536

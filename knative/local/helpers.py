@@ -1,0 +1,98 @@
+"""What pods may need beside themselves: the embedded object store and queues, limits, the fork server. Each is there once it has a use."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from knative.local.embedded import EmbeddedServer, Seed
+from knative.local.errors import PlatformError
+from knative.local.fork_server import PROGRAM, ForkServer
+from knative.local.limits import Limiter, delegated
+from knative.local.manifest import OBJECT_STORE, QUEUES, Manifests
+from knative.local.pod import Pod
+from knative.local.pod_maker import PodMaker
+from knative.local.queue_watch import QueueWatch
+from knative.local.schema import CPU, MEMORY
+
+LONG_START_S = 15.0
+
+
+class Helpers:
+    """Starts them for the manifests of the moment, and ends them."""
+
+    def __init__(
+        self, logs: Path, seeds: Sequence[Seed], maker: PodMaker, pods: Callable[[], Iterable[Pod]], say: Callable[[str], object]
+    ) -> None:
+        """maker: is told of each. pods: those of each moment. say: tells the user."""
+        self.queue_watch: QueueWatch | None = None  # set before anything is started
+        self._logs = logs
+        self._seeds = seeds
+        self._maker = maker
+        self._pods = pods
+        self._say = say
+        self._embedded: EmbeddedServer | None = None
+        self._has_limits = False
+
+    async def start(self, manifests: Manifests, *, with_fork_server: bool) -> None:
+        """What these manifests have a use for, if it is not there. Raises PlatformError."""
+        await self._start_embedded(manifests)
+        self._set_limits(manifests)
+        commands = [(*container.command, *container.args)[1:] for s in manifests.services for container in s.spec.containers]
+        if with_fork_server and not self._maker.fork_server and PROGRAM in commands:
+            places = self._maker.places
+            self._maker.fork_server = ForkServer(self._logs / "fork-server.log", self._is_starting, self._say, places.mark, places.inherits)
+
+    async def _start_embedded(self, manifests: Manifests) -> None:
+        wants_objects = bool(self._seeds) or manifests.mentions(OBJECT_STORE)
+        wants_queues = manifests.mentions(QUEUES)
+        addresses = self._maker.addresses
+        if not self._embedded and (wants_objects or wants_queues):
+            self._embedded = EmbeddedServer(self._maker.free_port(), self._logs / "embedded.log", self._say, self._maker.places.mark)
+        if not self._embedded:
+            return
+        try:
+            if not addresses:
+                await self._embedded.start()
+            if wants_objects and OBJECT_STORE not in addresses:
+                await self._embedded.serve_objects(self._seeds)
+                addresses[OBJECT_STORE] = self._embedded.address
+            if wants_queues:
+                await self._embedded.serve_queues(manifests.queues)
+                addresses[QUEUES] = self._embedded.address
+        except PlatformError:
+            if not addresses:
+                await self._embedded.stop()
+                self._embedded = None
+            raise
+        assert self.queue_watch
+        self.queue_watch.embedded = self._embedded
+
+    def _set_limits(self, manifests: Manifests) -> None:
+        """Say once which mechanism holds containers to their limits, as soon as there are any."""
+        containers = [container for workload in manifests.workloads for container in workload.spec.containers]
+        if not self._has_limits and any({CPU, MEMORY} & container.resources.limits.keys() for container in containers):
+            self._has_limits = True
+            self._maker.limiter = Limiter(delegated())
+            self._say(f"resources.limits: {self._maker.limiter.explain()}")
+
+    def _is_starting(self) -> bool:
+        """Whether somebody may be waiting for a pod that starts; one that takes long is not waited for."""
+        now = time.monotonic()
+        return any(pod.phase in ("pending", "starting") and now - pod.asked_at < LONG_START_S for pod in self._pods())
+
+    async def stop(self) -> None:
+        """End all of them."""
+        await asyncio.gather(*(helper.stop() for helper in (self.queue_watch, self._maker.fork_server, self._embedded) if helper))
+
+    def status(self) -> dict[str, Any]:
+        """Their entries in `/api/status`."""
+        sources, queues = self.queue_watch.status() if self.queue_watch else ([], [])
+        fork_server = self._maker.fork_server
+        return {
+            "queue_sources": sources,
+            "queues": queues,
+            "fork_server": fork_server and fork_server.status(),
+            "limits": self._maker.limiter.describe(),
+        }
