@@ -82,7 +82,7 @@ def test_a_new_revision_that_fails_leaves_the_traffic_where_it_is_and_says_why_e
         assert trouble["revision"] == "hello-00002"
         found = platform.wait_for("hello", "failed", lambda found: found["rollout"]["state"] == "failed")
         assert found["failure"].startswith("hello-00002 failed; traffic stays on hello-00001. ")
-        assert "there is no model" in found["failure"]
+        assert "there is no model" in found["failure_log"]["lines"][-1]
         assert "hello hello-00002 failed; traffic stays on hello-00001" in platform.server.said()
         assert versions(platform, "hello") == {"1"}
         platform.wait_for("hello", "its pods gone", lambda found: {pod["revision"] for pod in found["pods"]} == {"hello-00001"})
