@@ -24,8 +24,10 @@ from pathlib import Path, PurePosixPath
 
 from weights_cache.blob import Blob, are_complete, unique
 from weights_cache.errors import CacheError
+from weights_cache.excerpt import quoted
 
 FORMAT = "1"
+_MAX_SMALL_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,12 @@ class NodeCache:
     def check_format(self) -> None:
         """Raise CacheError if the directory was laid out by another version of Relight."""
         try:
-            found = (self.root / "FORMAT").read_bytes().decode(errors="replace").strip()
+            found = _read(self.root / "FORMAT").decode(errors="replace").strip()
         except FileNotFoundError:
             return  # nothing there yet
         if found != FORMAT:
             raise CacheError(
-                f"cache directory {self.root} has layout {found!r}, this version of Relight reads {FORMAT!r}; "
+                f"cache directory {self.root} has layout {quoted(found)}, this version of Relight reads {FORMAT!r}; "
                 "it was left alone: use another directory, or remove this one"
             )
 
@@ -169,7 +171,7 @@ class NodeCache:
         for path in paths:
             check_path(path)
             if both := next((str(folder) for folder in PurePosixPath(path).parents if str(folder) in paths), None):
-                raise CacheError(f"object key {both!r} is both a file and the folder of {path!r}; a snapshot cannot hold both")
+                raise CacheError(f"object key {quoted(both)} is both a file and the folder of {quoted(path)}; a snapshot cannot hold both")
         snapshot = snapshot_id(namespace, files)
         target = self.snapshot_path(snapshot)
         if not target.is_dir():
@@ -240,7 +242,8 @@ def check_path(path: str) -> None:
     is_text = not any("\ud800" <= letter <= "\udfff" for letter in path)  # lone surrogates stand for bytes that are no UTF-8
     if not is_text or "\0" in path or any(part in ("", ".", "..") for part in parts):
         raise CacheError(
-            f"object key {path!r} cannot be a file below the snapshot: empty, '.' and '..' parts, NUL and invalid Unicode are not allowed"
+            f"object key {quoted(path)} cannot be a file below the snapshot: "
+            "empty, '.' and '..' parts, NUL and invalid Unicode are not allowed"
         )
     if any(len(os.fsencode(part)) > 255 for part in parts) or len(os.fsencode(path)) > 1024:
         raise CacheError(f"object key {path[:80]!r}… is too long for a file name (255 bytes a part, 1024 in all)")
@@ -248,7 +251,7 @@ def check_path(path: str) -> None:
 
 def _read_ref(path: Path) -> Ref | None:
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(_read(path))
         ref = Ref(found["uri"], found["snapshot"], float(found["checked"]), found.get("next"))
         ids = [ref.snapshot] if ref.next is None else [ref.snapshot, ref.next]
         return ref if isinstance(ref.uri, str) and all(map(_is_snapshot_id, ids)) else None
@@ -256,6 +259,12 @@ def _read_ref(path: Path) -> Ref | None:
         return None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # a damaged ref is as good as none: the sidecar writes it anew
+
+
+def _read(path: Path) -> bytes:
+    """A small file of the cache, and no more of it than such a one has."""
+    with path.open("rb", buffering=0) as file:
+        return file.read(_MAX_SMALL_BYTES) or b""
 
 
 def _is_snapshot_id(found: object) -> bool:

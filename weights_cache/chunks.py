@@ -97,7 +97,8 @@ class ChunkMap:
         """
         size, header = record_bytes(file.st_size), _header(file)
         try:
-            before = record.read_bytes()
+            with record.open("rb") as opened:
+                before = opened.read(size + 1)  # one more: a longer one is of another file
         except FileNotFoundError:
             before = b""
         is_same = len(before) == size and before[:_HEADER_BYTES] == header

@@ -1,12 +1,13 @@
 """The commands that move weights and keep them: `serve` (the sidecar), `push`, `pull`, `cache list|verify|evict`."""
 
+import contextlib
 import json
-import logging
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,10 @@ import click
 from weights_cache import environment
 from weights_cache.environment import SettingsError
 from weights_cache.errors import WeightsError
+from weights_cache.excerpt import described, told
+from weights_cache.logs import configure
 from weights_cache.settings import WeightsSettings
+from weights_cache.threads import Threads
 
 if TYPE_CHECKING:
     from weights_cache.cache import NodeCache
@@ -26,12 +30,30 @@ class _Command(click.Command):
     """Our errors are for people: one line and exit status 1, no traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-        logging.getLogger("botocore").setLevel(logging.WARNING)
+        configure()
         try:
-            return super().invoke(ctx)
+            with _interruptible():
+                return super().invoke(ctx)
         except (SettingsError, WeightsError, OSError) as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(told(str(error))) from error
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends what is done in order, which may have to wait for a store that stalls; the second time, at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 _CACHE_DIR = click.option(
@@ -279,15 +301,15 @@ class _shown:  # noqa: N801  used as `with _shown(...)`
         self._total = total if callable(total) else lambda: total
         self._done = done
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._bar if sys.stderr.isatty() else self._lines, daemon=True)
+        self._threads = Threads(lambda name, error: click.echo(f"{name}: {described(error)}", err=True))
 
     def __enter__(self) -> None:
         self._began = time.monotonic()
-        self._thread.start()
+        self._threads.start("the progress", self._bar if sys.stderr.isatty() else self._lines)
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._over.set()
-        self._thread.join()
+        self._threads.join()
 
     def _bar(self) -> None:
         from rich.console import Console

@@ -143,7 +143,8 @@ class Connection:
                     self._open(url)
                 assert self._sock is not None
                 target = address if self._is_relayed else f"{url.path}?{url.query}"
-                lines = [f"GET {target} HTTP/1.1", f"Host: {url.netloc}", "Accept-Encoding: identity", "User-Agent: relight"]
+                host = url.netloc.rpartition("@")[2]
+                lines = [f"GET {target} HTTP/1.1", f"Host: {host}", "Accept-Encoding: identity", "User-Agent: relight"]
                 lines += [f"{name}: {value}" for name, value in headers.items()]
                 self._sock.sendall("\r\n".join(lines).encode() + b"\r\n" + self._relay + b"\r\n")
                 self._reply = Reply(self._sock)
@@ -152,35 +153,46 @@ class Connection:
                 if is_used and isinstance(error, ConnectionError):
                     is_used = False  # the store had closed it meanwhile, as it may: once more on a new one
                     continue
-                raise StoreUnavailable(f"no answer from {url.netloc}: {error or type(error).__name__}") from error
+                raise StoreUnavailable(f"no answer from {url.netloc.rpartition('@')[2]}: {error or type(error).__name__}") from error
             return self._reply
 
     def _open(self, url: SplitResult) -> None:
         via = _proxy_for(url) or url
         self._host = url.netloc
-        sock = socket.create_connection((via.hostname or "", via.port or _PORTS.get(via.scheme, 80)), CONNECT_S)
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            secret = base64.b64encode(f"{unquote(via.username or '')}:{unquote(via.password or '')}".encode())
-            authorization = b"Proxy-Authorization: Basic " + secret + b"\r\n" if via.username else b""
-            self._is_relayed = via is not url and url.scheme == "http"
-            self._relay = authorization if self._is_relayed else b""
-            if url.scheme == "https":
-                if via is not url:
-                    name = f"{url.hostname}:{url.port or 443}".encode()
-                    sock.sendall(b"CONNECT " + name + b" HTTP/1.1\r\nHost: " + name + b"\r\n" + authorization + b"\r\n")
-                    if (status := Reply(sock).status) != 200:
-                        raise OSError(f"the proxy {via.hostname} answers {status}")
-                sock = self._store.tls().wrap_socket(sock, server_hostname=url.hostname)
-                sock.settimeout(STALL_S)
+        sock = self._connect(via.hostname or "", via.port or _PORTS.get(via.scheme, 80))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        secret = base64.b64encode(f"{unquote(via.username or '')}:{unquote(via.password or '')}".encode())
+        authorization = b"Proxy-Authorization: Basic " + secret + b"\r\n" if via.username else b""
+        self._is_relayed = via is not url and url.scheme == "http"
+        self._relay = authorization if self._is_relayed else b""
+        if url.scheme == "https":
+            if via is not url:
+                name = f"{url.hostname}:{url.port or 443}".encode()
+                sock.sendall(b"CONNECT " + name + b" HTTP/1.1\r\nHost: " + name + b"\r\n" + authorization + b"\r\n")
+                if (status := Reply(sock).status) != 200:
+                    raise OSError(f"the proxy {via.hostname} answers {status}")
+            tls = self._sock = self._store.tls().wrap_socket(sock, server_hostname=url.hostname, do_handshake_on_connect=False)
+            tls.settimeout(STALL_S)
+            tls.do_handshake()
+        else:
+            sock.settimeout(None)  # the kernel keeps the time, so that it may wait for the whole buffer
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(STALL_S))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(STALL_S))
+
+    def _connect(self, host: str, port: int) -> socket.socket:
+        """A connection to the first of its addresses that takes one; `abort` ends the waiting for it, too."""
+        found: OSError | None = None
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            self.close()
+            self._sock = socket.socket(family, kind, protocol)
+            self._sock.settimeout(CONNECT_S)
+            try:
+                self._sock.connect(address)
+            except OSError as error:
+                found = found or error
             else:
-                sock.settimeout(None)  # the kernel keeps the time, so that it may wait for the whole buffer
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(STALL_S))
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(STALL_S))
-        except BaseException:
-            sock.close()
-            raise
-        self._sock = sock
+                return self._sock
+        raise found or OSError(f"{host} has no address")
 
     def abort(self) -> None:
         """Make a read that another thread is waiting in fail now."""

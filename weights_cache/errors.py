@@ -1,8 +1,16 @@
 """What can go wrong with weights, one class for each way that a caller would act on differently."""
 
+from weights_cache.excerpt import told
+
 
 class WeightsError(Exception):
-    """Base of every error this package raises on purpose; its text is meant for the person who has to act."""
+    """Base of every error this package raises on purpose; its text is meant for the person who has to act.
+
+    It is one line of a bounded length without secrets, whatever it was made of: it is shown in logs, statuses and dashboards.
+    """
+
+    def __init__(self, text: object) -> None:
+        super().__init__(told(str(text)))
 
 
 class CacheError(WeightsError):

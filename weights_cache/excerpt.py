@@ -3,7 +3,10 @@
 import reprlib
 from collections.abc import Iterable
 
+from weights_cache.redact import redacted
+
 MAX_SIGNS = 100  # of one thing
+MAX_TOLD_SIGNS = 2000  # of an error
 _MAX_LIST_SIGNS = 400
 
 _repr = reprlib.Repr()  # which looks at no more than it shows
@@ -36,7 +39,25 @@ def listed(names: Iterable[str], *, most: int = 20) -> str:
     return ", ".join(said) + more or "none"
 
 
-def _cut(text: str) -> str:
-    if len(text) <= MAX_SIGNS:
+def told(text: str, most: int = MAX_TOLD_SIGNS) -> str:
+    """A message for people: on one line, without secrets, and cut in the middle; what would not stay on the line is escaped."""
+    if len(text) > 8 * most:  # what is cut out is not looked at, but for what a secret may begin or end with
+        text = _cut(text, 8 * most)
+    text = redacted(text)
+    if not text.isprintable():
+        text = "".join(letter if letter.isprintable() else " " if letter in "\r\n\t" else repr(letter)[1:-1] for letter in text)
+    return _cut(text, most)
+
+
+def described(error: BaseException) -> str:
+    """An error in such a message; one that is not of this package is named by its type."""
+    from weights_cache.errors import WeightsError
+
+    text = str(error)
+    return text if isinstance(error, WeightsError) else told(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def _cut(text: str, most: int = MAX_SIGNS) -> str:
+    if len(text) <= most:
         return text
-    return f"{text[: MAX_SIGNS // 2]}…{text[1 - MAX_SIGNS // 2 :]}"
+    return f"{text[: most // 2]}…{text[1 - most // 2 :]}"

@@ -52,6 +52,7 @@ def list_snapshot(store: Store) -> tuple[list[FileRef], Manifest, bytes]:
     found = next((file for file in listed if file.path == MANIFEST), None)
     if not found:
         return listed, {}, b""
+    manifest.check_size(found.size, store.place(found))
     for pause_s in (0.1, 0.5, 2.0, None):
         try:
             data = store.read(found)
@@ -60,7 +61,7 @@ def list_snapshot(store: Store) -> tuple[list[FileRef], Manifest, bytes]:
             if pause_s is None:
                 raise
             time.sleep(pause_s)
-    said = manifest.parse(data, store.place(found))
+    said = manifest.parse(data, store.place(found), listed)
     return manifest.select(listed, said, str(store.uri)), said, data
 
 
@@ -86,6 +87,7 @@ class Puller:
 
         Raises StoreError (ObjectChanged if the objects are replaced faster than they can be read) or CacheError.
         """
+        self._pause(0)  # it may have been cancelled before it began
         pinned = self._store.uri.snapshot
         if pinned and self.use_cached(pinned):
             self._cache.set_ref(Ref(self._uri, pinned, time.time()))
@@ -139,7 +141,8 @@ class Puller:
         progress = self.progress
         progress.snapshot, progress.source = snapshot, "cache"
         progress.total_bytes = progress.cached_bytes = sum(sizes)
-        progress.bytes_there = lambda: progress.total_bytes
+        total = progress.total_bytes
+        progress.bytes_there = lambda: total
         return True
 
     def _keep(self, lease: Lease) -> None:
@@ -237,6 +240,7 @@ def _counter(wanted: Sequence[tuple[FileRef, Blob]]) -> Callable[[], int]:
         there = 0
         for file, blob in wanted:
             if blob.is_complete():
+                maps.pop(file.path, None)
                 there += file.size
             elif chunks := maps.get(file.path) or blob.chunks():
                 there += maps.setdefault(file.path, chunks).bytes_there()

@@ -17,17 +17,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import quote
 
 from weights_cache.cache import Lease, NodeCache
 from weights_cache.errors import CacheError, StoreError, StoreUnavailable, WeightsError
+from weights_cache.excerpt import described
 from weights_cache.settings import WeightsSettings
 from weights_cache.uri import WeightsUri
 
 if TYPE_CHECKING:
+    from weights_cache.access import Access
     from weights_cache.fetch import Puller
 
 SOCKET = "agent.sock"
 ASK_S = 0.1  # how often the agent is asked how far it is
+LONGEST_BUSY_S = 30.0  # until an agent that has no place for us is asked again
+MAX_ANSWER_BYTES = 4 << 20
 
 Settle = Callable[[], None]  # makes what was brought survive a power cut; takes as long as the disk does
 
@@ -61,6 +66,9 @@ class Keeper(Protocol):
     def pull(self) -> Settle:
         """Bring what the store has now. Raises WeightsError; afterwards `row` tells, and the weights are leased."""
 
+    def state(self) -> tuple[str, str | None]:
+        """The phase, and what is wrong, from what is known: without looking."""
+
     def cancel(self) -> None:
         """Make `pull` end soon, in another thread."""
 
@@ -74,17 +82,21 @@ class Keeper(Protocol):
 class Filler:
     """A keeper that fills the cache itself."""
 
-    def __init__(self, settings: WeightsSettings, uri: str, report: Callable[[Pulled], object]) -> None:
-        """report: is told what each pull did."""
+    def __init__(
+        self, settings: WeightsSettings, uri: str, report: Callable[[Pulled], object], access: "Access | None" = None, pulls: int = 0
+    ) -> None:
+        """report: is told what each pull did. pulls: that were begun by earlier keepers of this URI."""
         self.uri = uri
         self.ready = False
-        self._pulls = 0  # begun
+        self._pulls = pulls  # begun
+        self._access = access
         self._settings = settings
         self._source = WeightsUri.parse(uri)
         self._cache = NodeCache(settings.cache_dir)
         self._report = report
         self._puller: Puller | None = None
-        self._phase = "listing"
+        self._is_cancelled = False
+        self._phase = "waiting"
         self._error: str | None = None
         self._began = time.monotonic()
         self._seconds: float | None = None
@@ -92,7 +104,7 @@ class Filler:
     def begin(self) -> None:
         """A pull is about to start: `row` is to be about that one from now on."""
         self._pulls += 1
-        self._phase, self._began, self._seconds = "listing", time.monotonic(), None
+        self._phase, self._began, self._seconds = "waiting", time.monotonic(), None
         if self._puller:
             self._puller.progress.checked = False
 
@@ -103,17 +115,20 @@ class Filler:
         from weights_cache.store import Store
 
         puller, is_stale = None, False
+        self._phase = "listing"
         try:
             self._cache.create()
-            puller = Puller(Store(self._source), self._cache, self._settings, uri=self.uri)
+            puller = Puller(Store(self._source, self._access), self._cache, self._settings, uri=self.uri)
             before, self._puller = self._puller, puller
+            if self._is_cancelled:
+                puller.cancel()
             try:
                 is_stale = self._pull(puller)
             finally:
                 if before:
                     before.close()  # only now, so that nobody evicts in between what is being used
         except Exception as error:
-            self._phase, self._error = "failed", str(error) if isinstance(error, WeightsError) else repr(error)
+            self._phase, self._error = "failed", described(error)
             self._report(replace(self._pulled(puller), failed=True))
             raise
         self._report(replace(self._pulled(puller), stale=is_stale))
@@ -171,7 +186,8 @@ class Filler:
             log.warning("%s is not on the disk yet: %s", self.uri, error)
 
     def cancel(self) -> None:
-        """Make `pull` end soon, in another thread."""
+        """Make `pull` end soon, in another thread, also one that begins later."""
+        self._is_cancelled = True
         if self._puller:
             self._puller.cancel()
 
@@ -179,6 +195,10 @@ class Filler:
         """Let go of the weights."""
         if self._puller:
             self._puller.close()
+
+    def state(self) -> tuple[str, str | None]:
+        """The phase, and what is wrong."""
+        return self._phase, self._error
 
     def row(self) -> dict[str, Any]:
         """Where it is, as an entry of `/v1/snapshots`."""
@@ -211,6 +231,7 @@ class Delegate:
     """A keeper that asks the node's agent, and itself only holds the lease."""
 
     def __init__(self, settings: WeightsSettings, uri: str, report: Callable[[Pulled], object]) -> None:
+        """report: is told what each pull did."""
         self.uri = uri
         self.ready = False
         self._cache = NodeCache(settings.cache_dir)
@@ -221,8 +242,7 @@ class Delegate:
         self._row: dict[str, Any] = {"uri": uri, "phase": "listing", "error": None, "checked": False, "snapshot": None}
 
     def begin(self) -> None:
-        """A pull is about to start."""
-        self._stopped.clear()
+        """A pull is about to start; the agent says how it goes."""
 
     def pull(self) -> Settle:
         """Have the agent bring what the store has now; if there is none, take what the cache has. Raises WeightsError."""
@@ -234,7 +254,7 @@ class Delegate:
         try:
             row = self._await_agent()
             if row["phase"] == "failed":
-                raise StoreError(row["error"])
+                raise StoreError(row["error"] or "the node's agent does not say why it failed")
             if not self._take(row["snapshot"]):
                 raise CacheError(f"snapshot {row['snapshot']} was evicted as soon as it was complete; is WEIGHTS_CACHE_BYTES too small?")
             self.ready = True
@@ -249,17 +269,32 @@ class Delegate:
 
     def _await_agent(self) -> dict[str, Any]:
         """Ask for a pull; the agent's row at its end. Raises WeightsError."""
-        row: dict[str, Any]
-        pulls = self._ask("POST", self.uri)["pulls"]
-        while (row := self._ask("GET"))["pulls"] < pulls or row["phase"] not in ("complete", "failed"):
-            if row["pulls"] < pulls:  # it is another agent, which started since and knows nothing of it
-                pulls = self._ask("POST", self.uri)["pulls"]
+        pulls = self._order()
+        while (row := self._look())["pulls"] < pulls or row["phase"] not in ("complete", "failed"):
+            if row["pulls"] < pulls:  # it is another agent, which started since, or it has forgotten what was done for long
+                pulls = self._order()
             else:
                 self._row = row
-            if self._stopped.wait(ASK_S):
-                raise StoreError("the pull was stopped")
+            self._pause(ASK_S)
         self._row = row
         return row
+
+    def _order(self) -> int:
+        """Ask for a pull until the agent has a place for it; which one it is of this URI's."""
+        while True:
+            try:
+                return int(self._ask("POST", {"uri": self.uri})["pulls"])
+            except _Busy as error:
+                self._row = self._row | {"phase": "waiting", "error": str(error)}
+                self._pause(error.after_s)
+
+    def _look(self) -> dict[str, Any]:
+        """How far it is."""
+        return self._ask("GET")
+
+    def _pause(self, seconds: float) -> None:
+        if self._stopped.wait(seconds):
+            raise StoreError("the pull was stopped")
 
     def _take(self, snapshot: str) -> bool:
         lease = self._cache.lease(snapshot)
@@ -269,21 +304,27 @@ class Delegate:
         self._lease = lease
         return True
 
-    def _ask(self, method: str, uri: str | None = None) -> Any:
+    def _ask(self, method: str, order: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Our row in the agent's answer. Raises StoreError; _Busy if it is to be asked again later."""
         connection = _UnixConnection(self._cache.root / SOCKET)
         try:
             with contextlib.closing(connection):
-                connection.request(method, "/v1/snapshots", json.dumps({"uri": uri}) if uri else None, {"Content-Type": "application/json"})
+                body = json.dumps(order) if order else None
+                connection.request(method, f"/v1/snapshots?uri={quote(self.uri, safe='')}", body, {"Content-Type": "application/json"})
                 reply = connection.getresponse()
-                document = json.loads(reply.read())
-        except (OSError, http.client.HTTPException, ValueError) as error:
+                found = json.loads(reply.read(MAX_ANSWER_BYTES))
+                if reply.status == 503:
+                    raise _Busy(f"the node's agent: {found['error']['message']}", reply.getheader("Retry-After", ""))
+                if reply.status != 200:
+                    raise StoreError(f"the node's agent refused {self.uri}: {found['error']['message']}")
+                # -1: it knows nothing of it. (One of an earlier version tells of all that it keeps.)
+                row = next((row for row in found["snapshots"] if row["uri"] == self.uri), self._row | {"pulls": -1})
+                return {"cached_bytes": 0, "total_bytes": 0, "error": None, **row}
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoreUnavailable(
                 f"{self._cache.root} can only be read here, and the node's agent does not answer in {SOCKET}: {error}; "
                 "run `python -m weights_cache serve --agent` with this directory on the node"
             ) from error
-        if reply.status != 200:
-            raise StoreError(f"the node's agent refused {self.uri}: {document['error']['message']}")
-        return next((row for row in document["snapshots"] if row["uri"] == self.uri), self._row | {"pulls": -1})
 
     def cancel(self) -> None:
         """Make `pull` end soon, in another thread."""
@@ -294,16 +335,28 @@ class Delegate:
         if self._lease:
             self._lease.close()
 
+    def state(self) -> tuple[str, str | None]:
+        """The phase, and what is wrong."""
+        row = self._row
+        return row["phase"], row["error"]
+
     def row(self) -> dict[str, Any]:
         """What the agent says."""
         return self._row
 
 
-def make_keeper(settings: WeightsSettings, uri: str, report: Callable[[Pulled], object]) -> Keeper:
-    """The one that fits: a filler wherever the cache can be written."""
+def can_only_read(settings: WeightsSettings) -> bool:
+    """Whether the cache is somebody else's to fill."""
     root = settings.cache_dir
-    is_read_only = root.is_dir() and not os.access(root, os.W_OK)
-    return Delegate(settings, uri, report) if is_read_only else Filler(settings, uri, report)
+    return root.is_dir() and not os.access(root, os.W_OK)
+
+
+class _Busy(StoreUnavailable):
+    """The agent has no place for us; ask again, `after_s` seconds later."""
+
+    def __init__(self, message: str, retry_after: str) -> None:
+        super().__init__(message)
+        self.after_s = min(LONGEST_BUSY_S, float(retry_after)) if retry_after.isdecimal() and len(retry_after) < 9 else 1.0
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -22,6 +22,8 @@ MANIFEST = "relight-manifest.json"
 
 _VERSION = 1
 _ALGORITHM = "crc64nvme"
+_MARKS = 64  # quotes and brackets of one entry, and more
+MAX_MANIFEST_BYTES = 32 << 20  # of 2 TB of weights
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,23 @@ def dump(manifest: Manifest) -> bytes:
     return json.dumps({"relight": _VERSION, "chunk_bytes": CHUNK_BYTES, "digest": _ALGORITHM, "files": files}, indent=1).encode()
 
 
-def parse(data: bytes, where: str) -> Manifest:
-    """The manifest in an object's bytes. Raises StoreError, naming `where`, if it is none that this version understands."""
+def check_size(size: int, where: str) -> None:
+    """Raise StoreError, naming `where`, if an object is too large to be read as a manifest."""
+    if size > MAX_MANIFEST_BYTES:
+        raise StoreError(f"{where} has {size:,} bytes, {MAX_MANIFEST_BYTES:,} are allowed; push the weights again")
+
+
+def parse(data: bytes, where: str, listed: Iterable[FileRef] | None = None) -> Manifest:
+    """The manifest in an object's bytes. Raises StoreError, naming `where`, if it is none that this version understands.
+
+    listed: the objects that it may be about. If it has many more values than a manifest of these it is not looked at: what JSON holds may
+    take fifty times the memory of its text.
+    """
     try:
+        if listed is not None:
+            most = _MARKS + sum(_MARKS + 2 * len(file.path) for file in listed)
+            if sum(map(data.count, (b'"', b"{", b"["))) > most:
+                raise ValueError("it has more in it than these files need")
         document = json.loads(data)
         if (document["relight"], document["chunk_bytes"], document["digest"]) != (_VERSION, CHUNK_BYTES, _ALGORITHM):
             raise StoreError(f"{where} was written by another version of Relight; push the weights again, or use that version")

@@ -14,11 +14,13 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 
 from weights_cache.environment import SettingsError
+from weights_cache.excerpt import quoted, told
 from weights_cache.uri import WeightsUri
 
 LABEL = "weights.relight/"
 POD = Path("/var/run/secrets/kubernetes.io/serviceaccount")  # where a pod finds the cluster's certificate and its own token
 TIMEOUT_S = 10.0
+MAX_ANSWER_BYTES = 64 * 1024
 
 log = logging.getLogger("relight.weights")
 
@@ -30,7 +32,7 @@ def parse(text: str | None) -> dict[str, str]:
         name, separator, uri = item.partition("=")
         if not separator or not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", name) or name in found:
             raise SettingsError(
-                f"WEIGHTS_PREFETCH: {item!r} must be NAME=s3://bucket/prefix, each NAME once and of small letters, digits and -"
+                f"WEIGHTS_PREFETCH: {told(quoted(item))} must be NAME=s3://bucket/prefix, each NAME once and of small letters, digits and -"
             )
         WeightsUri.parse(uri)
         found[name] = uri
@@ -55,7 +57,7 @@ class NodeLabels:
             try:
                 connection.request("PATCH", f"/api/v1/nodes/{self._node}", body, headers)
                 reply = connection.getresponse()
-                answer = reply.read()
+                answer = reply.read(MAX_ANSWER_BYTES)
             finally:
                 connection.close()
         except (OSError, HTTPException) as error:

@@ -9,67 +9,90 @@ import contextlib
 import json
 import logging
 import os
-import random
+import queue
 import signal
 import socket
-import socketserver
 import threading
-from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 from weights_cache import prefetch, resident
+from weights_cache.access import Access
 from weights_cache.cache import NodeCache
 from weights_cache.environment import SettingsError
 from weights_cache.errors import WeightsError
-from weights_cache.keeper import SOCKET, Keeper, Pulled, Settle, make_keeper
+from weights_cache.excerpt import described, quoted
+from weights_cache.http_peer import Answer, HttpPeer, Reply, Request, document, refusal
+from weights_cache.keeper import SOCKET, Delegate, Filler, Keeper, Pulled, can_only_read
+from weights_cache.loop import Loop, Peer, raise_descriptor_limit
+from weights_cache.pulls import Busy, Pulls, backoff
 from weights_cache.settings import WeightsSettings
+from weights_cache.threads import Threads
 from weights_cache.uri import WeightsUri
 
 log = logging.getLogger("relight.weights")
 
-MAX_REQUEST_BYTES = 64 * 1024
 TELL_S = 5.0
+STOP_S = 1.0  # for pulls to end; what is in the middle of a call to a store that stalls takes longer, and nothing interrupts that
+PREPARE_S = 5.0  # for an agent's client of the store
+CONNECTIONS = 128  # to each HTTP socket
+FUNCTIONS = 256  # connections to the resident tier
+QUESTIONS = 32  # that wait for what takes a look at the disk
+BACKLOG = 1024
 
 
 class Sidecar:
-    """The state behind the HTTP routes: a keeper for each URI that was asked for."""
+    """The state behind the HTTP routes: the pulls, what stays on devices, and the threads that work on them."""
 
-    def __init__(self, settings: WeightsSettings) -> None:
+    def __init__(self, settings: WeightsSettings, *, pieces: int = resident.MAX_PIECES) -> None:
+        """pieces: allocations that may stay on devices."""
         self._settings = settings
-        self._lock = threading.Lock()  # guards what follows
-        self._keepers: dict[str, Keeper] = {}
-        self._pulling: set[str] = set()  # each by one thread
         self._stop = threading.Event()
+        self._threads = Threads(self._failed)
         self._prefetched = prefetch.parse(settings.prefetch)
-        self._kept = {*self._prefetched.values(), *filter(None, [settings.uri])}  # whoever asks for them, and whoever does not
-        for uri in self._kept:
-            self._keeper(uri)
+        self._is_reader = can_only_read(settings)
+        self._access = Access()
+        self._metrics_lock = threading.Lock()  # guards _metrics
         self._metrics: Any = None
-        self.residents = resident.Residents(settings.resident_bytes)
+        self.problem: str | None = None  # for good: a thread has ended that should not have
+        kept = dict.fromkeys([*filter(None, [settings.uri]), *self._prefetched.values()])  # whoever asks for them, and whoever does not
+        self.pulls = Pulls(self._make_keeper, kept, self._failed)
+        self.residents = resident.Residents(settings.resident_bytes, pieces)
 
-    def keep_present(self, uri: str) -> None:
-        """Pull until it succeeds, with growing pauses between the tries."""
-        with self._lock:
-            self._pulling.add(uri)  # whoever asks for the same is served by this
-        for pause_s in backoff(1, 30):
-            settle = self._pull(uri, pause_s)
-            if settle or self._stop.wait(pause_s):
-                break
-        self._finish(uri, settle)
+    def _make_keeper(self, uri: str, pulls: int) -> Keeper:
+        if self._is_reader:
+            return Delegate(self._settings, uri, self._count)
+        return Filler(self._settings, uri, self._count, self._access, pulls)
+
+    def _failed(self, name: str, error: BaseException) -> None:
+        log.error("thread %r ended: %s", name, described(error), exc_info=error)
+        self.problem = f"{name} ended unexpectedly: {described(error)}"
+
+    def prepare(self) -> None:
+        """Have at hand what every pull needs. An agent will need it, and its memory is then what it stays."""
+        self._threads.start("prepare", self._access.prepare)
+        self._threads.join(PREPARE_S)
+
+    def start(self, *, agent: bool) -> None:
+        """Begin to keep what is to be kept."""
+        if self._settings.uri:
+            self._threads.start("keep", self.pulls.keep_present, self._settings.uri)
+        if agent and self._prefetched:
+            self._threads.start("prefetch", self.bring_ahead)
+        self._threads.start("tell", self._tell)
 
     def bring_ahead(self) -> None:
         """Bring what WEIGHTS_PREFETCH names, one after the other, and label the node with what is there."""
         labels = prefetch.NodeLabels(self._settings.node) if self._settings.node else None
         self._label(labels, dict.fromkeys(self._prefetched))
         for name, uri in self._prefetched.items():
-            self.keep_present(uri)
+            self.pulls.keep_present(uri)
             if self._stop.is_set():
                 return
-            with self._lock:
-                snapshot = self._keepers[uri].row()["snapshot"]
-            self._label(labels, {name: snapshot})
+            self._label(labels, {name: self.pulls.keeper(uri).row()["snapshot"]})
 
     def _label(self, labels: prefetch.NodeLabels | None, snapshots: Mapping[str, str | None]) -> None:
         """Until it works: without the label a Service would look for its weights elsewhere for good."""
@@ -77,85 +100,36 @@ class Sidecar:
             if not labels or not snapshots or labels.set(snapshots) or self._stop.wait(pause_s):
                 return
 
-    def tell(self) -> None:
+    def _tell(self) -> None:
         """A line in the log every few seconds while weights come, for whoever has nothing but the log to look at."""
         while not self._stop.wait(TELL_S):
-            for row in self.rows():
+            for row in self.pulls.rows():
                 if row["phase"] == "fetching" and row.get("total_bytes"):
                     log.info("%s: %.1f of %.1f MB", row["uri"], row["bytes"] / 1e6, row["total_bytes"] / 1e6)
 
-    def ask(self, uri: str) -> None:
-        """See that what the store has now is, or is going to be, in the cache; what it takes happens in another thread."""
-        WeightsUri.parse(uri)
-        with self._lock:
-            if uri in self._pulling:
-                return
-            self._pulling.add(uri)
-            self._keeper(uri).begin()  # before the answer, which is to be about this pull
-        threading.Thread(target=self._pull_for_others, args=(uri,), name="pull", daemon=True).start()
-
-    def _pull_for_others(self, uri: str) -> None:
-        self._finish(uri, self._pull(uri))
-        with self._lock:
-            if uri not in self._pulling and uri not in self._kept:
-                self._keepers[uri].close()  # whoever asked has a lease of its own
-
-    def _pull(self, uri: str, pause_s: float = 0.0) -> Settle | None:
-        """One try; returns what is left to do, or None if it has to be repeated."""
-        with self._lock:
-            keeper = self._keeper(uri)
-            if pause_s:
-                keeper.begin()
-        try:
-            settle = keeper.pull()
-        except WeightsError as error:
-            log.error("%s%s", error, f"; next try in {pause_s:.0f} s" if pause_s else "")
-            return None
-        except Exception:
-            log.exception("the pull of %s failed unexpectedly", uri)
-            return None
-        return settle if keeper.row()["error"] is None else None  # else it is the cache's, and the store is asked again later
-
-    def _finish(self, uri: str, settle: Settle | None) -> None:
-        with self._lock:
-            self._pulling.discard(uri)  # first: an order that comes while the disk is slow is about what the store has by then
-        if settle:
-            settle()
-
-    def _keeper(self, uri: str) -> Keeper:
-        if uri not in self._keepers:
-            self._keepers[uri] = make_keeper(self._settings, uri, self._count)
-        return self._keepers[uri]
-
-    def stop(self) -> None:
-        """End every pull soon, and let the weights go."""
+    def stop(self, seconds: float) -> bool:
+        """End all threads; returns whether they have ended within the time."""
         self._stop.set()
-        for keeper in self.keepers():
-            keeper.cancel()
+        is_over = self.pulls.stop(seconds)
+        return self._threads.join(seconds if is_over else 0) and is_over
 
     def close(self) -> None:
         """Let the weights go; no pull is running any more."""
-        for keeper in self.keepers():
-            keeper.close()
+        self.pulls.close()
         self.residents.close()
 
-    def keepers(self) -> list[Keeper]:
-        """All of them, in the order they were asked for."""
-        with self._lock:
-            return list(self._keepers.values())
+    def status(self) -> dict[str, Any]:
+        """How the weights of WEIGHTS_URI are, from what is known: without looking at the disk, and without waiting."""
+        if self.problem:
+            return {"phase": "failed", "error": self.problem}
+        if not self._settings.uri:
+            return {"phase": "idle", "error": None}
+        phase, error = self.pulls.keeper(self._settings.uri).state()
+        return {"phase": phase, "error": error}
 
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether the weights of WEIGHTS_URI are there; what else was asked for is the business of those who did."""
-        return all(keeper.ready for keeper in self.keepers() if keeper.uri == self._settings.uri)
-
-    def row(self) -> dict[str, Any]:
-        """How far the weights of WEIGHTS_URI are."""
-        rows = [keeper.row() for keeper in self.keepers() if keeper.uri == self._settings.uri]
-        return rows[0] if rows else {"phase": "idle", "error": None}
-
-    def rows(self) -> list[dict[str, Any]]:
-        """How far everything is."""
-        return [keeper.row() for keeper in self.keepers()]
+        return not self.problem and (not self._settings.uri or self.pulls.keeper(self._settings.uri).ready)
 
     def _count(self, pulled: Pulled) -> None:
         self.metrics().count(pulled)
@@ -164,110 +138,170 @@ class Sidecar:
         """What has been counted."""
         from weights_cache.metrics import Metrics
 
-        with self._lock:
-            self._metrics = self._metrics or Metrics(self.keepers, self.residents)
+        with self._metrics_lock:
+            self._metrics = self._metrics or Metrics(self.pulls.keepers, self.residents)
         return self._metrics
 
 
-def backoff(first_s: float, limit_s: float) -> Iterator[float]:
-    """Seconds to wait before each next try: doubling from `first_s` to `limit_s`, spread by a quarter so that pods do not march in step."""
-    wait_s = first_s
-    while True:
-        yield wait_s * random.uniform(0.75, 1.25)
-        wait_s = min(limit_s, wait_s * 2)
+class Routes:
+    """What is answered over HTTP: probes at once, by the loop's thread, and what has to look at the disk by a thread of its own."""
 
+    def __init__(self, sidecar: Sidecar, *, takes_orders: bool = False) -> None:
+        """takes_orders: only who can open the socket in the cache directory may have something fetched."""
+        self._sidecar = sidecar
+        self._takes_orders = takes_orders
+        self._questions: queue.Queue[Callable[[], object] | None] = queue.Queue(QUESTIONS)
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    sidecar: Sidecar
-    takes_orders = False  # only who can open the socket in the cache directory may have something fetched
-
-    def do_GET(self) -> None:
-        route = self.path.split("?")[0]
-        if route == "/healthz":
-            self._answer(200, {"status": "ok"})
-        elif route == "/readyz":
-            row = self.sidecar.row()
-            self._answer(200 if self.sidecar.ready() else 503, {"phase": row["phase"], "error": row["error"]})
-        elif route == "/v1/snapshots":
-            self._answer(200, {"snapshots": self.sidecar.rows()})
-        elif route == "/v1/residents":
-            self._answer(200, {"residents": self.sidecar.residents.rows()})
-        elif route == "/metrics":
-            self._send(200, "text/plain; version=0.0.4; charset=utf-8", self.sidecar.metrics().text())
+    def __call__(self, request: Request, reply: Reply) -> None:
+        """Answer, now or later."""
+        route, _, query = request.target.partition("?")
+        if request.method == "GET" and route == "/healthz":
+            problem = self._sidecar.problem
+            reply(document(503, {"status": "failed", "error": problem}) if problem else document(200, {"status": "ok"}))
+        elif request.method == "GET" and route == "/readyz":
+            reply(document(200 if self._sidecar.is_ready() else 503, self._sidecar.status()))
         else:
-            self._refuse(404, "not_found", f"no route {route}; there are /healthz, /readyz, /v1/snapshots, /v1/residents, /metrics")
+            try:
+                self._questions.put_nowait(partial(self._look, request, route, query, reply))
+            except queue.Full:
+                reply(refusal(503, "busy", f"{QUESTIONS} others wait for an answer", Retry_After="1"))
 
-    def do_POST(self) -> None:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > MAX_REQUEST_BYTES:
-            self.close_connection = True
-            self._refuse(
-                413 if length.isdigit() else 411, "bad_request", f"a body of at most {MAX_REQUEST_BYTES} bytes is needed, with its length"
-            )
-            return
-        body = self.rfile.read(int(length))
-        if not self.takes_orders or self.path != "/v1/snapshots":
-            self._refuse(405, "method_not_allowed", f"{self.path} takes no POST here; pulls are asked for through {SOCKET}")
-            return
+    def serve(self) -> None:
+        """Answer, in the calling thread, what takes a look, until `stop`."""
+        while question := self._questions.get():
+            question()
+
+    def stop(self) -> None:
+        """Have `serve` return."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._questions.get_nowait()
+        self._questions.put(None)
+
+    def _look(self, request: Request, route: str, query: str, reply: Reply) -> None:
         try:
-            uri = json.loads(body)["uri"]
-            self.sidecar.ask(uri)
+            reply(self._order(request, query) if request.method == "POST" else self._tell(request.method, route, query))
+        except Exception as error:
+            log.exception("%s cannot be answered", route)
+            reply(refusal(500, "internal_error", described(error)))
+
+    def _tell(self, method: str, route: str, query: str) -> Answer:
+        if method != "GET":
+            return refusal(405, "method_not_allowed", f"{method} is for nothing here", Allow="GET, POST")
+        if route == "/v1/snapshots":
+            return self._rows(query)
+        if route == "/v1/residents":
+            return document(200, {"residents": self._sidecar.residents.rows()})
+        if route == "/metrics":
+            return Answer(200, self._sidecar.metrics().text(), "text/plain; version=0.0.4; charset=utf-8")
+        told = f"no route {quoted(route)}; there are /healthz, /readyz, /v1/snapshots, /v1/residents, /metrics"
+        return refusal(404, "not_found", told)
+
+    def _order(self, request: Request, query: str) -> Answer:
+        route = request.target.partition("?")[0]
+        if not self._takes_orders or route != "/v1/snapshots":
+            return refusal(405, "method_not_allowed", f"{quoted(route)} takes no POST here; pulls are asked for through {SOCKET}")
+        try:
+            self._sidecar.pulls.ask(json.loads(request.body)["uri"])
+        except Busy as error:
+            return refusal(503, "busy", str(error), Retry_After=str(error.retry_after_s))
         except (SettingsError, ValueError, KeyError, TypeError, RecursionError) as error:
-            self._refuse(400, "bad_request", f'the body must be {{"uri": "s3://bucket/prefix"}}: {error}')
-            return
-        self._answer(200, {"snapshots": self.sidecar.rows()})
+            return refusal(400, "bad_request", f'the body must be {{"uri": "s3://bucket/prefix"}}: {described(error)}')
+        return self._rows(query)
 
-    def _refuse(self, status: int, kind: str, message: str) -> None:
-        self._answer(status, {"error": {"type": kind, "message": message}})
-
-    def _answer(self, status: int, document: dict[str, Any]) -> None:
-        self._send(status, "application/json", json.dumps(document).encode())
-
-    def _send(self, status: int, content_type: str, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the base class's name
-        """Probes come every second; a line for each would bury what matters."""
+    def _rows(self, query: str) -> Answer:
+        problem = {"error": self._sidecar.problem} if self._sidecar.problem else {}
+        return document(200, {"snapshots": self._sidecar.pulls.rows(parse_qs(query).get("uri", [None])[0]), **problem})
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-
-class _UnixServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    daemon_threads = True
-
-
-@contextlib.contextmanager
-def _listening_at(
-    path: Path, handler: type[socketserver.BaseRequestHandler], kind: type[socketserver.UnixStreamServer] = _UnixServer
-) -> Iterator[None]:
-    """Serve through a unix socket. Raises WeightsError if another agent does already."""
-    with contextlib.closing(socket.socket(socket.AF_UNIX, kind.socket_type)) as probe:
+def _bound(path: Path, kind: socket.SocketKind) -> socket.socket:
+    """A listening unix socket. Raises WeightsError if another agent answers there."""
+    with contextlib.closing(socket.socket(socket.AF_UNIX, kind)) as probe:
+        probe.setblocking(False)  # one that is busy would have us wait for as long
         try:
             probe.connect(str(path))
-        except OSError:
+        except FileNotFoundError:
+            pass
+        except ConnectionRefusedError:
             path.unlink(missing_ok=True)  # of one that was killed
+        except BlockingIOError:
+            raise WeightsError(f"another agent is busy at {path}") from None
+        except OSError as error:
+            raise _no_socket(path, error) from error
         else:
             raise WeightsError(f"another agent is answering at {path}")
+    found = socket.socket(socket.AF_UNIX, kind)
     try:
-        server = kind(str(path), handler)
+        found.bind(str(path))
+        path.chmod(0o666)  # any user of a pod that mounts the directory may ask
+        found.listen(BACKLOG)
     except OSError as error:
-        raise WeightsError(f"cannot listen at {path}: {error}; such a path may have 107 bytes") from error
-    path.chmod(0o666)  # any user of a pod that mounts the directory may ask
-    serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
-    serving.start()
-    try:
-        yield
-    finally:
-        server.shutdown()
-        server.server_close()
-        path.unlink(missing_ok=True)
+        found.close()
+        raise _no_socket(path, error) from error
+    return found
+
+
+def _no_socket(path: Path, error: OSError) -> WeightsError:
+    return WeightsError(f"cannot listen at {path}: {error}; such a path may have 107 bytes")
+
+
+def _tcp(host: str, port: int) -> socket.socket:
+    """A listening socket for an address of either family. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=BACKLOG)
+
+
+class _Server:
+    """The sockets of a sidecar or an agent, the loop that serves them, and the threads that answer what takes a look."""
+
+    def __init__(self, settings: WeightsSettings, *, agent: bool) -> None:
+        """Raises WeightsError or OSError."""
+        free = raise_descriptor_limit()
+        self.loop = Loop()
+        self._paths: list[Path] = []
+        self._routes: list[Routes] = []
+        self.sidecar = Sidecar(settings, pieces=min(resident.MAX_PIECES, max(8, free // 4)))
+        self._threads = Threads(lambda name, error: self.loop.stop())
+        try:
+            connections = min(CONNECTIONS, max(8, free // (4 if agent else 2)))
+            self._listen(_tcp(settings.host, settings.port), self._speak(takes_orders=False), connections)
+            if agent:
+                NodeCache(settings.cache_dir).create()
+                self._listen_at(settings.cache_dir / SOCKET, socket.SOCK_STREAM, self._speak(takes_orders=True), connections)
+            if agent and settings.resident_bytes:
+                meet = lambda sock: resident.FunctionPeer(sock, self.sidecar.residents)  # noqa: E731
+                self._listen_at(settings.cache_dir / resident.SOCKET, socket.SOCK_SEQPACKET, meet, min(FUNCTIONS, max(8, free // 4)))
+        except BaseException:
+            self.close()
+            raise
+
+    def _speak(self, *, takes_orders: bool) -> Callable[[socket.socket], Peer]:
+        """HTTP, each socket with a thread for its questions, so that those of one do not wait for those of another."""
+        routes = Routes(self.sidecar, takes_orders=takes_orders)
+        self._routes.append(routes)
+        return lambda sock: HttpPeer(sock, routes)
+
+    def _listen(self, sock: socket.socket, meet: Callable[[socket.socket], Peer], most: int) -> None:
+        self.loop.listen(sock, meet, most)
+
+    def _listen_at(self, path: Path, kind: socket.SocketKind, meet: Callable[[socket.socket], Peer], most: int) -> None:
+        self._listen(_bound(path, kind), meet, most)
+        self._paths.append(path)
+
+    def run(self) -> None:
+        """Serve until `loop.stop`."""
+        for routes in self._routes:
+            self._threads.start("answers", routes.serve)
+        self.loop.run()
+
+    def close(self) -> bool:
+        """Stop listening, and end the answering; returns whether it has ended."""
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+        self.loop.close()
+        for routes in self._routes:
+            routes.stop()
+        return self._threads.join(STOP_S / 2)
 
 
 def serve(settings: WeightsSettings, *, agent: bool = False) -> int:
@@ -279,39 +313,26 @@ def serve(settings: WeightsSettings, *, agent: bool = False) -> int:
         raise WeightsError("WEIGHTS_URI is not set: the sidecar needs to know which weights to keep present")
     if settings.uri:
         WeightsUri.parse(settings.uri)
-    sidecar = Sidecar(settings)
-    handler = type("Handler", (_Handler,), {"sidecar": sidecar})
-    with contextlib.ExitStack() as listening:
-        server = listening.enter_context(_Server((settings.host, settings.port), handler))
+    server = _Server(settings, agent=agent)
+    sidecar = server.sidecar
+    is_over = False
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: server.loop.stop())
         if agent:
-            NodeCache(settings.cache_dir).create()
-            listening.enter_context(_listening_at(settings.cache_dir / SOCKET, type("Handler", (handler,), {"takes_orders": True})))
-        if agent and settings.resident_bytes:
-            answers = type("Handler", (resident.Handler,), {"residents": sidecar.residents})
-            listening.enter_context(_listening_at(settings.cache_dir / resident.SOCKET, answers, resident.Server))
-
-        def on_signal(number: int, frame: object) -> None:
-            # shutdown() waits for the loop that this handler interrupts, so it needs a thread of its own.
-            threading.Thread(target=server.shutdown, daemon=True).start()
-
-        signal.signal(signal.SIGTERM, on_signal)
-        signal.signal(signal.SIGINT, on_signal)
+            sidecar.prepare()
         log.info(
             "keeping %s in %s; listening on %s:%d", settings.uri or "what is asked for", settings.cache_dir, settings.host, settings.port
         )
-        pulling = threading.Thread(target=sidecar.keep_present, args=(settings.uri,), name="pull", daemon=True)
-        if settings.uri:
-            pulling.start()
-        threading.Thread(target=sidecar.tell, name="tell", daemon=True).start()
-        if agent:
-            threading.Thread(target=sidecar.bring_ahead, name="prefetch", daemon=True).start()
-        server.serve_forever(poll_interval=0.1)
-    sidecar.stop()
-    if settings.uri:
-        pulling.join(2)
-    if settings.uri and pulling.is_alive():
-        # It is in the middle of a call to a store that stalls. Nothing interrupts that, and the interpreter would wait for it;
-        # what is in the cache by now stays there for the next sidecar.
+        sidecar.start(agent=agent)
+        server.run()
+    finally:
+        is_over = server.close()
+        is_over = sidecar.stop(STOP_S) and is_over
+    if not is_over:
+        # Something is in the middle of a call to a store, or a disk, that stalls, and the interpreter would wait for it; what is in the
+        # cache by now stays there for the next one.
+        logging.shutdown()
         os._exit(0)
     sidecar.close()
     return 0

@@ -9,53 +9,35 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from weights_cache.access import Access
 from weights_cache.cache import FileRef
 from weights_cache.errors import ObjectChanged, StoreError, StoreUnavailable
 from weights_cache.uri import WeightsUri
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3.client import S3Client
 
 _BUSY = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
 _UPLOAD_PART_BYTES = 16 << 20  # also decides the ETag of a larger object, so it stays what it is
 _SIGNED_FOR_S = 3600
 _SIGN_AGAIN_S = 900
+_OLD_CREDENTIALS = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}
+MAX_FILES = 100_000  # below a prefix: more are no model, and each takes memory
 
 
 class Store:
-    """One prefix of a bucket. Credentials, region and endpoint come from the usual AWS variables and files."""
+    """One prefix of a bucket."""
 
-    def __init__(self, uri: WeightsUri) -> None:
+    def __init__(self, uri: WeightsUri, access: Access | None = None) -> None:
+        """access: the process's; without one it has its own. Raises StoreError."""
         # Imported here: a sidecar answers its probes before this has been read in.
-        import boto3
-        import botocore.config
         import botocore.exceptions
-        import botocore.httpsession
 
         self.uri = uri
         self._exceptions = botocore.exceptions
         self._addresses: dict[str, tuple[float, str]] = {}
+        self._access = access or Access()
         with self._errors("connect"):
-            session = boto3.session.Session()
-            # Where botocore itself looks for the authorities to trust: AWS_CA_BUNDLE, ca_bundle, its own.
-            self._authorities = lambda: (
-                session._session.get_config_variable("ca_bundle")  # noqa: SLF001  the documented name of a botocore session
-                or botocore.httpsession.get_cert_path(True)
-            )
-            self._s3: S3Client = session.client(
-                "s3",
-                config=botocore.config.Config(
-                    signature_version="s3v4",  # also for the addresses we sign, where botocore would still choose the older one
-                    retries={"mode": "standard", "max_attempts": 4},
-                    connect_timeout=10,
-                    read_timeout=60,
-                    # Checksums only where an operation demands them: several S3 servers refuse the chunked uploads they bring along.
-                    request_checksum_calculation="when_required",
-                    response_checksum_validation="when_required",
-                ),
-            )
+            self._s3 = self._access.client()
 
     @property
     def namespace(self) -> str:
@@ -81,6 +63,10 @@ class Store:
                     if path and not path.endswith("/"):  # what consoles leave behind for a "folder"
                         # A store without ETags tells its versions apart by their time; no request can be pinned to that.
                         files[path] = FileRef(path, item["Size"], item.get("ETag") or f"modified {item.get('LastModified')}")
+                if len(files) > MAX_FILES:
+                    raise StoreError(
+                        f"more than {MAX_FILES:,} objects below s3://{self.uri.bucket}/{self.uri.prefix}/; is the prefix right?"
+                    )
         if not files:
             raise StoreError(
                 f"no objects below s3://{self.uri.bucket}/{self.uri.prefix}/ at {self._s3.meta.endpoint_url}; is the prefix right?"
@@ -105,7 +91,11 @@ class Store:
         with self._errors("read", self._key(file)):
             reply = self._s3.get_object(Bucket=self.uri.bucket, Key=self._key(file), **_pinned(file))
             with reply["Body"] as body:
-                data: bytes = body.read()
+                data: bytes = body.read(file.size + 1)
+                if len(data) > file.size:
+                    raise ObjectChanged(f"{self.place(file)} changed while being read: it is longer than was listed")
+                if len(data) < file.size:
+                    raise StoreUnavailable(f"{self.place(file)}: the reply ended {file.size - len(data)} bytes early")
                 return data
 
     @contextmanager
@@ -137,10 +127,12 @@ class Store:
 
     def tls(self) -> ssl.SSLContext:
         """How a connection to an https address is checked."""
-        return ssl.create_default_context(cafile=self._authorities())  # type: ignore[no-untyped-call]
+        return self._access.tls()
 
     def refusal(self, file: FileRef, status: int, code: str) -> StoreError:
         """The error for a reading of the object that was answered with an HTTP status and perhaps an S3 error code."""
+        if status in (401, 403) or code in _OLD_CREDENTIALS:
+            self._renew()
         return _refused(status, code, "", "read", self.place(file), self._s3.meta.endpoint_url, self._identity())
 
     def upload(self, source: Path, path: str, progress: Callable[[int], object]) -> None:
@@ -183,6 +175,8 @@ class Store:
         def refused(error: Any) -> StoreError:
             code = str(error.response.get("Error", {}).get("Code", ""))
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            if status in (401, 403) or code in _OLD_CREDENTIALS:
+                self._renew()
             return _refused(status, code, f": {error}", what, place, endpoint, self._identity())
 
         try:
@@ -190,17 +184,24 @@ class Store:
         except known.ClientError as error:
             raise refused(error) from error
         except known.NoCredentialsError as error:
+            self._renew()
             remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the pod a role"
             raise StoreError(f"cannot {what} {place} at {endpoint}: no credentials; {remedy}") from error
         except (known.HTTPClientError, known.ConnectionError, known.IncompleteReadError, OSError) as error:
             raise StoreUnavailable(f"cannot {what} {place} at {endpoint}: {error}") from error
         except (known.BotoCoreError, ValueError) as error:  # ValueError: the endpoint is no URL
+            self._renew()
             raise StoreError(f"cannot {what} {place} at {endpoint}: {' '.join(str(error).split())}") from error
         except Exception as error:
             # Reads of a body leak urllib3's errors; they belong to this call alone.
             if type(error).__module__.startswith(("urllib3", "http.", "boto3", "s3transfer")):
                 raise StoreUnavailable(f"cannot {what} {place} at {endpoint}: {error}") from error
             raise
+
+    def _renew(self) -> None:
+        """Have the next pull look for credentials anew."""
+        if hasattr(self, "_s3"):
+            self._access.renew(self._s3)
 
     def _identity(self) -> str:
         credentials = self._s3._request_signer._credentials  # type: ignore[attr-defined]  # noqa: SLF001  boto3 has no public way

@@ -32,6 +32,7 @@ from weights_cache.connection import Connection, Reply
 from weights_cache.digest import chunk_digest, whole_digest
 from weights_cache.errors import ObjectChanged, StoreError, StoreUnavailable
 from weights_cache.store import Store, is_pinnable
+from weights_cache.threads import Threads
 
 log = logging.getLogger("relight.weights")
 
@@ -69,7 +70,6 @@ class Job:
 class _Worker:
     number: int
     connection: Connection
-    thread: threading.Thread | None = None
     reading_since: float | None = None  # None while it waits for anything but the store
     seen: int = 0  # bytes that had come when it was last looked at
 
@@ -171,6 +171,7 @@ class Transfer:
         self._workers: list[_Worker] = []
         self._allowed = 0
         self._running = 0
+        self._threads = Threads(lambda name, error: self._fail(error))
         self._error: BaseException | None = None
         self.damaged = 0  # chunks that did not have the digest they should have; guarded too
         self._throttled = False
@@ -184,10 +185,27 @@ class Transfer:
             self._parts.extend(parts)
 
     def run(self) -> None:
-        """Fetch what is missing and publish each file when it is complete. Raises StoreError or CacheError."""
-        for job in self._jobs:
-            if not job.pending:
-                self._publish(job)
+        """Fetch what is missing and publish each file when it is complete. Raises StoreError or CacheError.
+
+        Whatever ends it, an interruption too, when it returns nobody works on the files any more.
+        """
+        try:
+            for job in self._jobs:
+                if not job.pending:
+                    self._publish(job)
+            self._watch()
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            self._threads.join()
+            self._jobs.clear()  # whose files are open and mapped
+            self._parts.clear()
+        if self._error:
+            raise self._error
+
+    def _watch(self) -> None:
+        """See to it that there are as many workers as help, until there is nothing left to do."""
         self._allow(self._growth.allowed)
         began, cpu = time.monotonic(), time.process_time()
         self._looked_at = began
@@ -197,11 +215,6 @@ class Transfer:
                 total, throttled, self._throttled = sum(worker.connection.received() for worker in self._workers), self._throttled, False
             self._allow(self._growth.look(total, now - began, time.process_time() - cpu, throttled=throttled))
             self._renew_slow(now)
-        for worker in self._workers:
-            if worker.thread:
-                worker.thread.join()
-        if self._error:
-            raise self._error
 
     def cancel(self) -> None:
         """Make `run` end soon with an error; what was fetched stays for the next one."""
@@ -222,10 +235,14 @@ class Transfer:
             self._allowed = count
             while len(self._workers) < min(count, len(self._workers) + len(self._parts)) and not self._error:
                 worker = _Worker(len(self._workers), Connection(self._store))
-                worker.thread = threading.Thread(target=self._work, args=(worker,), name=f"fetch-{worker.number}", daemon=True)
+                try:
+                    self._threads.start(f"fetch-{worker.number}", self._work, worker)
+                except RuntimeError as error:  # there can be no more threads
+                    if not self._running:
+                        raise StoreUnavailable(f"no thread can be had to fetch with: {error}") from error
+                    break
                 self._workers.append(worker)
                 self._running += 1
-                worker.thread.start()
             self._lock.notify_all()
             if not self._running:
                 self._over.set()
@@ -235,8 +252,9 @@ class Transfer:
             buffer = memoryview(bytearray(BUFFER_BYTES if worker.number < LARGE_BUFFERS else BUFFER_BYTES // 4))
             while part := self._next(worker):
                 self._fetch(worker, buffer, *part)
-        except BaseException as error:  # noqa: BLE001  it is raised again, by `run`
-            self._fail(error)
+        except BaseException as error:
+            self._fail(error)  # before it is counted as done
+            raise
         finally:
             worker.connection.close()
             with self._lock:

@@ -4,8 +4,10 @@ import re
 from dataclasses import dataclass
 
 from weights_cache.environment import SettingsError
+from weights_cache.excerpt import quoted, told
 
-_FORM = re.compile(r"s3://([^/#]+)/([^#]*[^/#])/?(?:#([0-9a-f]{32}))?")
+# A bucket's name has neither user nor password; S3 allows 1024 bytes of a key.
+_FORM = re.compile(r"s3://([^/#@:\s]{1,255})/([^#]{0,1023}[^/#])/?(?:#([0-9a-f]{32}))?")
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,10 @@ class WeightsUri:
     def parse(cls, text: str) -> "WeightsUri":
         """Raises SettingsError if `text` is not such a URI."""
         match = _FORM.fullmatch(text)
-        if not match:
+        if not match or not text.isprintable() or len(match[2].encode(errors="surrogatepass")) > 1024:
             raise SettingsError(
-                f"weights URI {text!r}: must be s3://bucket/prefix, or s3://bucket/prefix#snapshot with the 32 hex digits of one"
+                f"weights URI {told(quoted(text))}: must be s3://bucket/prefix, "
+                "or s3://bucket/prefix#snapshot with the 32 hex digits of one"
             )
         return cls(*match.groups())
 

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,9 +28,11 @@ from weights_cache.cache import NodeCache
 from weights_cache.chunks import CHUNK_BYTES
 from weights_cache.digest import chunk_digest
 from weights_cache.fetch import Puller
+from weights_cache.loop import Loop
 from weights_cache.manifest import MANIFEST, Entry, dump
 from weights_cache.reader import Weights
 from weights_cache.settings import WeightsSettings
+from weights_cache.sidecar import _bound
 from weights_cache.store import Store
 from weights_cache.uri import WeightsUri
 
@@ -158,15 +161,27 @@ def weights(cache: NodeCache) -> Weights:
     return Weights(WeightsSettings(uri=URI, cache_dir=cache.root))
 
 
+@contextlib.contextmanager
+def answering(residents: resident.Residents, folder: Path) -> Iterator[None]:
+    """The tier answers in this process, at its socket in a folder."""
+    loop = Loop()
+    loop.listen(_bound(folder / resident.SOCKET, socket.SOCK_SEQPACKET), lambda sock: resident.FunctionPeer(sock, residents), 64)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    try:
+        yield
+    finally:
+        loop.stop()
+        thread.join()
+        loop.close()
+
+
 @pytest.fixture
 def residents(cache: NodeCache) -> Iterator[resident.Residents]:
     """The tier, answering in this process; for 64 MiB."""
     residents = resident.Residents(64 << 20)
-    server = resident.Server(str(cache.root / resident.SOCKET), type("Answers", (resident.Handler,), {"residents": residents}))
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield residents
-    server.shutdown()
-    server.server_close()
+    with answering(residents, cache.root):
+        yield residents
     residents.close()
 
 

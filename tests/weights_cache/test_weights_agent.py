@@ -262,14 +262,14 @@ def test_an_order_is_not_served_by_a_pull_that_only_waits_for_the_disk(
     monkeypatch.setattr(Puller, "settle", settle)
     node = Agent(WeightsSettings(cache_dir=cache.root))
     try:
-        node.ask(bucket.uri)
+        node.pulls.ask(bucket.uri)
         assert is_slow.wait(60)
         push(bucket, NEWER)
-        node.ask(bucket.uri)
-        (row,) = node.rows()
+        node.pulls.ask(bucket.uri)
+        (row,) = node.pulls.rows()
         assert row["pulls"] == 2
-        wait_until("the new one", lambda: node.rows()[0]["phase"] == "complete")
-        assert node.rows()[0]["snapshot"] != row["snapshot"]
+        wait_until("the new one", lambda: node.pulls.rows()[0]["phase"] == "complete")
+        assert node.pulls.rows()[0]["snapshot"] != row["snapshot"]
     finally:
         go_on.set()
 

@@ -19,14 +19,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tests.support import ROOT, fill_cache, wait_until
-from tests.weights_cache.conftest import noise
+from tests.weights_cache.conftest import answering, noise
 from tests.weights_cache.devices import DEVICES, SMALL, needs_gpu
 from tests.weights_cache.node import URI, Node, later, still_waits
 from weights_cache.cache import NodeCache
 from weights_cache.errors import WeightsError
 from weights_cache.mapping import MappedFile
 from weights_cache.reader import INDEX, Weights
-from weights_cache.resident import SOCKET, Handler, Residents, Server
+from weights_cache.resident import Residents
 from weights_cache.restore.device import Event, HostDevice, open_device
 from weights_cache.restore.layout import ALIGNMENT
 from weights_cache.restore.pipeline import Restore, Ring
@@ -622,13 +622,8 @@ registered.staging(1 << 20)
 registered.close()
 print([driver.cuDevicePrimaryCtxGetState(number)[2] for number in range(2)])
 """
-    if resident:
-        server = Server(str(cache.root / SOCKET), type("Answers", (Handler,), {"residents": Residents(64 * MIB)}))
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     command = [sys.executable, "-c", code, URI, str(cache.root), str(resident)]
-    for _ in range(1 + resident):
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
-        assert found.stdout.strip() == "[0, 1]"
-    if resident:
-        server.shutdown()
-        server.server_close()
+    with answering(Residents(64 * MIB), cache.root) if resident else contextlib.nullcontext():
+        for _ in range(1 + resident):
+            found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+            assert found.stdout.strip() == "[0, 1]"

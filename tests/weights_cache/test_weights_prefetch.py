@@ -92,9 +92,10 @@ def test_prefetched_weights_stay_leased_when_a_pod_has_asked_for_them_too(bucket
     push(bucket, MODEL)
     agent = sidecar.Sidecar(WeightsSettings(cache_dir=cache.root, prefetch=f"minilm={bucket.uri}"))
     agent.bring_ahead()
-    agent.ask(bucket.uri)
-    (row,) = agent.rows()
-    wait_until("the pull for the pod", lambda: agent.rows()[0]["phase"] == "complete" and agent.rows()[0]["pulls"] == row["pulls"])
+    agent.pulls.ask(bucket.uri)
+    (row,) = agent.pulls.rows()
+    pulled = lambda: (now := agent.pulls.rows()[0])["phase"] == "complete" and now["pulls"] == row["pulls"]  # noqa: E731
+    wait_until("the pull for the pod", pulled)
     with cache.making_room():
         assert [one.in_use for one in room.stored(cache)] == [True]
     agent.close()

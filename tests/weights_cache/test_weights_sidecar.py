@@ -17,9 +17,9 @@ from tests.weights_cache.stores import Bucket, Proxy
 from weights_cache.cache import NodeCache
 from weights_cache.connection import STALL_S
 from weights_cache.fetch import Puller
+from weights_cache.pulls import backoff
 from weights_cache.reader import Weights
 from weights_cache.settings import WeightsSettings
-from weights_cache.sidecar import backoff
 
 MIB = 1 << 20
 MODEL = {"config.json": b"{}", "model.safetensors": noise(3 * MIB + 777)}

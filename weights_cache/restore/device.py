@@ -5,10 +5,11 @@ everything but the copy itself runs, and is tested, without a GPU.
 """
 
 import ctypes
+import fcntl
 import mmap
 import os
 import re
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from weights_cache.errors import WeightsError
+from weights_cache.threads import in_order
 
 CPU = "cpu"  # no device of these: tensors there are views of the file
 _KIND = re.compile(r"(cuda|host)(?::(\d+))?")
@@ -104,7 +106,7 @@ class HostDevice:
 
     def __init__(self, name: str = "host") -> None:
         self.name = name
-        self._stream = ThreadPoolExecutor(1, thread_name_prefix=f"copies to {name}")  # one thread: copies are done in their order
+        self._stream = in_order(f"copies to {name}")
 
     def begin(self) -> None:
         """There are no streams."""
@@ -157,9 +159,11 @@ class _HostShared:
 
     def __init__(self, size: int) -> None:
         """Takes all pages now: later, none would be a SIGBUS. Raises MemoryError."""
-        self._descriptor = os.memfd_create("relight-weights", os.MFD_CLOEXEC)
+        self._descriptor = os.memfd_create("relight-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.posix_fallocate(self._descriptor, 0, size)
+            # Whoever keeps it counts on what it takes; whoever maps it, on its being there.
+            fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
             self.tensor = _mapped(self._descriptor, size, mmap.MAP_SHARED)
         except OSError as error:
             self.close()

@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from weights_cache.restore.placement import Placement
 from weights_cache.restore.tensors import cast_type, check_cast, elements, view
 from weights_cache.restore.tier import Tier, key
 from weights_cache.safetensors_header import TensorInfo
+from weights_cache.threads import Threads
 
 SLOT_BYTES = 8 << 20  # of a staging buffer
 COPIERS = 6  # for each device: a core copies about 10 GB/s, a bus takes 25 to 60
@@ -134,7 +135,7 @@ class Restore:
         self._is_planned = False
         self._error: BaseException | None = None
         self._is_over = False
-        self._threads: list[threading.Thread] = []
+        self._threads = Threads(self._failed)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by name, in file order, as it lands.
@@ -167,44 +168,37 @@ class Restore:
             lane.ring.device.begin()
             for copier in range(lane.ring.copiers):
                 slots = lane.ring.slots[copier * SLOTS : (copier + 1) * SLOTS]
-                self._thread(f"restore to {lane.ring.device.name}", self._copy, lane, slots)
-        self._thread("restore", self._plan)
+                self._threads.start(f"restore to {lane.ring.device.name}", self._copy, lane, slots)
+        self._threads.start("restore", self._plan)
 
-    def _thread(self, name: str, work: Callable[..., None], *arguments: Any) -> None:
-        def run() -> None:
-            try:
-                work(*arguments)
-            except _Over:
-                pass
-            except BaseException as error:  # noqa: BLE001  raised where the tensors are asked for
-                traceback.clear_frames(error.__traceback__)
-                with self._changed:
-                    self._error = self._error or error
-                    self._is_over = True
-                    self._changed.notify_all()
-
-        thread = threading.Thread(target=run, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
+    def _failed(self, name: str, error: BaseException) -> None:
+        """In a thread that ended by an exception; it is raised where the tensors are asked for."""
+        if isinstance(error, _Over):
+            return
+        traceback.clear_frames(error.__traceback__)
+        with self._changed:
+            self._error = self._error or error
+            self._is_over = True
+            self._changed.notify_all()
 
     def _stop(self) -> None:
         """End the threads and let go of everything."""
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
-        for thread in self._threads:
-            if thread is not threading.current_thread():  # which may be collecting garbage, and us with it
-                thread.join()
-        for lane in self._lanes.values():
-            lane.ring.device.synchronize()  # nothing writes any more to memory that somebody else may get now
-            lane.waiting.clear()
-            lane.events.clear()
-        self._planned.clear()
-        self._attached.clear()
-        for *_, shared in self._shared:
-            shared.close()
-        self._shared.clear()
-        self._error = None  # which knows us
+        try:
+            self._threads.join()  # but for this one, which may be collecting garbage, and us with it
+        finally:
+            for lane in self._lanes.values():
+                lane.ring.device.synchronize()  # nothing writes any more to memory that somebody else may get now
+                lane.waiting.clear()
+                lane.events.clear()
+            self._planned.clear()
+            self._attached.clear()
+            for *_, shared in self._shared:
+                shared.close()
+            self._shared.clear()
+            self._error = None  # which knows us
 
     # In the caller's thread
 
