@@ -92,7 +92,7 @@ def parse(body: bytes) -> Any:
     """JSON, or None if it is none."""
     try:
         return json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

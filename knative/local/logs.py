@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import stat
 from collections.abc import AsyncGenerator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 LOOK_S = 0.25
 PIECE_BYTES = 64 * 1024
-LINE_BYTES, TAIL_BYTES = 1024, 1024 * 1024  # what a line is thought to take, and the most that is read back
+TAIL_BYTES = 1024 * 1024  # the most that is read back
 # What a name may be made of: no separator, and none begins with a dot.
 _NAME = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")
 
@@ -35,7 +36,12 @@ class Logs:
         """All of them, the latest first."""
         found = []
         for path in self._directory.glob("*/*/*.log"):
-            about = path.stat()
+            try:
+                about = path.lstat()
+            except OSError:
+                continue  # removed meanwhile
+            if not stat.S_ISREG(about.st_mode):
+                continue  # see find
             namespace, pod, _ = path.relative_to(self._directory).parts
             found.append(LogFile(namespace, pod, path.stem, about.st_size, about.st_mtime))
         return [asdict(file) for file in sorted(found, key=lambda file: -file.changed_at)]
@@ -51,16 +57,28 @@ class Logs:
         """The last lines of a file; `follow` goes on with what is added, without end."""
         with path.open("rb") as file:
             end = file.seek(0, 2)
-            begin = max(0, end - min(TAIL_BYTES, max(1, lines) * LINE_BYTES))
+            begin = max(0, end - TAIL_BYTES) if lines else end
             file.seek(begin)
-            last = file.read(end - begin).splitlines(keepends=True)[-lines:] if lines else []
-            yield b"".join(last)
+            yield _last(file.read(end - begin), lines)
             while follow:
-                if path.stat().st_size < end:
-                    end = 0  # it was long and has been put aside
+                try:
+                    if path.stat().st_size < end:
+                        end = 0  # it was long and has been put aside
+                except FileNotFoundError:
+                    return
                 file.seek(end)
                 if piece := file.read(PIECE_BYTES):
                     end += len(piece)
                     yield piece
                 else:
                     await asyncio.sleep(LOOK_S)
+
+
+def _last(text: bytes, lines: int) -> bytes:
+    """The last lines; a line ends where its program said so, and not at the carriage returns of a bar that shows progress."""
+    begin = len(text)
+    for _ in range(lines):
+        begin = text.rfind(b"\n", 0, max(0, begin - 1)) + 1
+        if not begin:
+            break
+    return text[begin:]

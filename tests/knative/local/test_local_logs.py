@@ -1,6 +1,7 @@
 """Logs of pods by their names, and nothing else on the disk."""
 
 import asyncio
+import os
 from contextlib import aclosing
 from pathlib import Path
 
@@ -50,6 +51,49 @@ def test_the_last_lines_are_read(logs: Logs, lines: int, expected: bytes) -> Non
         return b"".join([piece async for piece in logs.read(path, lines, follow=False)])
 
     assert asyncio.run(scenario()) == expected
+
+
+def read(logs: Logs, lines: int) -> bytes:
+    async def scenario() -> bytes:
+        path = logs.find("default", "hello-00001-abc123", "function")
+        assert path
+        return b"".join([piece async for piece in logs.read(path, lines, follow=False)])
+
+    return asyncio.run(scenario())
+
+
+def test_a_bar_that_shows_progress_is_one_line_and_a_long_line_is_whole(logs: Logs) -> None:
+    path = logs.find("default", "hello-00001-abc123", "function")
+    assert path
+    bar = b"\r".join(b"%d %%" % number for number in range(101)) + b"\n"
+    path.write_bytes(b"before\n" + bar + b"y" * 100_000 + b"\nno end")
+    assert read(logs, 1) == b"no end"
+    assert read(logs, 2) == b"y" * 100_000 + b"\nno end"
+    assert read(logs, 3) == bar + b"y" * 100_000 + b"\nno end"
+    path.write_bytes(b"\n\n\n")
+    assert read(logs, 2) == b"\n\n"
+
+
+def test_what_is_no_file_is_not_listed_and_hinders_nothing(logs: Logs) -> None:
+    path = logs.find("default", "hello-00001-abc123", "function")
+    assert path
+    path.with_name("gone.log").symlink_to("/nowhere/at/all")
+    os.mkfifo(path.with_name("pipe.log"))
+    path.with_name("folder.log").mkdir()
+    assert [log["container"] for log in logs.list()] == ["function"]
+
+
+def test_a_log_that_is_removed_while_it_is_followed_ends(logs: Logs) -> None:
+    async def scenario() -> None:
+        path = logs.find("default", "hello-00001-abc123", "function")
+        assert path
+        async with aclosing(logs.read(path, 1, follow=True)) as pieces:
+            assert await anext(pieces) == b"three\n"
+            path.unlink()
+            with pytest.raises(StopAsyncIteration):
+                await asyncio.wait_for(anext(pieces), 60)
+
+    asyncio.run(scenario())
 
 
 def test_a_log_that_is_followed_goes_on_with_what_is_added(logs: Logs) -> None:
