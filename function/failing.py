@@ -5,23 +5,27 @@ The log has all of it; who calls is told no more than this line.
 
 import http.client
 import json
+import logging
 import re
 import threading
 import time
 from collections.abc import Callable
 from urllib.parse import quote
 
-from function.errors import bounded
+from function.errors import Unavailable, bounded
 from function.process import explain
 from weights_cache.environment import SettingsError, masked
 from weights_cache.errors import WeightsError
 from weights_cache.settings import WeightsSettings
 
+RESTART_S = 10.0  # until a function that could not start is started again, or longer
 MOST_REASON = 300  # characters
 PATIENCE_S = 30.0  # for which the sidecar may say that the weights cannot be had; it goes on trying, and stores have bad moments
 ASK_EVERY_S = 1.0
 ASK_S = 1.0  # for each step of an answer
 MOST_ANSWER = 1 << 20
+
+log = logging.getLogger("relight.function")
 
 _UNPRINTABLE = re.compile(r"[^\S ]+|[^\x20-\U0010ffff]|[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _WAITING = ("failed", "waiting", "listing")  # phases of the sidecar in which nothing comes
@@ -58,14 +62,67 @@ def _line(text: str) -> str:
     return bounded(_UNPRINTABLE.sub(" ", masked(text)).strip(), MOST_REASON)
 
 
+class Failing:
+    """Why one function cannot start, and how its callers learn of it."""
+
+    def __init__(self, agent: str, tell_s: float, enter: Callable[[], object]) -> None:
+        """tell_s: for how long callers are told before the function ends; enter: called once it is clear that it will."""
+        self.tells = tell_s > 0
+        self._agent = agent
+        self._tell_s = tell_s
+        self._enter = enter
+        self._lock = threading.Lock()  # guards _failure: the model's thread may fail while the start is given up
+        self._failure: str | None = None
+        self._problem: str | None = None  # what the sidecar says, which may pass
+        self._is_over = threading.Event()
+
+    @property
+    def reason(self) -> str | None:
+        """Why, in one line, as far as that is known."""
+        return self._failure or self._problem
+
+    def check(self) -> None:
+        """Raises Unavailable for a caller of one that will not start."""
+        if self._failure:
+            raise Unavailable(f"the function cannot start: {self._failure}", retry_after_s=RESTART_S)
+
+    def note(self, problem: str | None) -> None:
+        """What the sidecar says of the weights now."""
+        self._problem = problem
+
+    def fail(self, error: BaseException, then: Callable[[BaseException], object]) -> None:
+        """It will not start. `then` is called, here, once callers have been told for long enough, unless it is ending anyway."""
+        with self._lock:
+            if self._failure:
+                return
+            self._failure = reason_of(self._agent, error)
+        self._enter()
+        if not self._is_over.wait(self._tell_s):
+            then(error)
+
+    def stop(self) -> None:
+        """It is ending: nobody is to be told any more."""
+        self._is_over.set()
+
+
 class SidecarWatch:
     """Asks the pod's sidecar what is wrong, for as long as a function waits for its weights, in a thread of its own."""
 
-    def __init__(self, settings: WeightsSettings, is_waiting: Callable[[], bool], note: Callable[[str | None, float], object]) -> None:
-        """is_waiting: asked before each look; the first no ends it. note: what is wrong, if anything is, and for how many seconds now."""
+    def __init__(
+        self,
+        settings: WeightsSettings,
+        is_waiting: Callable[[], bool],
+        note: Callable[[str | None], object],
+        give_up: Callable[[WeightsError], object] | None = None,
+    ) -> None:
+        """is_waiting: asked before each look; the first no ends it. note: what is wrong, if anything is.
+
+        give_up: called when that has lasted for PATIENCE_S; without it, it may last.
+        """
         self._uri, self._port = settings.uri, settings.port
         self._is_waiting = is_waiting
         self._note = note
+        self._give_up = give_up
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sidecar", daemon=True)
 
@@ -86,7 +143,11 @@ class SidecarWatch:
             problem = self._ask()
             now = time.monotonic()
             since = (now if since is None else since) if problem else None
-            self._note(problem, now - since if since is not None else 0.0)
+            self._note(problem)
+            if problem and since is not None and now - since >= PATIENCE_S and self._give_up:
+                log.error("%s; for %.0f s now, so the start is given up", problem, now - since)
+                self._give_up(WeightsError(problem))
+                return
 
     def _ask(self) -> str | None:
         """What the sidecar says of our weights; None if that is nothing bad, or it says nothing, or is another one's."""

@@ -3,8 +3,6 @@
 The agent itself is in a thread of its own, see `runner`; callers and that thread meet in the batcher.
 """
 
-import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,18 +13,14 @@ import orjson
 from function.batcher import Batcher, Call, CallContext, Reply, StreamCall
 from function.breaker import Breaker
 from function.errors import BadInput, CannotStream, ClientGone, FunctionError, NoPlace, TimedOut, Unavailable
-from function.failing import PATIENCE_S, reason_of
+from function.failing import Failing
 from function.guarded_agent import Traits
 from function.priority import Priority
 from function.runner import Observer, Progress, Runner
 from function.settings import FunctionSettings
 from function.streams import Stream
-from weights_cache.errors import WeightsError
 from weights_cache.reader import Weights
 
-log = logging.getLogger("relight.function")
-
-RESTART_S = 10.0  # until one that could not start is started again, or longer
 STUCK = 2.0  # times the deadline that one call of the agent may take before the process is given up
 
 
@@ -42,38 +36,18 @@ class Model:
         self._weights = weights
         self._runner = Runner(settings, weights, self.batcher, self._progress)
         self._is_lost = False
-        self._on_failure: Callable[[BaseException], object] = lambda error: None
-        self._failure: str | None = None  # why it cannot start
-        self._problem: str | None = None  # what the sidecar says of the weights, which may pass
-        self._is_over = threading.Event()  # nobody is to be told any more why it cannot start
+        self.failing = Failing(settings.agent, settings.tell_failure_s, lambda: self._progress.enter("failed"))
 
     def start(self, on_failure: Callable[[BaseException], object]) -> None:
         """Begin to load in the model's thread; `on_failure` is called there with what keeps the agent from being brought up, or ended the
         thread."""
         self._progress.mark("listen")
-        self._on_failure = on_failure
         self._weights.watch()
-        self._runner.start(self._failed)
-
-    def _failed(self, error: BaseException) -> None:
-        """Callers are told why it cannot start, if they are to be, before it ends. In the model's thread, or that of who gives it up."""
-        if self._runner.agent is None and self._failure is None:
-            self._failure = reason_of(self._settings.agent, error)
-            self._progress.enter("failed")
-            if self._is_over.wait(self._settings.tell_failure_s):
-                return  # it ends anyway
-        self._on_failure(error)
+        self._runner.start(lambda error: self.failing.fail(error, on_failure) if self._runner.agent is None else on_failure(error))
 
     def is_waiting(self) -> bool:
         """Whether it needs weights that are not there."""
         return self._progress.phase in ("importing", "loading") and self._weights.restored().seconds is None
-
-    def note_problem(self, problem: str | None, seconds: float) -> None:
-        """What the sidecar says of the weights, and for how long. Who is to tell callers does not wait for ever for what does not come."""
-        self._problem = problem
-        if problem and self._settings.tell_failure_s and seconds >= PATIENCE_S and self.is_waiting():
-            log.error("%s; for %.0f s now, so the start is given up", problem, seconds)
-            self._failed(WeightsError(problem))
 
     def observe(self, observer: Observer) -> None:
         """Have somebody told what the model does."""
@@ -94,14 +68,9 @@ class Model:
             return "restoring"  # the agent is binding tensors as they arrive
         return "tripped" if phase == "ready" and self.breaker.state == "open" else phase
 
-    @property
-    def failure(self) -> str | None:
-        """Why it cannot start, in one line, once that is known."""
-        return self._failure or (self._problem if self._runner.agent is None else None)
-
     def wants_calls(self) -> bool:
         """Whether callers are to be sent here: to be answered, or to be told why they cannot be."""
-        return self.phase == "ready" or (self._progress.phase == "failed" and self._settings.tell_failure_s > 0)
+        return self.phase == "ready" or (self._progress.phase == "failed" and self.failing.tells)
 
     @property
     def traits(self) -> Traits:
@@ -121,8 +90,8 @@ class Model:
     def status(self) -> dict[str, Any]:
         """The document of `/readyz`, from what is known: nothing is asked of anybody."""
         document: dict[str, Any] = {"phase": self.phase, "restored_bytes": 0, "total_bytes": 0, "stages": dict(self.stages)}
-        if failure := self.failure:
-            document["error"] = failure
+        if self._runner.agent is None and (reason := self.failing.reason):
+            document["error"] = reason
         if not self._weights.is_empty():
             restored = self._weights.restored()
             document |= {"restored_bytes": restored.bytes, "total_bytes": restored.total_bytes}
@@ -138,7 +107,7 @@ class Model:
     def drain(self) -> None:
         """No new calls are wanted; those that wait are still answered."""
         self._progress.enter("draining")
-        self._is_over.set()
+        self.failing.stop()
 
     def close(self, timeout_s: float) -> bool:
         """Have the agent closed, after the last answer; whether it was, within the time."""
@@ -148,9 +117,8 @@ class Model:
 
     def admit(self, priority: Priority) -> None:
         """Raises Unavailable if a call of this class that came now would be refused. The one rule: all routes ask it."""
-        if self._failure:
-            raise Unavailable(f"the function cannot start: {self._failure}", retry_after_s=RESTART_S)
         if self._runner.agent is None:
+            self.failing.check()
             raise Unavailable(f"the function is not ready yet ({self.phase})", retry_after_s=1)
         self.breaker.check()
         if self.batcher.is_full(priority):

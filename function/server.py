@@ -98,7 +98,6 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
         assert model
         settings = self._settings
         ports = {listener.getsockname()[1] for listener in worker.sockets} | {settings.metrics_port}
-        watch = SidecarWatch(self._weights, model.is_waiting, model.note_problem)
         reason = ""  # what the log is to end with
 
         def close(timeout_s: float) -> bool:
@@ -107,8 +106,11 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
 
         def on_failure(error: BaseException) -> None:
             nonlocal reason
-            reason = "" if ends_with_reason(error) else model.failure or ""
+            reason = "" if ends_with_reason(error) else model.failing.reason or ""
             ending.fail(Master.WORKER_BOOT_ERROR, error)
+
+        give_up = (lambda error: model.failing.fail(error, on_failure)) if model.failing.tells else None
+        watch = SidecarWatch(self._weights, model.is_waiting, model.failing.note, give_up)
 
         ending = self._ending = Ending(
             close, drain_s=settings.drain_s, ports=ports, on_failure=lambda: _explained(worker, reason), flush=STDERR.flush

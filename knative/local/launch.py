@@ -27,6 +27,7 @@ QUEUE_URL, QUEUE_PORT = "QUEUE_SOURCE_URL", "QUEUE_SOURCE_PORT"
 LOOPBACK = "127.0.0.1"
 # Where our own programs listen. In a cluster that is the pod's own network; on this machine it would be everybody's.
 _HOSTS = ("FUNCTION_HOST", "WEIGHTS_HOST", "QUEUE_SOURCE_HOST")
+_TELLS = "FUNCTION_TELL_FAILURE_S"  # how Knative's callers learn of a failed start; here the platform tells them
 LONGEST_GRACE_S = 30.0  # that a source has for what it holds: in a cluster nobody sits and waits for it
 
 # For containers that have no requests any more; so short that nothing on the way of a Ctrl-C takes long, even if all of it hangs.
@@ -213,6 +214,8 @@ class _Plan:
         env |= {**own, **self.given}
         here = _rewriter(mounts, self.addresses)
         env = {name: here(value) for name, value in env.items()}
+        if _TELLS in env:
+            env[_TELLS] = "0"
         argv = tuple(_expand(here(word), env) for word in (*container.command, *container.args))
         limits = _limits(container)
         env |= _threads(env, limits) | {MARK: f"{self.places.mark}{workload.namespace}/{self.pod}/{container.name}/"}

@@ -7,17 +7,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from function.failing import MOST_REASON, SidecarWatch, ends_with_reason, reason_of
-from function.model import Model
-from function.settings import FunctionSettings
+from function.errors import Unavailable
+from function.failing import MOST_REASON, Failing, SidecarWatch, ends_with_reason, reason_of
 from tests.support import BIN, Server, clean_environment, free_port, request, running, wait_until
 from weights_cache.environment import SettingsError
 from weights_cache.errors import WeightsError
-from weights_cache.reader import Weights
 from weights_cache.settings import WeightsSettings
 
 AGENTS = """
@@ -190,32 +189,60 @@ NONE_THERE = f"no objects below {URI}; is the prefix right?"
 )
 def test_what_the_sidecar_says_is_known(row: dict[str, Any], told: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("function.failing.ASK_EVERY_S", 0.01)
-    notes: list[tuple[str | None, float]] = []
+    notes: list[str | None] = []
     with Sidecar() as sidecar:
         sidecar.row = row
-        watch = SidecarWatch(WeightsSettings(uri=URI, port=sidecar.port), lambda: len(notes) < 5, lambda *note: notes.append(note))
+        watch = SidecarWatch(WeightsSettings(uri=URI, port=sidecar.port), lambda: len(notes) < 5, notes.append)
         watch.start()
         wait_until("five notes", lambda: len(notes) == 5)
         watch.stop()
-    assert {problem for problem, _ in notes} == {told}
-    seconds = [for_s for _, for_s in notes]
-    assert seconds == sorted(seconds)
-    assert (seconds[-1] > 0) == bool(told)
+    assert notes == [told] * 5
 
 
 def test_a_sidecar_that_is_not_there_is_no_problem_and_without_weights_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("function.failing.ASK_EVERY_S", 0.01)
-    notes: list[tuple[str | None, float]] = []
-    watch = SidecarWatch(WeightsSettings(uri=URI, port=free_port()), lambda: len(notes) < 3, lambda *note: notes.append(note))
+    notes: list[str | None] = []
+    watch = SidecarWatch(WeightsSettings(uri=URI, port=free_port()), lambda: len(notes) < 3, notes.append)
     watch.start()
     wait_until("three notes", lambda: len(notes) == 3)
     watch.stop()
-    assert notes == [(None, 0.0)] * 3
+    assert notes == [None] * 3
     with Sidecar() as sidecar:
-        none = SidecarWatch(WeightsSettings(port=sidecar.port), lambda: True, lambda *note: notes.append(note))
+        none = SidecarWatch(WeightsSettings(port=sidecar.port), lambda: True, notes.append)
         none.start()
         none.stop()
         assert (sidecar.asked, len(notes)) == (0, 3)
+
+
+@pytest.mark.parametrize("is_given_up", [True, False])
+def test_what_lasts_is_given_up_only_where_somebody_wants_that(is_given_up: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("function.failing.ASK_EVERY_S", 0.01)
+    monkeypatch.setattr("function.failing.PATIENCE_S", 0.05)
+    notes: list[str | None] = []
+    ended: list[BaseException] = []
+    with Sidecar() as sidecar:
+        sidecar.row = {"uri": URI, "phase": "failed", "error": NONE_THERE}
+        settings = WeightsSettings(uri=URI, port=sidecar.port)
+        watch = SidecarWatch(settings, lambda: len(notes) < 100, notes.append, ended.append if is_given_up else None)
+        watch.start()
+        wait_until("its end", lambda: ended or len(notes) == 100)
+        watch.stop()
+    assert [str(error) for error in ended] == [NONE_THERE] * is_given_up
+    assert (len(notes) < 100) == is_given_up
+
+
+def test_a_problem_that_passes_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("function.failing.ASK_EVERY_S", 0.0)
+    notes: list[str | None] = []
+    ended: list[BaseException] = []
+    clock = iter(range(0, 10_000, 20))  # seconds between two looks: less than the patience, and two of them more
+    monkeypatch.setattr("function.failing.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    watch = SidecarWatch(WeightsSettings(uri=URI), lambda: len(notes) < 20, notes.append, ended.append)
+    said = iter([NONE_THERE, NONE_THERE, None] * 10)
+    monkeypatch.setattr(watch, "_ask", lambda: next(said))
+    watch._run()
+    assert ended == []
+    assert len(notes) == 20
 
 
 def test_the_function_says_what_the_sidecar_says(start: StartFunction, tmp_path: Path) -> None:
@@ -230,16 +257,26 @@ def test_the_function_says_what_the_sidecar_says(start: StartFunction, tmp_path:
         wait_until("no word of it", lambda: "error" not in request(function.port, "GET", "/readyz").json())
 
 
-@pytest.mark.parametrize(("tell_s", "is_given_up"), [(0.0, False), (0.01, True)])
-def test_a_start_is_given_up_for_want_of_weights_only_where_callers_are_to_be_told(
-    tell_s: float, is_given_up: bool, tmp_path: Path
-) -> None:
+def test_of_two_failures_the_first_one_counts_and_the_end_comes_once() -> None:
+    entered: list[str] = []
     ended: list[BaseException] = []
-    settings = FunctionSettings(agent="function.agents.minilm:MiniLM", tell_failure_s=tell_s)
-    model = Model(settings, Weights(WeightsSettings(uri=URI, cache_dir=tmp_path)), started_at=0.0)
-    model._on_failure = ended.append
-    model.note_problem(NONE_THERE, 29.0)
-    assert (model.status()["error"], ended) == (NONE_THERE, [])
-    model.note_problem(NONE_THERE, 30.0)
-    assert [str(error) for error in ended] == ([NONE_THERE] if is_given_up else [])
-    assert (model.phase == "failed", model.wants_calls()) == (is_given_up, is_given_up)
+    failing = Failing("a:A", 0.0, lambda: entered.append("failed"))
+    failing.check()
+    failing.note(NONE_THERE)
+    assert failing.reason == NONE_THERE
+    failing.check()  # it may pass
+    failing.fail(WeightsError("first"), ended.append)
+    failing.fail(WeightsError("second"), ended.append)
+    assert ([str(error) for error in ended], entered, failing.reason) == (["first"], ["failed"], "first")
+    with pytest.raises(Unavailable, match="the function cannot start: first"):
+        failing.check()
+
+
+def test_who_is_told_to_end_meanwhile_ends_as_told() -> None:
+    ended: list[BaseException] = []
+    failing = Failing("a:A", 60.0, lambda: None)
+    thread = threading.Thread(target=failing.fail, args=(WeightsError("x"), ended.append))
+    thread.start()
+    failing.stop()
+    thread.join(30)
+    assert (thread.is_alive(), ended) == (False, [])

@@ -93,6 +93,11 @@ def test_our_own_programs_listen_where_the_manifest_says() -> None:
     assert (function.env["WEIGHTS_HOST"], sidecar.env["FUNCTION_HOST"]) == ("127.0.0.1", "127.0.0.1")
 
 
+def test_it_is_the_platform_that_tells_callers_of_a_failed_start() -> None:
+    assert process({"env": env(FUNCTION_TELL_FAILURE_S="10")}).env["FUNCTION_TELL_FAILURE_S"] == "0"
+    assert "FUNCTION_TELL_FAILURE_S" not in process().env
+
+
 @pytest.mark.parametrize("path", ["/usr/bin:/bin", None])
 def test_python_is_the_one_that_the_packages_are_installed_for(path: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if path is None:
