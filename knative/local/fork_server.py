@@ -24,6 +24,7 @@ from typing import IO, Any
 from knative.local.inheritance import inherited
 from knative.local.launch import Process
 from knative.local.procfs import MARK
+from knative.local.tasks import Tasks, describe
 
 PROGRAM = ("-m", "function")
 ANSWER_S = 2.0  # for a fork, then it is not well
@@ -100,7 +101,7 @@ class ForkServer:
         self._env = inherited(inherits) | _ONE_THREAD | {MARK: f"{mark}fork-server/"}
         self._child: asyncio.subprocess.Process | None = None
         self._control: socket.socket | None = None  # once it is warm
-        self._keeper: asyncio.Task[None] | None = None
+        self._tasks = Tasks(self._failed)
         self._asked: deque[asyncio.Future[Forked | None]] = deque()  # who is still to be told a process, in turn
         self._spare: _New | None = None
         self._spare_wanted = asyncio.Event()
@@ -117,13 +118,11 @@ class ForkServer:
 
     def start(self) -> None:
         """Begin to warm one up, in the background."""
-        self._keeper = asyncio.create_task(self._keep())
+        self._tasks.start(self._keep(), "keeping a fork server")
 
     async def stop(self) -> None:
         """End it. What it has forked is not its own, and stays."""
-        if self._keeper:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+        await self._tasks.stop()
 
     def can_be(self, process: Process) -> bool:
         """Whether a fork would be the same as a fresh process."""
@@ -213,15 +212,25 @@ class ForkServer:
     async def _keep(self) -> None:
         pause_s = RESTART_S
         while True:
-            while self._is_busy():
-                await asyncio.sleep(YIELD_S)
-            try:
-                if await self._run():
-                    pause_s = RESTART_S
-            except OSError as error:
-                self._give_up(f"cannot be started ({error.strerror})")
+            running = self._tasks.start(self._run_when_quiet(), "the fork server's keeper")
+            await asyncio.wait({running})
+            if not running.cancelled() and not running.exception() and running.result():
+                pause_s = RESTART_S
             await asyncio.sleep(pause_s)
             pause_s = min(RESTART_LIMIT_S, pause_s * 2)
+
+    def _failed(self, what: str, error: Exception) -> None:
+        """A mistake of ours: the next one is tried as after any other end."""
+        self._give_up(f"is not kept: {describe(what, error)}")
+
+    async def _run_when_quiet(self) -> bool:
+        while self._is_busy():
+            await asyncio.sleep(YIELD_S)
+        try:
+            return await self._run()
+        except OSError as error:
+            self._give_up(f"cannot be started ({error.strerror})")
+            return False
 
     async def _run(self) -> bool:
         """One fork server, from its start to its end; returns whether it has been warm."""
@@ -230,14 +239,14 @@ class ForkServer:
             ours.setblocking(False)
             with theirs:
                 self._child = await self._spawn(theirs.fileno())
-            yielding = asyncio.create_task(self._yield_to_others(self._child))
+            yielding = self._tasks.start(self._yield_to_others(self._child), "letting others start first")
             keeping: asyncio.Task[None] | None = None
             try:
                 was_warm = await _receive(ours) == b"warm"
                 yielding.cancel()
                 if was_warm:
                     self._control, self._told = ours, ""
-                    keeping = asyncio.create_task(self._keep_spare())
+                    keeping = self._tasks.start(self._keep_spare(), "keeping a spare process")
                 while answer := await _receive(ours):
                     self._answered(int(answer))
                 if self._control or not was_warm:

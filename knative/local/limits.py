@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from knative.local import procfs
+from knative.local.again import Again
 from knative.local.quantity import show_bytes
 
 LOOK_S = 0.5
@@ -79,18 +80,24 @@ def killed(used: int, limit: int) -> str:
 class Limiter:
     """Gives containers their shares of this machine."""
 
-    def __init__(self, group: Path | None = None, cpus: Iterable[int] | None = None) -> None:
-        """group: a cgroup below which we may make others (see `delegated`). cpus: the cores there are, else those that we may use."""
+    def __init__(
+        self, group: Path | None = None, cpus: Iterable[int] | None = None, tell: Callable[[str], object] = lambda text: None
+    ) -> None:
+        """group: a cgroup below which we may make others (see `delegated`). cpus: the cores there are, else those that we may use.
+
+        tell: that memory cannot be looked at, so that nobody is held to a limit of it.
+        """
         self._group = group
         controllers = (group / "cgroup.subtree_control").read_text().split() if group else []
         self._has_memory, self._has_cpu = "memory" in controllers, "cpu" in controllers
         self._load = Counter(dict.fromkeys(os.sched_getaffinity(0) if cpus is None else cpus, 0))
         self._watched: dict[Confinement, tuple[int, Callable[[str], object]]] = {}
-        self._watching: asyncio.Task[None] | None = None
+        self._looking = Again("the look at the memory of containers", self._look, LOOK_S, tell)
 
     def describe(self) -> dict[str, str]:
         """The mechanisms in force; an entry of `/api/status`."""
-        return {"memory": "cgroup" if self._has_memory else "watched", "cpu": "cgroup" if self._has_cpu else "cores"}
+        problem = {"problem": self._looking.problem} if self._looking.problem else {}
+        return {"memory": "cgroup" if self._has_memory else "watched", "cpu": "cgroup" if self._has_cpu else "cores"} | problem
 
     def explain(self) -> str:
         """The same for people."""
@@ -113,12 +120,15 @@ class Limiter:
         """Look after the memory of the session that `root` leads, if nobody else does; `over` is told once when it is too much."""
         if confinement.limits.memory_bytes and not (confinement.group and self._has_memory):
             self._watched[confinement] = (root, over)
-            if not self._watching or self._watching.done():
-                self._watching = asyncio.create_task(self._watch())
+            self._looking.start()
 
     def unwatch(self, confinement: Confinement) -> None:
         """Its process has ended."""
         self._watched.pop(confinement, None)
+
+    async def stop(self) -> None:
+        """Look after nobody any more."""
+        await self._looking.stop()
 
     def release(self, confinement: Confinement) -> None:
         """The container is gone for good."""
@@ -141,17 +151,17 @@ class Limiter:
             (group / "cpu.max").write_text(f"{max(1000, round(limits.cpus * PERIOD_US))} {PERIOD_US}")
         return group
 
-    async def _watch(self) -> None:
-        while self._watched:
-            await asyncio.sleep(LOOK_S)
-            watched = dict(self._watched)
-            asked = {one: (root, one.limits.memory_bytes or 0) for one, (root, _) in watched.items()}
-            used = await asyncio.to_thread(_measure, asked)
-            for one, (root, over) in watched.items():
-                limit = one.limits.memory_bytes or 0
-                if used[one] > limit and self._watched.get(one, (0,))[0] == root:
-                    self.unwatch(one)
-                    over(killed(used[one], limit))
+    async def _look(self) -> None:
+        watched = dict(self._watched)
+        if not watched:
+            return
+        asked = {one: (root, one.limits.memory_bytes or 0) for one, (root, _) in watched.items()}
+        used = await asyncio.to_thread(_measure, asked)
+        for one, (root, over) in watched.items():
+            limit = one.limits.memory_bytes or 0
+            if used[one] > limit and self._watched.get(one, (0,))[0] == root:
+                self.unwatch(one)
+                over(killed(used[one], limit))
 
 
 def _measure(watched: dict[Confinement, tuple[int, int]]) -> dict[Confinement, int]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from knative.local.errors import PlatformError
+from knative.local.plain import line
+from weights_cache.environment import masked
 
 if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient
@@ -22,6 +24,7 @@ ACCOUNT, REGION = "000000000000", "us-east-1"  # of the embedded queues
 CONTENTS = "/-/contents"  # of the embedded server: what the platform looks at, and SQS and S3 tell nobody; no bucket has such a name
 ANSWER_S = 10.0  # for a queue to answer
 LONGEST_POLL_S = 20  # of SQS
+LONGEST_ERROR = 500  # characters
 # What the embedded server takes; it asks for no more than a name.
 EMBEDDED = {"AWS_ACCESS_KEY_ID": "relight", "AWS_SECRET_ACCESS_KEY": "relight-local", "AWS_REGION": REGION}
 
@@ -30,7 +33,10 @@ _IDENTITY = ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "PROFILE")
 
 
 class QueueError(PlatformError):
-    """A queue does not answer, or says no."""
+    """A queue does not answer, or says no. What it says is somebody else's text: one line of it, without credentials."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(line(masked(message), LONGEST_ERROR))
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,10 @@ def dead_letters(name: str) -> str:
 class Queue:
     """One queue, with somebody's credentials."""
 
-    def __init__(self, url: str, env: Mapping[str, str], wait_s: int = 0) -> None:
+    def __init__(self, url: str, env: Mapping[str, str], wait_s: int = 0, answer_s: float = ANSWER_S) -> None:
         """env: the AWS variables that count, those of a container; what it lacks is looked for where boto3 looks.
 
-        wait_s: how long `receive` waits for messages, up to 20 s. Nothing is sent yet.
+        wait_s: how long `receive` waits for messages, up to 20 s. answer_s: how long all else waits for an answer. Nothing is sent yet.
         """
         self.url = url
         self.name = queue_name(url)
@@ -83,28 +89,29 @@ class Queue:
         region = (
             next(iter(re.findall(r"^sqs\.([-a-z0-9]+)\.", parts.netloc)), None) or env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION")
         )
-        self._client = _client(self._server, region or REGION, ANSWER_S + wait_s, *(env.get(f"AWS_{name}") for name in _IDENTITY))
+        self._client = _client(self._server, region or REGION, answer_s, wait_s, *(env.get(f"AWS_{name}") for name in _IDENTITY))
 
     def depth(self) -> Depth:
         """What is in it now. Raises QueueError."""
         waiting, in_flight, policy = self._counts(self.url)
-        return Depth(waiting, in_flight, self._dead_depth(json.loads(policy).get("deadLetterTargetArn", "")))
+        return Depth(waiting, in_flight, self._dead_depth(policy))
 
     def _counts(self, url: str) -> tuple[int, int, str]:
         """Messages that wait, those in flight, and the redrive policy."""
         names: Any = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesDelayed", "ApproximateNumberOfMessagesNotVisible"]
         names.append("RedrivePolicy")
         found = self._do(self._client.get_queue_attributes, QueueUrl=url, AttributeNames=names).get("Attributes", {})
-        waiting, delayed, in_flight = (int(found.get(name, 0)) for name in names[:3])  # not every server that speaks SQS has all
+        counts = [found.get(name, "0") for name in names[:3]]  # not every server that speaks SQS has all
+        if not all(count.isdecimal() for count in counts):
+            raise QueueError(f"queue {self.name}: {', '.join(counts)} are no numbers of messages")
+        waiting, delayed, in_flight = map(int, counts)
         return waiting + delayed, in_flight, found.get("RedrivePolicy", "{}")
 
-    def _dead_depth(self, arn: str) -> int | None:
-        if not arn:
-            return None
-        *_, account, name = arn.split(":")
+    def _dead_depth(self, policy: str) -> int | None:
         try:
+            account, name = json.loads(policy)["deadLetterTargetArn"].split(":")[-2:]
             waiting, in_flight, _ = self._counts(f"{self._server}/{account}/{name}")
-        except QueueError:
+        except (QueueError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or none that we can ask
             return None
         return waiting + in_flight
 
@@ -160,9 +167,9 @@ class Queue:
             raise QueueError(f"queue {self.name}: {error}") from error
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _client(
-    server: str, region: str, read_s: float, key: str | None, secret: str | None, token: str | None, profile: str | None
+    server: str, region: str, answer_s: float, wait_s: int, key: str | None, secret: str | None, token: str | None, profile: str | None
 ) -> "SQSClient":
     """A client may be used by several threads, and is not made cheaply. Raises QueueError for a profile that is none."""
     import boto3
@@ -171,7 +178,10 @@ def _client(
 
     try:
         session = boto3.session.Session(key, secret, token, region, profile_name=profile)
-        config = Config(connect_timeout=ANSWER_S, read_timeout=read_s, retries={"total_max_attempts": 1})
+        own = urlsplit(server).hostname in ("127.0.0.1", "localhost")  # which no proxy is asked for
+        config = Config(
+            connect_timeout=answer_s, read_timeout=answer_s + wait_s, retries={"total_max_attempts": 1}, proxies={} if own else None
+        )
         return session.client("sqs", endpoint_url=server, config=config)
     except BotoCoreError as error:
         raise QueueError(str(error)) from error

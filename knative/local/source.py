@@ -12,6 +12,9 @@ from knative.local.launch import QUEUE_URL
 from knative.local.manifest import QueueSource
 from knative.local.pod import Pod
 from knative.local.queues import is_queue_url, queue_name
+from knative.local.tasks import Tasks, describe
+from knative.local.trouble import Trouble
+from weights_cache.environment import masked
 
 ASK = aiohttp.ClientTimeout(total=2)
 # What the program counts, and what it is called here: a message that is given back is retried too, by way of the queue.
@@ -34,6 +37,7 @@ class LiveSource:
         self.oldest_held_s: float | None = None  # for how long it has held the message that it has held for longest
         self.env: Mapping[str, str] = next((process.env for process in self.pod.plan.processes if QUEUE_URL in process.env), {})
         self._last = dict(self.counts)  # of the present process
+        self._tasks = Tasks(lambda what, error: self.pod.fail(Trouble(describe(what, error))))
         self._starting: asyncio.Task[None] | None = None
 
     @property
@@ -44,13 +48,14 @@ class LiveSource:
 
     def start(self) -> None:
         """Begin; a program that does not start is started again."""
-        self._starting = asyncio.create_task(self.pod.start())
+        self._starting = self._tasks.start(self.pod.start(), f"starting the queue source {self.source.name}")
 
     async def stop(self) -> None:
         """Let it finish or give back what it holds, and end it."""
         await self.pod.drain(0)
         if self._starting:
-            await self._starting
+            await asyncio.wait({self._starting})
+        await self._tasks.stop()
 
     async def count(self, session: aiohttp.ClientSession) -> None:
         """Ask the program what it has done."""
@@ -75,14 +80,14 @@ class LiveSource:
     def status(self) -> dict[str, Any]:
         """Its own part of its entry in `/api/status`."""
         service, path = self.source.sink
-        url = self.env.get(QUEUE_URL)
+        url = masked(self.env.get(QUEUE_URL, ""))
         pod = self.pod.status()
         return {
             "name": self.source.name,
             "namespace": self.source.namespace,
             "queue": queue_name(url) if url else None,
-            "queue_url": self.queue_url,
-            "sink": service[1] + path if service else path,
+            "queue_url": url if self.queue_url else None,
+            "sink": service[1] + path if service else masked(path),
             "phase": "failed" if self.pod.trouble else pod["phase"],
             **self.counts,
             "pod": pod["name"],

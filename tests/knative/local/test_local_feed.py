@@ -99,3 +99,30 @@ def test_a_feed_that_is_closed_sends_everybody_home() -> None:
             assert await asyncio.wait_for(waiting, 60) is None
 
     asyncio.run(scenario())
+
+
+def test_a_document_that_cannot_be_made_ends_those_who_listen_and_is_made_again_for_the_next() -> None:
+    async def scenario() -> None:
+        document = Counted()
+        broken = True
+
+        def make() -> dict[str, Any]:
+            if broken:
+                raise ValueError("no document")
+            return document()
+
+        source = Feed(make)
+
+        async def first() -> str:
+            async with aclosing(source.listen()) as texts:
+                return await anext(texts)
+
+        async with asyncio.timeout(60):
+            failed = await asyncio.gather(first(), first(), return_exceptions=True)
+            assert [type(failure) for failure in failed] == [RuntimeError, RuntimeError]
+            broken = False
+            assert json.loads(await first())["services"] == []
+            await source.close()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(scenario())

@@ -107,7 +107,7 @@ class Stage:
 
     @contextlib.asynccontextmanager
     async def running(self, process: Process, *, fresh: bool = False) -> AsyncIterator[ContainerProcess]:
-        container = ContainerProcess(process, self.endings.append, None if fresh else self.server)
+        container = ContainerProcess(process, lambda ending: self.endings.append(str(ending)), None if fresh else self.server)
         await container.start()
         try:
             yield container
@@ -535,3 +535,28 @@ def test_the_end_of_a_process_that_was_never_ours_is_seen_too(tmp_path: Path) ->
             assert await forked.wait() == 1
 
     asyncio.run(scene())
+
+
+def test_a_mistake_of_its_keeper_is_told_once_and_another_one_is_warmed(site: Path, tmp_path: Path) -> None:
+    async def main() -> None:
+        stage = Stage(tmp_path)
+        tries = 0
+
+        def is_busy() -> bool:
+            nonlocal tries
+            tries += 1
+            if tries < 4:
+                raise ValueError("no pods")
+            return False
+
+        stage.server._is_busy = is_busy
+        stage.server.start()
+        try:
+            await stage.warm()
+        finally:
+            await stage.server.stop()
+        told = "the fork server is not kept: the fork server's keeper failed: ValueError: no pods; functions start as fresh processes"
+        assert [line.startswith(told) for line in stage.said] == [True]
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())

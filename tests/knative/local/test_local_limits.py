@@ -36,7 +36,7 @@ time.sleep(600)
 def container(folder: Path, limiter: Limiter, program: str, limits: Limits, told: list[str]) -> ContainerProcess:
     argv = (sys.executable, "-c", program)
     process = Process("function", True, argv, dict(os.environ), folder, (), folder / "log", None, None, limits=limits)
-    return ContainerProcess(process, told.append, limiter=limiter)
+    return ContainerProcess(process, lambda ending: told.append(str(ending)), limiter=limiter)
 
 
 async def until(what: str, seen: list[str], seconds: float = 30) -> None:
@@ -192,3 +192,35 @@ def test_a_pod_that_takes_too_much_memory_is_told_in_the_terminal_and_the_status
         assert "of 100Mi of memory" in said
         assert "resources.limits: memory is looked at every 0.5 s, cpu in whole cores" in said or "memory by cgroup" in said
         assert platform.status()["limits"].keys() == {"memory", "cpu"}
+
+
+def test_memory_that_cannot_be_looked_at_is_told_and_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits_module, "LOOK_S", 0.001)
+    told: list[str] = []
+    over: list[str] = []
+    broken = [True]
+
+    def measure(watched: dict[limits_module.Confinement, tuple[int, int]]) -> dict[limits_module.Confinement, int]:
+        if broken[0]:
+            raise ValueError("this is no /proc")
+        return dict.fromkeys(watched, 2 * MIB)
+
+    monkeypatch.setattr(limits_module, "_measure", measure)
+
+    async def main() -> None:
+        limiter = Limiter(tell=told.append)
+        assert "problem" not in limiter.describe()
+        limiter.watch(limiter.confine("a", Limits(memory_bytes=MIB)), 1, over.append)
+        await until("the problem", told)
+        assert limiter.describe()["problem"] == told[0]
+        broken[0] = False
+        await until("its kill", over)
+        async with asyncio.timeout(60):
+            while "problem" in limiter.describe():
+                await asyncio.sleep(0.001)
+        await limiter.stop()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
+    assert told[0] == "the look at the memory of containers failed: ValueError: this is no /proc"
+    assert over == [limits_module.killed(2 * MIB, MIB)]
