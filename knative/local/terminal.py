@@ -3,6 +3,7 @@
 What others have written (pods, callers, manifests) goes through plain.py, and is never read as markup.
 """
 
+import json
 import shlex
 import sys
 import time
@@ -81,7 +82,9 @@ class Terminal:
             queue = f"queue {source['queue']}" if source["queue"] else "events"
             self._parts("  ", (source["name"], "bold"), "  ", queue, " → ", source["sink"])
         self.note("")
-        self.note(f"  call it   curl http://127.0.0.1:{port}/ -H 'Content-Type: application/json' -d {shlex.quote(default.example)}")
+        self.note(
+            f"  call it   curl http://127.0.0.1:{port}/ -H 'Content-Type: application/json' -d {shlex.quote(_on_one_line(default.example))}"
+        )
         for polled in [source["queue"] for source in sources if source["queue"]][:1]:
             self.note(f"  send it   relight send {polled} --count 10")
         self.note(f"  watch it  http://127.0.0.1:{admin_port}/")
@@ -202,3 +205,11 @@ def _output() -> TextIO:
         return cast(TextIO, PatientStream(sys.stdout))
     except (OSError, ValueError):
         return sys.stdout  # it has no descriptor
+
+
+def _on_one_line(body: str) -> str:
+    """The same JSON, to be copied into a command."""
+    try:
+        return json.dumps(json.loads(body), ensure_ascii=False) if "\n" in body else body
+    except ValueError:
+        return line(body, len(body))

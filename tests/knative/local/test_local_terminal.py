@@ -1,6 +1,7 @@
 """What a person reads on the terminal while pods come and go."""
 
 import io
+import random
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from rich.console import Console
 from knative.local.pod import Report, Weights
 from knative.local.revision import Revision
 from knative.local.terminal import Terminal
+from knative.local.trouble import Trouble
 from tests.knative.local.fakes import Events, FakePod, parsed
 
 
@@ -93,7 +95,7 @@ def test_the_way_back_to_zero_is_told(terminal: Terminal, screen: io.StringIO, r
 
 def test_what_others_say_is_shown_sign_for_sign(terminal: Terminal, screen: io.StringIO, revision: Revision, pod: FakePod) -> None:
     odd = "[/] [bold]app.py:100:[/bold]"
-    terminal.failed(revision, odd)
+    terminal.failed(revision, Trouble(odd))
     pod.report = Report(phase=odd, weights=Weights(source=odd, bytes=1))
     terminal.progress(revision, pod)
     pod.stages = {"ready": 1.0, odd: 0.5}
@@ -113,3 +115,80 @@ def test_on_a_screen_a_cold_start_is_one_live_line_that_goes_when_the_pod_is_rea
     after_clearing = screen.getvalue().rpartition("\x1b[2K")[2]
     assert re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", after_clearing).strip() == ""
     assert "\x1b[?25h" in after_clearing  # the cursor is back
+
+
+EVIL = "\x1b[2Jx\r\n\n12:00:00 hello ready\u2028\u202egnp [bold]b[/] [/] [link=http://evil]l[/link] \\"
+
+
+def test_what_others_have_written_moves_nothing_and_makes_no_line_of_its_own(revision: Revision, pod: FakePod) -> None:
+    screen = io.StringIO()
+    terminal = Terminal(Console(file=screen, force_terminal=True, highlight=False, emoji=False, width=60))
+    pod.name = EVIL
+    terminal.starting(revision, pod, 1)
+    pod.report = Report(phase=EVIL, weights=Weights(source=EVIL, bytes=1))
+    terminal.progress(revision, pod)
+    pod.stages = {"ready": 1.0} | {f"{EVIL}{number}": 0.5 for number in range(1000)}
+    terminal.ready(revision, pod)
+    terminal.crashed(revision, pod, EVIL)
+    terminal.source_ended(EVIL, pod, EVIL)
+    terminal.hung(revision, pod, EVIL)
+    terminal.failed(revision, Trouble(EVIL, EVIL, (EVIL, "[/]")))
+    terminal.gave_up(revision, pod)
+    terminal.about(EVIL, EVIL)
+    terminal.note(EVIL)
+    terminal.say(EVIL)  # not escaped by whoever calls
+    source = {"name": EVIL, "queue": EVIL, "sink": EVIL}
+    revision.service.metadata.annotations["relight/example"] = EVIL
+    terminal.serving([revision.service], [EVIL], [source], revision.service, 1, 2)
+    terminal.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[mlhAK]", "", screen.getvalue()).replace("\r", "")  # rich's own: colours, and the live line's
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e]", shown)
+    assert "\x1b[2J" not in screen.getvalue()
+    assert "\x1b]8;" not in screen.getvalue()
+    assert not [line for line in shown.splitlines() if line.lstrip().startswith("12:00:00")]
+    assert shown.count("[link=http://evil]l[/link]") >= 15
+    assert len(shown) < 40_000
+
+
+def test_a_crash_loop_is_told_once_a_minute_whatever_its_pods_are_called(
+    terminal: Terminal, screen: io.StringIO, revision: Revision, pod: FakePod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("knative.local.terminal.time.monotonic", lambda: now)
+    for _ in range(100):
+        pod.name = f"hello-00001-{random.getrandbits(24):06x}"
+        terminal.crashed(revision, pod, f"function ended with status 3: 12:00:{now % 60:02.0f} no model at 0x{random.getrandbits(40):x}")
+        now += 3
+    lines = [line for line in screen.getvalue().splitlines() if "ended" in line]
+    assert len(lines) == 5  # in five minutes
+    assert "(20 times within 60 s)" in screen.getvalue()
+
+
+def test_a_new_revision_that_ends_like_the_one_before_is_told_at_once(
+    terminal: Terminal, screen: io.StringIO, revision: Revision, pod: FakePod
+) -> None:
+    terminal.crashed(revision, pod, "function ended with status 3")
+    revision.name = "hello-00002"
+    terminal.crashed(revision, pod, "function ended with status 3")
+    assert screen.getvalue().count("status 3") == 2
+
+
+def test_the_log_of_a_failed_start_is_set_off_from_our_own_lines(terminal: Terminal, screen: io.StringIO, revision: Revision) -> None:
+    terminal.failed(revision, Trouble("hello-1 did not start", "weights-cache", ("no objects below s3://models/x", "12:00:00 hello ready")))
+    first, *log = screen.getvalue().splitlines()
+    assert first.endswith("hello failed: hello-1 did not start. The last lines of weights-cache:")
+    assert log == ["  │   no objects below s3://models/x", "  │   12:00:00 hello ready"]
+
+
+@pytest.mark.parametrize(
+    ("example", "shown"),
+    [
+        ('{"instances": ["it\'s"]}', """-d '{"instances": ["it'"'"'s"]}'"""),
+        ('{\n  "instances": ["é"]\n}\n', """-d '{"instances": ["é"]}'"""),
+        ("no\nJSON", r"-d 'no\nJSON'"),
+    ],
+)
+def test_the_example_is_a_command_to_copy(terminal: Terminal, screen: io.StringIO, revision: Revision, example: str, shown: str) -> None:
+    revision.service.metadata.annotations["relight/example"] = example
+    terminal.serving([revision.service], ["http://hello/"], [], revision.service, 1, 2)
+    assert [line.partition("-d ")[1] + line.partition("-d ")[2] for line in screen.getvalue().splitlines() if "curl" in line] == [shown]
