@@ -131,7 +131,7 @@ class PodSet:
         kept = self.kept
         if any(pod.state == READY for pod in kept):
             return None
-        return next((found for pod in kept if (found := pod.trouble)), None)
+        return next((pod.why_not_ready() for pod in kept if pod.trouble), None)
 
     def stuck(self) -> Trouble | None:
         """The same, if none of them will be ready unless something changes."""

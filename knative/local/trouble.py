@@ -16,7 +16,7 @@ class Trouble:
         """The reason, and the log below it."""
         if not self.lines:
             return self.reason
-        return "\n".join([f"{self.reason}. The last lines of {self.container}:", *(f"  {text}" for text in self.lines)])
+        return "\n".join([self.reason, f"the last lines of {self.container}:", *(f"  {text}" for text in self.lines)])
 
     def log(self) -> dict[str, object] | None:
         """The log, in `/api/status`."""

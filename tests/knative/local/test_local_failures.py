@@ -71,7 +71,7 @@ def test_a_container_that_never_becomes_ready_is_a_503_with_the_last_lines_of_it
     assert "line 30 of [bold]my[/bold] app.py:100: log" in message
     assert "line 19 of" in message
     assert "line 18 of" not in message
-    reason, _, lines = message.partition(". The last lines of function:\n")
+    reason, _, lines = message.partition("\nthe last lines of function:\n")
     assert platform.service("mute")["failure"] == reason
     assert platform.service("mute")["failure_log"] == {"container": "function", "lines": [line[2:] for line in lines.split("\n")]}
     # The terminal has the same, sign for sign, its lines set off.

@@ -441,7 +441,7 @@ def test_a_start_that_has_failed_is_told_to_those_who_wait_and_those_who_come_so
         fake(revision.pods[0]).fail(Trouble("no model", "function", ("Traceback",)))
         with pytest.raises(RevisionFailed, match=f"^{revision.pods[0].name}: no model$") as told:
             await waiting.task
-        assert told.value.whole.endswith("no model. The last lines of function:\n  Traceback")
+        assert told.value.whole.endswith("no model\nthe last lines of function:\n  Traceback")
         with pytest.raises(RevisionFailed, match="no model"):
             await Caller(revision).task
         status = revision.status()
