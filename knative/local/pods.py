@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from knative.autoscaler.choice import DRAINING, PENDING, READY, STARTING, Rooms, rooms, victims
+from knative.local.errors import PlatformError
 from knative.local.pod import Pod
 from knative.local.tasks import Tasks, describe
 from knative.local.trouble import Trouble
@@ -17,14 +18,22 @@ _STATES = {"pending": PENDING, "starting": STARTING, "ready": READY, "draining":
 class PodSet:
     """All pods that are not gone, the oldest first."""
 
-    def __init__(self, container_concurrency: int, make: Callable[[], Pod], tasks: Tasks, gone: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        container_concurrency: int,
+        make: Callable[[], Pod],
+        tasks: Tasks,
+        gone: Callable[[], object],
+        failed: Callable[[Trouble], object],
+    ) -> None:
         """container_concurrency: requests that a pod takes at once, 0 for no limit. make: a pod that has not been started.
 
-        tasks: for their starts and ends. gone: called when one is gone.
+        tasks: for their starts and ends. gone: called when one is gone. failed: called when one could not be made.
         """
         self._make = make
         self._tasks = tasks
         self._gone = gone
+        self._failed = failed
         self._pods: list[Pod] = []
         self._numbers = itertools.count(1)
         self._rooms: Rooms[Any] = rooms(container_concurrency, random.Random())
@@ -55,7 +64,11 @@ class PodSet:
 
     def add(self) -> None:
         """Start one more."""
-        pod = self._make()
+        try:
+            pod = self._make()
+        except Exception as error:  # noqa: BLE001  no port is free, say
+            self._failed(_trouble("another pod", error))
+            return
         pod.number = next(self._numbers)
         self._pods.append(pod)
         self._tasks.start(self._start(pod), f"the start of {pod.name}")
@@ -64,7 +77,7 @@ class PodSet:
         try:
             await pod.start()
         except Exception as error:  # noqa: BLE001  whatever it is, it becomes why the pod has failed
-            pod.fail(Trouble(describe(f"the start of {pod.name}", error)))
+            pod.fail(_trouble(f"the start of {pod.name}", error))
 
     def let_go(self, pod: Pod, patience_s: float) -> None:
         """It takes no more requests; those that it has may end within `patience_s`, then it goes."""
@@ -137,3 +150,8 @@ class PodSet:
         """The same, if none of them will be ready unless something changes."""
         kept = self.kept
         return self.trouble() if kept and all(pod.troubles.is_stuck for pod in kept) else None
+
+
+def _trouble(what: str, error: Exception) -> Trouble:
+    """An error that is meant for the user says all; of a mistake of ours it is said where it was made."""
+    return Trouble(str(error) if isinstance(error, PlatformError) else describe(what, error))

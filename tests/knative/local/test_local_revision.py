@@ -21,7 +21,7 @@ from knative.local.process import ContainerProcess
 from knative.local.revision import Revision
 from knative.local.trouble import Trouble
 from knative.local.waiting import QUEUE_LIMIT
-from tests.knative.local.fakes import FakePod, fake, fake_revision
+from tests.knative.local.fakes import Events, FakePod, fake, fake_revision, parsed
 
 
 def pods_of(*loads: int, phase: Phase = "ready") -> list[Pod]:
@@ -574,5 +574,18 @@ def test_a_revision_that_is_stopped_leaves_no_task_behind() -> None:
         revision.scaling.scale_to(0)
         await revision.stop()
         assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
+
+
+def test_a_pod_that_cannot_even_be_made_is_told_to_who_waits() -> None:
+    def make(*_: object) -> Pod:
+        raise OSError(24, "Too many open files")
+
+    async def main() -> None:
+        revision = Revision(parsed(), make, Events())
+        with pytest.raises(RevisionFailed, match=r"^another pod failed: Too many open files$"):
+            await Caller(revision).task
+        await revision.stop()
 
     asyncio.run(main())
