@@ -185,18 +185,31 @@ def _pieces(of: Iterator[bytes]) -> Iterator[bytes]:
 
 def _print_body(reply: Any) -> bool:
     """As it comes; whether it came whole."""
-    is_terminal, last = sys.stdout.isatty(), b"\n"
-    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    write = _write_escaped() if sys.stdout.isatty() else _write
     try:
         for piece in _pieces(iter(lambda: reply.read1(PIECE_BYTES), b"")):
-            _write(plain.body(decoder.decode(piece)).encode() if is_terminal else piece)
-            last = piece
+            write(piece)
     except _CutOff:
         return False
     finally:
-        if is_terminal:
-            _write(plain.body(decoder.decode(b"", final=True)).encode() + b"\n" * (not last.endswith(b"\n")))
+        write(b"")
     return True
+
+
+def _write_escaped() -> Callable[[bytes], None]:
+    """Takes a text for a terminal in pieces; an empty one is the end, after which the prompt begins a line."""
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    held, is_begun = "", False
+
+    def write(piece: bytes) -> None:
+        nonlocal held, is_begun
+        text = held + decoder.decode(piece, final=not piece)
+        held = "\r" if piece and text.endswith("\r") else ""  # perhaps the first half of a line's end
+        text = plain.body(text.removesuffix(held))
+        is_begun = not text.endswith("\n") if text else is_begun
+        _write(text.encode() + (b"\n" if not piece and is_begun else b""))
+
+    return write
 
 
 def _print_log(reply: Any) -> None:

@@ -67,7 +67,7 @@ def log_line(text: str) -> str:
 
 def body(text: str) -> str:
     """A text of several lines, as an answer's body is, for a terminal: its line ends and tabs are let through."""
-    return "\n".join(_CONTROL.sub(_escape_but_tabs, one.removesuffix("\r")) for one in text.split("\n"))
+    return "\n".join(_CONTROL.sub(_escape_but_tabs, one) for one in text.replace("\r\n", "\n").split("\n"))
 
 
 def _escape(found: re.Match[str]) -> str:

@@ -1,17 +1,24 @@
 """`relight status`, `invoke` and `logs`, as a person or a script calls them."""
 
+import contextlib
+import http.client
 import io
 import json
+import os
+import pty
 import subprocess
 import sys
-from collections.abc import Iterator
+import tty
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
-from knative.local import tables
+from knative.local import commands, tables
+from knative.local.errors import PlatformError
 from tests.knative.local.running import Platform, platform_running, service
 from tests.support import BIN, clean_environment, free_port, wait_until
 
@@ -152,6 +159,87 @@ def _readable(stream: Any, seconds: float = 0.1) -> bool:
     import select
 
     return bool(select.select([stream], [], [], seconds)[0])
+
+
+class Pieces:
+    """An answer that comes in these pieces; the last may be an error."""
+
+    def __init__(self, *pieces: bytes | Exception) -> None:
+        self._pieces = list(pieces)
+
+    def read1(self, _: int) -> bytes:
+        piece = self._pieces.pop(0) if self._pieces else b""
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
+
+
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch, show: Callable[[Any], object], *pieces: bytes | Exception) -> bytes:
+    ours, theirs = pty.openpty()
+    tty.setraw(theirs)
+    with os.fdopen(theirs, "w") as stream, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", stream)
+        show(Pieces(*pieces))
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while piece := os.read(ours, 65536):
+            shown += piece
+    os.close(ours)
+    return shown
+
+
+HARMFUL = b"\x1b]0;title\x07\x1b[2J\x9b\xc2\x9b\xe2\x80\xae\rforged"
+HARMLESS = rb"\x1b]0;title\x07\x1b[2J\x9b\x9b\u202e\rforged"
+
+
+def test_an_answer_on_a_terminal_keeps_its_lines_and_letters_and_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = '{"a": "grüße 👩‍💻",\n\t"b": 1}\r\n'.encode()
+    pieces = [text[at : at + 1] for at in range(len(text))]  # a letter in several of them
+    assert on_a_terminal(monkeypatch, commands._print_body, *pieces) == text.replace(b"\r\n", b"\n")
+    assert on_a_terminal(monkeypatch, commands._print_body, b"one\r", b"two\r") == rb"one\rtwo\r" + b"\n"
+    assert on_a_terminal(monkeypatch, commands._print_body, HARMFUL, b"\x1b[31mred") == HARMLESS + rb"\x1b[31mred" + b"\n"
+    assert on_a_terminal(monkeypatch, commands._print_body, b"half \xf0\x9f") == rb"half \xf0\x9f" + b"\n"
+
+
+def test_the_events_of_a_stream_on_a_terminal_move_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert on_a_terminal(monkeypatch, commands._print_events, b"data: " + HARMFUL + b"\n\ndata: [DONE]\n") == HARMLESS + b"\n"
+
+
+def test_a_log_on_a_terminal_keeps_its_colours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = on_a_terminal(monkeypatch, commands._print_log, b"\x1b[1;3", b"2mINFO\x1b[0m up\r\n", HARMFUL, b"\nno end")
+    assert shown == b"\x1b[1;32mINFO\x1b[0m up\x1b[0m\n" + HARMLESS + b"\nno end\n"
+
+
+def test_where_a_program_reads_it_a_log_is_as_it_was_written(platform: Platform) -> None:
+    platform.call("echo", "/say", "POST", b"\x1b[31m\x1b[2Jx")
+    assert "\x1b[31m\x1b[2Jx\n" in relight("logs", "echo", state=platform.state).stdout
+
+
+def test_a_reader_who_has_read_enough_is_no_answer_that_was_cut(platform: Platform) -> None:
+    words = [str(BIN / "relight"), "invoke", "echo", "--data", json.dumps("x" * 100), "--state-dir", str(platform.state)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(), text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert "cut off" not in process.stderr.read()
+
+
+def test_what_an_answer_is_called_cannot_look_like_a_line_of_ours(monkeypatch: pytest.MonkeyPatch, platform: Platform) -> None:
+    read_status = http.client.HTTPResponse._read_status  # type: ignore[attr-defined]
+    evil = "HTTP/1.1", 500, "bad\x1b[2J\x9b\u202e"
+    monkeypatch.setattr(http.client.HTTPResponse, "_read_status", lambda reply: (read_status(reply), evil)[1])
+    monkeypatch.setattr(commands, "_print_body", lambda _: True)
+    said = CliRunner().invoke(commands.invoke, ["echo", "--admin", f"http://127.0.0.1:{platform.admin_port}"]).output
+    assert said == "Error: echo answered 500 bad\\x1b[2J\\x9b\\u202e\n"
+
+
+def test_an_error_of_the_platform_that_quotes_others_is_set_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise PlatformError("the pod said: \x1b[2J\nError: all is well")
+
+    monkeypatch.setattr(commands, "Client", fail)
+    said = CliRunner().invoke(commands.status, ["--admin", "http://127.0.0.1:1"]).output
+    assert said == "Error: the pod said: \\x1b[2J\n  │ Error: all is well\n"
 
 
 def test_in_a_terminal_a_state_has_a_sign_and_a_failure_its_reason() -> None:
