@@ -1,5 +1,6 @@
 """`relight cluster`: what `make render|deploy|undeploy|status|logs|invoke|build|push` do."""
 
+import json
 import os
 import urllib.error
 import urllib.request
@@ -14,6 +15,8 @@ from knative.deploy.errors import DeployError
 from knative.deploy.kubectl import Kubectl
 from knative.deploy.render import deadline_s, dump, render, render_cluster
 from knative.deploy.variables import Variables
+from knative.local import plain
+from weights_cache.environment import masked
 
 INVOKE_S = 600.0  # a cold start is waited for; Knative itself gives up sooner
 EXAMPLE = "relight/example"
@@ -26,11 +29,20 @@ class _Command(click.Command):
         try:
             return super().invoke(ctx)
         except DeployError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(_shown(str(error))) from error
 
 
 class _Group(click.Group):
     command_class = _Command
+
+
+def _shown(text: str) -> str:
+    """What a cluster, a pod or a function has said, for a terminal: it moves no cursor, and passwords in URLs are masked."""
+    return plain.body(masked(text))
+
+
+def _say(text: str) -> None:
+    click.echo(_shown(text))
 
 
 @click.group(cls=_Group)
@@ -66,22 +78,25 @@ def config(variables: Variables) -> None:
 def deploy(variables: Variables) -> None:
     """Apply an overlay, and wait until it is ready."""
     kubectl = Kubectl(variables.kubectl)
-    service = rollout.deploy(variables, kubectl, click.echo)
+    service = rollout.deploy(variables, kubectl, _say)
     annotations = service["spec"]["template"].get("metadata", {}).get("annotations", {})
     if annotations.get("autoscaling.knative.dev/initial-scale") == "0":
         # Ready without a pod: only a call shows that it starts. It also brings the new revision onto the GPU that the old one leaves.
         click.echo("starting it with a first call")
         try:
-            _ask(variables, service, "/v1/models", None, deadline_s(service))
+            code, answer = _ask(variables, service, "/v1/models", None, deadline_s(service))
         except _NotReached as error:
-            click.echo(f"note: {error}; the first caller will start it")
+            _say(f"note: {error}; the first caller will start it")
+        else:
+            if code >= 500:
+                raise DeployError(f"the first call was answered {code}: {_message(answer)}\n{rollout.standing(kubectl, service)}")
 
 
 @cluster.command()
 @_variables
 def undeploy(variables: Variables) -> None:
     """Delete what `deploy` made."""
-    rollout.undeploy(variables, Kubectl(variables.kubectl), click.echo)
+    rollout.undeploy(variables, Kubectl(variables.kubectl), _say)
 
 
 @cluster.command()
@@ -91,7 +106,7 @@ def status(variables: Variables) -> None:
     kubectl = Kubectl(variables.kubectl)
     service = rollout.find(variables, kubectl)
     lines = rollout.status_in_words(kubectl, service)
-    click.echo("\n".join(lines))
+    _say("\n".join(lines))
     raise SystemExit(0 if ": ready, " in lines[0] else 1)
 
 
@@ -105,7 +120,8 @@ def logs(variables: Variables) -> None:
     arguments = ["logs", "-n", namespace, "-l", f"serving.knative.dev/service={name}", "-c", variables.container, "--tail=200", "--prefix"]
     if variables.follow:
         os.execv(kubectl.path, [kubectl.path, *arguments, "--follow"])  # noqa: S606  Ctrl-C is kubectl's own
-    click.echo(kubectl.run(*arguments) or f"{name} has no pods, and so no log: at zero\n", nl=False)
+    log = kubectl.run(*arguments) or f"{name} has no pods, and so no log: at zero\n"
+    click.echo("\n".join(map(plain.log_line, log.split("\n"))), nl=False)
 
 
 @cluster.command()
@@ -118,7 +134,7 @@ def invoke(variables: Variables) -> None:
         code, answer = _ask(variables, service, variables.route, None if variables.route != "/" and not variables.data else body, INVOKE_S)
     except _NotReached as error:
         raise DeployError(str(error)) from error
-    click.echo(answer)
+    click.echo(plain.body(answer))
     raise SystemExit(1 if code >= 400 else 0)
 
 
@@ -138,6 +154,16 @@ def push(variables: Variables) -> None:
 
 class _NotReached(Exception):
     pass
+
+
+def _message(answer: str) -> str:
+    """What an answer that is an error says, in one line."""
+    try:
+        found = json.loads(answer)["error"]
+        answer = found["message"] if isinstance(found, dict) else str(found)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass  # the activator's own, or a proxy's
+    return plain.line(answer.strip() or "nothing", 500)
 
 
 def _ask(variables: Variables, service: dict[str, Any], route: str, body: str | None, timeout_s: float) -> tuple[int, str]:

@@ -17,6 +17,7 @@ _BAD = {
     "CreateContainerError": "it cannot be made",
     "RunContainerError": "it cannot be started",
 }
+_FAILED = "Container failed with: "
 _WEIGHTS = re.compile(r": ([\d.]+) of ([\d.]+) MB\b")
 
 
@@ -35,8 +36,15 @@ def condition(item: Object, kind: str = "Ready") -> Condition:
     if status.get("observedGeneration") == item["metadata"].get("generation"):
         for found in status.get("conditions", []):
             if found["type"] == kind:
-                return Condition(found["status"], found.get("reason", ""), found.get("message", ""))
+                return Condition(found["status"], found.get("reason", ""), _reason(found.get("message", "")))
     return Condition("Unknown", "", "")
+
+
+def _reason(message: str) -> str:
+    """What Knative says of a container that has failed is the end of its log; the reason is the last line."""
+    head, failed, log = message.partition(_FAILED)
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return f"{head}{failed}{lines[-1]}" if lines else message
 
 
 def pods_in_words(pods: Iterable[Object], weights: str | None) -> str:
@@ -121,7 +129,10 @@ def _unscheduled(status: Mapping[str, Any]) -> str:
 
 def _ended(one: Mapping[str, Any]) -> str:
     ended = one.get("lastState", {}).get("terminated") or one.get("state", {}).get("terminated")
-    return f"last exit status {ended.get('exitCode')} ({ended.get('reason', '')})" if ended else ""
+    if not ended:
+        return ""
+    said = [line.strip() for line in ended.get("message", "").splitlines() if line.strip()]
+    return f"last exit status {ended.get('exitCode')} ({ended.get('reason', '')})" + (f": {said[-1]}" if said else "")
 
 
 def _with(*parts: str) -> str:

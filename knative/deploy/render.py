@@ -29,6 +29,8 @@ GROUPS = {  # at most one of each
 }
 NEEDS = {"prefetch": ("node-cache-agent", "gpu"), "gpu-resident": ("node-cache-agent", "gpu")}
 
+TELL_FAILURE, TELL_FAILURE_S = "FUNCTION_TELL_FAILURE_S", 10.0
+_SCALES = (("initial-scale", "initialScale"), ("max-scale", "maxScale"))
 _AGENT = "relight-weights-agent"
 _CACHE = Path("/var/cache/relight")
 _LABEL = "weights.relight/"
@@ -222,10 +224,22 @@ def _put_service(variables: Variables, service: Object, objects: list[Object]) -
     for key, value in (("min-scale", variables.min_scale), ("max-scale", variables.max_scale), ("target", variables.target)):
         if value is not None:
             annotations[ANNOTATION_PREFIX + key] = f"{value:g}"
+    _tell_failures(function, annotations)
     if variables.concurrency is not None:
         template["spec"]["containerConcurrency"] = variables.concurrency
     if variables.gpu:
         function["resources"]["limits"]["nvidia.com/gpu"] = str(variables.gpu)
+
+
+def _tell_failures(function: Object, annotations: Object) -> None:
+    """Have callers told why a pod cannot start, where that is safe.
+
+    It is ready meanwhile. That must not make a revision look as if it had started, which one that has no initial scale never needs to; nor
+    take calls away from pods that are well, of which there are none where there is one pod at most.
+    """
+    scale = {name: annotations.get(f"{ANNOTATION_PREFIX}{name}", annotations.get(f"{ANNOTATION_PREFIX}{old}")) for name, old in _SCALES}
+    if scale == {"initial-scale": "0", "max-scale": "1"} and get_env(function, TELL_FAILURE) is None:
+        set_env(function, TELL_FAILURE, f"{TELL_FAILURE_S:g}")
 
 
 def _renamed(value: Any, old: str, new: str) -> Any:

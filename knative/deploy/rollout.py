@@ -1,5 +1,7 @@
 """A rendering on its way to being ready: apply, wait and tell, explain a failure."""
 
+import base64
+import contextlib
 import copy
 import json
 import subprocess
@@ -17,6 +19,8 @@ from knative.deploy.variables import Variables
 POLL_S = 1.0
 STORE_S = 120.0  # for the store to say which snapshot it has
 LOG_LINES = 20
+HIDDEN = "***"
+_LEAST_SECRET = 3  # characters; what is shorter stands in many a word
 GRACE_S = 60.0  # that Knative has to say that a deadline is over
 
 _KIND = "services.serving.knative.dev"
@@ -71,10 +75,18 @@ def wait(kubectl: Kubectl, name: str, namespace: str, timeout_s: float, say: Say
         time.sleep(POLL_S)
 
 
+def standing(kubectl: Kubectl, service: Object) -> str:
+    """How a Service is that was ready and does not answer."""
+    name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
+    found = _find(kubectl, name, namespace) or service
+    revision = found.get("status", {}).get("latestCreatedRevisionName", "")
+    return explain(kubectl, found, revision, _pods(kubectl, namespace, revision))
+
+
 def explain(kubectl: Kubectl, service: Object, revision: str, pods: list[Object]) -> str:
     """What is wrong with a Service: conditions, pods, their events, the last lines of their logs."""
     name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
-    lines = [f"{name} is not ready"]
+    lines = [f"{name} does not answer" if progress.condition(service).status == "True" else f"{name} is not ready"]
     for kind, item in (("Service", service), ("Revision", _get_revision(kubectl, namespace, revision))):
         if item and (found := progress.condition(item)).status != "True" and (found.reason or found.message):
             lines.append(f"  {kind} {item['metadata']['name']}: {': '.join(filter(None, (found.reason, found.message)))}")
@@ -179,9 +191,26 @@ def _apply(kubectl: Kubectl, objects: list[Object], *, dry: bool) -> None:
     try:
         kubectl.run("apply", "--server-side", "--field-manager=relight", "--force-conflicts", *options, "-f", "-", text=dump(objects))
     except KubectlError as error:
+        error = KubectlError(_without_secrets(str(error), objects), error.reason)
         if "denied the request" in str(error):
             raise DeployError(f"the cluster refuses it: {error}") from error
         raise preflight.explained(error) from error
+
+
+def _without_secrets(text: str, objects: list[Object]) -> str:
+    """What the API says of objects may repeat them whole, with the values of Secrets."""
+    values: set[str] = set()
+    for item in objects:
+        if item["kind"] == "Secret":
+            values |= {str(value) for value in item.get("stringData", {}).values()}
+            for value in map(str, item.get("data", {}).values()):
+                values.add(value)
+                with contextlib.suppress(ValueError):
+                    values.add(base64.b64decode(value).decode())
+    for value in sorted(values, key=len, reverse=True):
+        for form in (value, json.dumps(value)[1:-1]):
+            text = text.replace(form, HIDDEN) if len(value) >= _LEAST_SECRET else text
+    return text
 
 
 def _find(kubectl: Kubectl, name: str, namespace: str) -> Object | None:

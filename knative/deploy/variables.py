@@ -21,6 +21,7 @@ _WEIGHTS = re.compile(r"s3://[^/#\s]+/[^#\s]*[^/#\s](#[0-9a-f]{32})?")
 # As SQS has them, and those who imitate it: an account or a word for it, and the queue's name.
 _QUEUE = re.compile(r"https?://[^/\s@?#]+/[\w-]+/[\w-]{1,80}(\.fifo)?", re.ASCII)
 _EVENTS = ("sqs", "sqs-keda", "amqp", "broker", "kafka", "rabbitmq", "integration-source")
+_SHORT = 5  # characters of a value that can be no secret
 # Of the Makefile, and of no concern here.
 _OTHERS = {"TORCH", "PYTHON", "VENV", "BIN", "PORT", "ADMIN_PORT", "STATE_DIR", "SEED"}
 
@@ -68,9 +69,9 @@ class Variables:
                 continue
             if key not in _CHECKS:
                 near = difflib.get_close_matches(key, _CHECKS, n=1)
-                raise VariableError(
-                    key, text, f"there is no such variable; {f'did you mean {near[0]}?' if near else 'known are ' + ', '.join(_CHECKS)}"
-                )
+                known = f"did you mean {near[0]}?" if near else f"known are {', '.join(_CHECKS)}"
+                # What it holds nobody can say: it may be a token.
+                raise VariableError(key, text if len(text) <= _SHORT else "…", f"there is no such variable; {known}")
             values[key.lower()] = _CHECKS[key](key, text)
         found = cls(**values)
         if found.max_scale and found.min_scale and found.max_scale < found.min_scale:

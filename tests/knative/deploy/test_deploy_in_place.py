@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import pytest
+
 from knative.autoscaler import Autoscaler, ScaleSpec
 from knative.autoscaler.zero import Activity, Status, reconcile
 from knative.deploy.kubectl import Kubectl
-from knative.deploy.objects import one_service
-from knative.deploy.render import render
+from knative.deploy.objects import container, one_service
+from knative.deploy.render import TELL_FAILURE, get_env, render
 from knative.deploy.variables import Variables
 
 TICK_S = 2.0
@@ -54,3 +56,17 @@ def test_the_old_pod_leaves_the_gpu_before_the_new_one_needs_it_and_a_held_calle
     for step in range(1, 10):
         new.tick(TICK_S * step, 1.0)
     assert new.wanted == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told_s"),
+    [
+        pytest.param(("ENV=gpu", "MAX_SCALE=1"), "10", id="ready without a pod, and one at most"),
+        pytest.param(("ENV=gpu",), None, id="others would lose their calls to one that cannot start"),
+        pytest.param(("ENV=gpu", "MAX_SCALE=0"), None, id="any number of pods"),
+        pytest.param(("ENV=default", "MAX_SCALE=1"), None, id="a pod that is ready once makes a revision that is ready"),
+    ],
+)
+def test_callers_are_told_of_a_failed_start_only_where_nobody_takes_that_for_a_start(words: tuple[str, ...], told_s: str | None) -> None:
+    service = one_service(render(Variables.parse(words), Kubectl()))
+    assert get_env(container(service, "function"), TELL_FAILURE) == told_s

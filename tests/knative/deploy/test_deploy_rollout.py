@@ -1,5 +1,6 @@
 """`relight cluster` with the real kubectl, against an API that answers as a cluster's does."""
 
+import os
 import re
 import socket
 import subprocess
@@ -12,13 +13,14 @@ from typing import Any
 
 import boto3
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 
 from knative.deploy import flags, rollout
 from knative.deploy.cli import cluster as command
 from knative.deploy.kubectl import Kubectl
 from knative.deploy.progress import pods_in_words
-from knative.deploy.render import render_cluster
+from knative.deploy.render import MANIFESTS, render_cluster
 from knative.deploy.variables import Variables
 from tests.knative.deploy.cluster import SERVING, Cluster, Object, becomes_ready, configured, pod, revise, serving
 from tests.support import BIN, clean_environment, free_port, request, running, wait_until
@@ -322,7 +324,7 @@ def test_the_log_is_of_the_container_that_is_named_and_goes_on_if_wanted(cluster
 class Gateway:
     """A cluster's, to the test's own function: it keeps what was asked, as (method, path, host, body)."""
 
-    def __init__(self, answer: Callable[[bytes], int] = lambda _: 200) -> None:
+    def __init__(self, answer: Callable[[bytes], int] = lambda _: 200, said: bytes = b"the answer") -> None:
         outer = self
         self.asked: list[tuple[str, str, str, bytes]] = []
 
@@ -335,7 +337,7 @@ class Gateway:
                 outer.asked.append((self.command, self.path, self.headers["Host"], body))
                 self.send_response(answer(body))
                 self.end_headers()
-                self.wfile.write(b"the answer")
+                self.wfile.write(said)
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -352,10 +354,42 @@ class Gateway:
         self._server.server_close()
 
 
-def test_a_roll_out_in_place_ends_with_a_first_call_that_starts_the_new_pod(cluster: Cluster, run: Run) -> None:
-    kubectl = Kubectl()
-    for name, data in flags.shipped(render_cluster(Variables(env="gpu"), kubectl)).items():
+def allow_all_of_gpu(cluster: Cluster) -> None:
+    for name, data in flags.shipped(render_cluster(Variables(env="gpu"), Kubectl())).items():
         cluster.add("configmaps", {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": data}, "knative-serving")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (b'{"error": {"type": "unavailable", "message": "the function cannot start: no objects\\nbelow"}}', "no objects\\nbelow"),
+        (b'{"error": "the function cannot start: x"}', "the function cannot start: x"),
+        (b"activator request timeout\n", "activator request timeout"),
+        (b"", "nothing"),
+    ],
+)
+def test_a_first_call_that_is_not_answered_is_a_deploy_that_failed(cluster: Cluster, run: Run, said: bytes, told: str) -> None:
+    allow_all_of_gpu(cluster)
+
+    def ready_and_crashing(cluster: Cluster, service: Object, look: int) -> None:
+        becomes_ready(cluster, service, look)
+        ended = {"terminated": {"exitCode": 3, "reason": "Error", "message": "loading\n  ERROR relight.function: no weights\n"}}
+        status = {"name": "function", "ready": False, "state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": ended}
+        cluster.add("pods", pod(service["status"]["latestCreatedRevisionName"], containerStatuses=[status]), "default")
+
+    cluster.controller = ready_and_crashing
+    with Gateway(lambda _: 503, said) as gateway:
+        done = deploy(run, "ENV=gpu", gateway.address)
+    assert done.exit_code == 1
+    first, second, *others = done.stderr.splitlines()
+    assert first.startswith("Error: the first call was answered 503: ")
+    assert first.endswith(told)
+    assert second == "minilm does not answer"
+    assert any(line.endswith("last exit status 3 (Error): ERROR relight.function: no weights") for line in others)
+
+
+def test_a_roll_out_in_place_ends_with_a_first_call_that_starts_the_new_pod(cluster: Cluster, run: Run) -> None:
+    allow_all_of_gpu(cluster)
     with Gateway() as gateway:
         done = deploy(run, "ENV=gpu", gateway.address)
     assert (done.exit_code, done.stderr) == (0, "")
@@ -419,3 +453,39 @@ def test_a_group_that_lacks_just_the_kind_is_no_better(cluster: Cluster, run: Ru
     cluster.kinds |= {"sources.knative.dev/v1alpha1": [("IntegrationSource", "integrationsources", True)]}
     done = deploy(run, "EVENTS=rabbitmq")
     assert done.stderr.startswith("Error: the cluster has no RabbitmqSource (sources.knative.dev/v1alpha1)")
+
+
+def test_what_the_cluster_says_of_a_secret_is_told_without_its_values(cluster: Cluster, run: Run, tmp_path: Path) -> None:
+    secret = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "store"},
+        "stringData": {"A": 'gehe"im'},
+        "data": {"B": "c2VjcmV0"},
+    }
+    (tmp_path / "secret.yaml").write_text(yaml.safe_dump(secret))
+    overlay = {"resources": [os.path.relpath(MANIFESTS / "overlays/default", tmp_path.resolve()), "secret.yaml"]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    cluster.kinds["v1"] = [*cluster.kinds["v1"], ("Secret", "secrets", True)]
+    cluster.webhook = lambda service: 'Invalid value: {"stringData":{"A":"gehe\\"im"},"data":{"B":"c2VjcmV0"}} secret http://u:pw@host'
+    done = deploy(run, f"ENV={tmp_path}/")
+    assert done.exit_code == 1
+    assert 'Invalid value: {"stringData":{"A":"***"},"data":{"B":"***"}} *** http://***@host' in done.stderr
+
+
+def test_what_a_pod_says_moves_no_cursor(cluster: Cluster, run: Run) -> None:
+    def failed(cluster: Cluster, service: Object, look: int) -> None:
+        revision = revise(cluster, service)
+        log = "Container failed with: loading\n  Traceback\nOSError: \x1b[2Jgone\r"
+        service["status"]["conditions"] = [
+            {"type": "Ready", "status": "False", "reason": "RevisionFailed", "message": f'Revision "r" {log}'}
+        ]
+        waiting = {"name": "function", "ready": False, "state": {"waiting": {"reason": "CrashLoopBackOff"}}}
+        cluster.add("pods", pod(revision, containerStatuses=[waiting]), "default")
+        cluster.logs[f"{revision}-pod", "function"] = "\x1b]0;title\x07 and\u202e\n"
+
+    cluster.controller = failed
+    for done in (deploy(run), run("status"), run("logs")):
+        assert done.exit_code in (0, 1)
+        assert not set(done.output) & set("\x1b\x07\r\u202e")
+    assert '"r" Container failed with: OSError: \\x1b[2Jgone' in run("status").stdout

@@ -65,6 +65,8 @@ def test_a_bad_value_is_told_with_what_is_allowed(word: str, message: str) -> No
     [
         (["MINSCALE=1"], "MINSCALE=1: there is no such variable; did you mean MIN_SCALE?"),
         (["COLOUR=red"], "COLOUR=red: there is no such variable; known are ENV, NAME, "),
+        (["API_TOKEN=sk-123456"], "API_TOKEN=…: there is no such variable"),
+        (["QUEUE_URL=https://user:geheim@sqs/1/a"], "QUEUE_URL=https://***@sqs/1/a: must be the URL of an SQS queue"),
         (["gpu"], "gpu=: variables are given as NAME=value"),
         (["MIN_SCALE=3", "MAX_SCALE=2"], "MAX_SCALE=2: must be at least MIN_SCALE (3), or 0 for no limit"),
     ],
