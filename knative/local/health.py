@@ -54,6 +54,7 @@ class Health:
         self._tasks = tasks
         self._listener = listener
         self._began_at = time.monotonic()
+        self._is_watching = False
         self._started: set[str] = set()  # containers whose startup probe has succeeded since they began, or who have none
         self._well: set[str] = set()  # containers whose readiness probe says so
         self._doubted = asyncio.Event()  # set while the user container was not reached since it last was well
@@ -68,6 +69,7 @@ class Health:
     def watch(self, asked_at: float) -> None:
         """Begin to probe. asked_at: when the pod was asked for."""
         self._began_at = asked_at
+        self._is_watching = True
         for container in self._containers:
             process = container.process
             if process.startup:
@@ -79,10 +81,13 @@ class Health:
             if process.liveness:
                 self._tasks.start(self._watch_liveness(container, process.liveness), f"the liveness probe of {process.container}")
 
-    def began(self, container: ContainerProcess) -> None:
-        """Its process is there, for the first time or again."""
-        if container.process.startup is None:
-            self._started.add(container.process.container)
+    def began(self, number: int) -> None:
+        """The process of this container, by its place among them, is there: for the first time or again."""
+        process = self._containers[number].process
+        if process.startup is None:
+            self._started.add(process.container)
+        if self._is_watching:
+            self._listener.readiness_changed()
 
     def ended(self, container: ContainerProcess) -> None:
         """Its process has ended."""

@@ -88,15 +88,18 @@ class Pod:
         self._on_change = on_change
         self._on_exit = on_exit
         self._is_urgent = is_urgent
-        self._tasks = Tasks(self._task_failed)
-        self.containers = [
-            ContainerProcess(
-                process, partial(self._exited, number), fork_server, limiter, partial(self._began, number), on_failure=self._task_failed
-            )
+
+        def failed(what: str, error: Exception) -> None:
+            self.fail(Trouble(describe(what, error)))
+
+        self._tasks = Tasks(failed)
+        self.containers: list[ContainerProcess] = []
+        self._health = Health(self.containers, session, self._tasks, self)
+        self.containers += [
+            ContainerProcess(process, partial(self._exited, number), fork_server, limiter, partial(self._health.began, number), failed)
             for number, process in enumerate(plan.processes)
         ]
         self.troubles = Troubles(self.containers)
-        self._health = Health(self.containers, session, self._tasks, self)
         self._idle = asyncio.Event()
         self._spawning = asyncio.Lock()  # guards the processes: they are all there or none before any is ended
         self._connections: aiohttp.ClientSession | None = None
@@ -135,10 +138,10 @@ class Pod:
             for container in self.containers:
                 for directory in container.process.directories:
                     _make(directory)
-            self._spawned_at = self._age()
+            self._spawned_at = _age(self.asked_at)
             # All at once: the function imports its libraries while the sidecar sees to the weights.
             await asyncio.gather(*(container.start() for container in self.containers))
-            self.stages["spawn"] = self._age()
+            self.stages["spawn"] = _age(self.asked_at)
             self._health.watch(self.asked_at)
         self._on_change(self)
         self.readiness_changed()
@@ -158,7 +161,7 @@ class Pod:
                 container.process = replace(container.process, env={**container.process.env, VISIBLE: ",".join(reversed(own))})
         if self.unready_since is None:
             self.unready_since = time.monotonic()
-            self.stages["device"] = self._age()
+            self.stages["device"] = _age(self.asked_at)
         return True
 
     @property
@@ -207,9 +210,6 @@ class Pod:
         self.troubles.fail(trouble)
         self._on_change(self)
 
-    def _task_failed(self, what: str, error: Exception) -> None:
-        self.fail(Trouble(describe(what, error)))
-
     @property
     def trouble(self) -> Trouble | None:
         """What keeps it from being ready, as far as that is known."""
@@ -252,15 +252,6 @@ class Pod:
         told = {name: round(self._spawned_at + seconds, 4) for name, seconds in self.report.stages.items()}
         return told | self.stages
 
-    def _age(self) -> float:
-        return round(time.monotonic() - self.asked_at, 4)
-
-    def _began(self, number: int) -> None:
-        """A process is there, for the first time or again."""
-        self._health.began(self.containers[number])
-        if "spawn" in self.stages:
-            self.readiness_changed()
-
     def _exited(self, number: int, ending: Ending) -> None:
         """A process ended by itself; it will be started again."""
         container = self.containers[number]
@@ -301,10 +292,14 @@ class Pod:
             self.troubles.over()
         self.unready_since = None if ready else time.monotonic()
         if ready and "ready" not in self.stages:
-            ready_s = self._age()
+            ready_s = _age(self.asked_at)
             told = {name: min(ready_s, seconds) for name, seconds in self.stages_so_far().items()}
             self.stages |= told | {"ready": ready_s}
         self._on_change(self)
+
+
+def _age(asked_at: float) -> float:
+    return round(time.monotonic() - asked_at, 4)
 
 
 def _make(directory: Path) -> None:

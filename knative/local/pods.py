@@ -127,13 +127,6 @@ class PodSet:
         kept = self.kept
         return victims(kept, len(kept) - wanted)
 
-    def spare(self, least: int) -> list[Pod]:
-        """Pods with a GPU that have nothing to do, beyond so many."""
-        kept = self.kept
-        idle = [pod for pod in kept if pod.state == READY and not pod.in_flight and pod.plan.gpus]
-        beyond = len(kept) - max(least, 1 if any(pod.in_flight for pod in kept) else 0)
-        return idle[: max(0, beyond)]
-
     def late(self, now: float, limit_s: float) -> list[Pod]:
         """Those that have not been ready for longer than they may."""
         starting = [pod for pod in self._pods if pod.state in (PENDING, STARTING)]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from knative.autoscaler.choice import READY
 from knative.local.failures import Failures
 from knative.local.pod import Pod
 from knative.local.pods import PodSet
@@ -135,7 +136,12 @@ class Supervisor:
 
     def spare_pods(self) -> list[Pod]:
         """Pods with a GPU that have nothing to do, beyond those that min-scale promises and one while there are requests."""
-        return [] if self._waiting else self.pods.spare(self._revision.service.scale.min_scale)
+        if self._waiting:
+            return []
+        kept = self.pods.kept
+        idle = [pod for pod in kept if pod.state == READY and not pod.in_flight and pod.plan.gpus]
+        least = max(self._revision.service.scale.min_scale, 1 if any(pod.in_flight for pod in kept) else 0)
+        return idle[: max(0, len(kept) - least)]
 
     def give_up(self, pod: Pod) -> None:
         """Let a pod go whose GPU another function needs."""

@@ -78,6 +78,11 @@ class Replicas:
     def __bool__(self) -> bool:
         return bool(self._pods)
 
+    def follow(self, now: float, wanted: int | None) -> None:
+        """Have so many, unless that is None."""
+        if wanted is not None:
+            self.scale_to(now, wanted)
+
     def scale_to(self, now: float, wanted: int) -> None:
         """Have so many, as soon as may be."""
         before = self.wanted.value

@@ -124,7 +124,7 @@ class Running:
         self._arrived += 1
         self._count = count = self._count + 1
         if self._asleep:
-            self._wake(now)
+            self._schedule_tick(now, woken=True)
         self._area -= now - self._base
         if count > self._peak:
             self._peak = count
@@ -151,7 +151,7 @@ class Running:
         if not self._expiry_set:
             self._expiry_set = True
             self._clock.when(now + self._model.timeout_s, EXPIRES, self._expire_waiting)
-        self._follow(now, self._policy.poke(now, self._count, self._replicas.kept))
+        self._replicas.follow(now, self._policy.poke(now, self._count, self._replicas.kept))
 
     def _dispatch(self, now: float) -> None:
         """Give every pod that has room to those who wait, first come first served."""
@@ -208,7 +208,7 @@ class Running:
             if self._waiting:
                 self._dispatch(now)
             elif idle and self._policy.hears_idle:
-                self._follow(now, self._policy.pod_idle(now, self._busy))
+                self._replicas.follow(now, self._policy.pod_idle(now, self._busy))
         elif idle:
             self._replicas.drained(now, pod)
 
@@ -236,7 +236,7 @@ class Running:
 
     def pods_changed(self, now: float) -> None:
         """Another pod is ready, or has failed."""
-        self._follow(now, self._policy.pods_changed(now, self._replicas.ready.value))
+        self._replicas.follow(now, self._policy.pods_changed(now, self._replicas.ready.value))
         self._dispatch(now)
 
     def lose(self, now: float, pod: Pod) -> None:
@@ -244,41 +244,25 @@ class Running:
         if pod.in_flight:
             self._busy -= 1
             self._busy_area += now - self._base
-        for arrived_s, taken_s in self._sharing.lose(pod) if self._sharing else self._requests_of(pod):
+        for arrived_s, taken_s in self._sharing.lose(pod) if self._sharing else _requests_of(pod, self._clock, (self._answer, self._cut)):
             self._failed += 1
             self._over(now, arrived_s, taken_s, "failed", pod.ready_s > arrived_s)
-
-    def _requests_of(self, pod: Pod) -> list[tuple[float, float]]:
-        """When the requests that a pod has came, and were taken. Looks at all events to come: failures are rare."""
-        ends = (self._answer, self._cut)
-        found: list[tuple[Pod, float, float]] = [about for _, _, handler, about in self._clock.heap if handler in ends]  # type: ignore[misc]
-        return sorted((arrived_s, taken_s) for one, arrived_s, taken_s in found if one is pod)
-
-    def _follow(self, now: float, wanted: int | None) -> None:
-        if wanted is not None:
-            self._replicas.scale_to(now, wanted)
 
     def _tick(self, now: float, version: object) -> None:
         if version != self._ticks:
             return
-        self._follow(now, self._policy.decide(now, self._sample(now)))
+        self._replicas.follow(now, self._policy.decide(now, self._sample(now)))
         self._schedule_tick(now)
 
-    def _schedule_tick(self, now: float) -> None:
-        self._asleep = not (self._count or self._replicas or self._replicas.wanted.value)
+    def _schedule_tick(self, now: float, *, woken: bool = False) -> None:
+        """woken: by the first request after there was nothing. Samples are taken again, the first one of the period that it came in."""
+        self._asleep = not (woken or self._count or self._replicas or self._replicas.wanted.value)
         at = self._policy.next_s(now, self._asleep)
         self._ticks += 1
         if at < math.inf:
             self._clock.when(at, SAMPLES, self._tick, self._ticks)
-
-    def _wake(self, now: float) -> None:
-        """The first request after there was nothing: samples are taken again, the first one of the period that it came in."""
-        self._asleep = False
-        at = self._policy.next_s(now, False)
-        self._ticks += 1
-        if at < math.inf:
-            self._clock.when(at, SAMPLES, self._tick, self._ticks)
-            self._base = max(self._base, at - self._policy.period_s)
+            if woken:
+                self._base = max(self._base, at - self._policy.period_s)
 
     def _sample(self, now: float) -> Sample:
         span_s = now - self._base
@@ -337,3 +321,9 @@ class Running:
             horizon_s=now,
             series=self._course.series(now, self._integrals(now)),
         )
+
+
+def _requests_of(pod: Pod, clock: Clock, ends: tuple[Callable[[float, tuple[Pod, float, float]], None], ...]) -> list[tuple[float, float]]:
+    """When the requests that a pod has came, and were taken. Looks at all events to come: failures are rare."""
+    found: list[tuple[Pod, float, float]] = [about for _, _, handler, about in clock.heap if handler in ends]  # type: ignore[misc]
+    return sorted((arrived_s, taken_s) for one, arrived_s, taken_s in found if one is pod)
