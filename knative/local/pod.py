@@ -19,7 +19,7 @@ from knative.local.devices import VISIBLE, Devices
 from knative.local.errors import PlatformError
 from knative.local.fork_server import ForkServer
 from knative.local.health import Health
-from knative.local.launch import PodPlan
+from knative.local.launch import LONGEST_GRACE_S, PodPlan
 from knative.local.limits import Limiter
 from knative.local.process import ContainerProcess, Ending, tail
 from knative.local.tasks import Tasks, describe
@@ -170,7 +170,11 @@ class Pod:
         return self.devices.reason(self.name) if self.phase == "pending" else None
 
     async def drain(self, patience_s: float) -> None:
-        """Take no more requests, let those in flight finish for at most `patience_s`, end the processes, remove what was the pod's."""
+        """Take no more requests, let those in flight finish for at most `patience_s`, end the processes, remove what was the pod's.
+
+        What is left of the patience its processes have to end, within bounds: all of it is Knative's grace period.
+        """
+        end = time.monotonic() + patience_s
         pending, self.phase = self.phase == "pending", "draining"
         if pending:
             self.devices.give_back(self.name)
@@ -185,7 +189,8 @@ class Pod:
             await self._connections.close()
         async with self._spawning:
             await self._tasks.stop()
-            await asyncio.gather(*(container.stop(self.plan.grace_s) for container in self.containers))
+            grace_s = max(self.plan.grace_s, min(LONGEST_GRACE_S, end - time.monotonic()))
+            await asyncio.gather(*(container.stop(grace_s) for container in self.containers))
         self.devices.give_back(self.name)
         await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
 

@@ -10,6 +10,8 @@ import aiohttp
 
 from knative.local.launch import Probe, Process
 
+DOCUMENT_BYTES = 64 << 10
+
 
 class Answer(NamedTuple):
     """What came back. `document`: a body in JSON, if there was one."""
@@ -59,8 +61,18 @@ async def ask(probe: Probe, process: Process, session: aiohttp.ClientSession) ->
 async def _get(probe: Probe, session: aiohttp.ClientSession) -> Answer:
     url = f"http://127.0.0.1:{probe.port}{probe.path}"
     async with session.get(url, headers=probe.headers, timeout=aiohttp.ClientTimeout(total=None), allow_redirects=False) as reply:
-        document = await reply.read() if reply.content_type == "application/json" else None
+        document = await _document(reply) if reply.content_type == "application/json" else None
         return Answer(200 <= reply.status < 400, f"{_show(probe)} answered {reply.status}", document)
+
+
+async def _document(reply: aiohttp.ClientResponse) -> bytes | None:
+    """The body, None if it is longer than what anybody would want to read."""
+    body = bytearray()
+    async for piece in reply.content.iter_any():
+        body += piece
+        if len(body) > DOCUMENT_BYTES:
+            return None
+    return bytes(body)
 
 
 async def _run(probe: Probe, process: Process) -> Answer:

@@ -586,3 +586,34 @@ def test_an_exception_in_one_of_its_tasks_is_why_it_failed(tmp_path: Path, monke
         await pod.drain(0)
 
     play(tmp_path, scene)
+
+
+def test_a_readiness_document_without_an_end_is_not_read(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.function.says({"phase": "importing", "error": "x" * 100_000}, 503)
+        pod = stage.pod()
+        await pod.start()
+        await some_probes(stage)
+        assert (pod.report, pod.trouble) == (Report(), None)
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_pod_that_is_let_go_has_time_to_end_and_one_of_a_platform_that_stops_has_little(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        script = (
+            "trap 'touch told; until [ -e end ]; do sleep 0.01; done; touch ended; exit' TERM; touch begun; while :; do sleep 0.01; done"
+        )
+        pod = stage.pod(replace(stage.process("function", "sh", "-c", script, readiness=stage.probe()), cwd=tmp_path))
+        pod.plan = replace(pod.plan, grace_s=0.01)
+        await pod.start()
+        await until("its begin", lambda: (tmp_path / "begun").exists())
+        going = asyncio.create_task(pod.drain(30))
+        await until("told to end", lambda: (tmp_path / "told").exists())
+        await asyncio.sleep(0.2)  # far more than a platform that stops would wait
+        (tmp_path / "end").touch()
+        await going
+        assert (tmp_path / "ended").exists()
+
+    play(tmp_path, scene)
