@@ -120,3 +120,12 @@ def test_without_an_engine_that_answers_each_is_told_with_its_reason(engine: Pat
     monkeypatch.setenv("SECONDS", "60")
     with pytest.raises(DeployError, match=r"no container engine answers: docker: no answer within 0.5 s; podman is not installed"):
         images.find_engine()
+
+
+def test_there_is_one_base_image_and_its_digest_can_be_said() -> None:
+    recipe = CONTAINERFILE.read_text()
+    stages = re.findall(r"(?m)^FROM (\S+) AS (\S+)$", recipe)
+    names = {name for _, name in stages}
+    foreign = {image for image, _ in stages if image.replace("${VARIANT}", "cpu") not in names}
+    assert foreign == {"docker.io/library/python:${PYTHON}-slim${PYTHON_DIGEST}"}
+    assert re.search(r"(?m)^ARG PYTHON_DIGEST=$", recipe)
