@@ -5,6 +5,7 @@ escaped, as a caller may have put them there: of answers all but line ends and t
 """
 
 import codecs
+import io
 import json
 import re
 import sys
@@ -34,7 +35,10 @@ def where(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def told() -> Any:
-    """Our errors as one line and exit status 1."""
+    """Our errors as one line and exit status 1. What a terminal has no letters for is escaped, and no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except PlatformError as error:
@@ -207,7 +211,7 @@ def _write_escaped() -> Callable[[bytes], None]:
         held = "\r" if piece and text.endswith("\r") else ""  # perhaps the first half of a line's end
         text = plain.body(text.removesuffix(held))
         is_begun = not text.endswith("\n") if text else is_begun
-        _write(text.encode() + (b"\n" if not piece and is_begun else b""))
+        _write(_encoded(text + ("\n" if not piece and is_begun else "")))
 
     return write
 
@@ -216,7 +220,7 @@ def _print_log(reply: Any) -> None:
     """A line when it is whole."""
     with suppress(_CutOff):
         for line in _pieces(lines(reply)):
-            _write(plain.log_line(line.removesuffix(b"\r").decode(errors="backslashreplace")).encode() + b"\n")
+            _write(_encoded(plain.log_line(line.removesuffix(b"\r").decode(errors="backslashreplace")) + "\n"))
 
 
 def _print_events(reply: Any) -> bool:
@@ -229,12 +233,17 @@ def _print_events(reply: Any) -> bool:
             text = line.removeprefix(b"data:").strip()
             if text == b"[DONE]":
                 break
-            _write((plain.body(text.decode(errors="backslashreplace")).encode() if is_terminal else text) + b"\n")
+            _write((_encoded(plain.body(text.decode(errors="backslashreplace"))) if is_terminal else text) + b"\n")
             if explain(parse(text)):
                 return False
     except _CutOff:
         return False
     return True
+
+
+def _encoded(text: str) -> bytes:
+    """For the terminal, whose letters may be others than UTF-8's."""
+    return text.encode(sys.stdout.encoding, "backslashreplace")
 
 
 def _write(piece: bytes) -> None:

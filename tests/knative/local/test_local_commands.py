@@ -210,6 +210,20 @@ def test_a_log_on_a_terminal_keeps_its_colours_alone(monkeypatch: pytest.MonkeyP
     assert shown == b"\x1b[1;32mINFO\x1b[0m up\x1b[0m\n" + HARMLESS + b"\nno end\n"
 
 
+@pytest.mark.parametrize("words", [["status"], ["logs", "echo"]])
+def test_a_terminal_with_few_letters_is_no_error(platform: Platform, words: list[str]) -> None:
+    platform.call("echo", "/say", "POST", "grün 👩‍💻".encode())
+    ours, theirs = pty.openpty()
+    env = clean_environment(PYTHONIOENCODING="ascii", COLUMNS="200")
+    command = [str(BIN / "relight"), *words, "--state-dir", str(platform.state)]
+    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, env=env, timeout=60, check=False)
+    os.close(theirs)
+    shown = os.read(ours, 65536).decode("ascii")
+    os.close(ours)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (r"\u25cf ready" if words == ["status"] else r"gr\xfcn \U0001f469") in shown
+
+
 def test_where_a_program_reads_it_a_log_is_as_it_was_written(platform: Platform) -> None:
     platform.call("echo", "/say", "POST", b"\x1b[31m\x1b[2Jx")
     assert "\x1b[31m\x1b[2Jx\n" in relight("logs", "echo", state=platform.state).stdout
