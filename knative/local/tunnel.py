@@ -21,7 +21,7 @@ class _End(asyncio.Protocol):
         self._other.write(data)
 
     def feed_data(self, data: bytes) -> tuple[bool, bytes]:
-        """What aiohttp calls for the bytes that came right behind the 101."""
+        """What aiohttp calls for the bytes that came right behind the request, or the 101."""
         self._other.write(data)
         return False, b""
 
@@ -48,8 +48,9 @@ async def tunnel(request: web.BaseRequest, answer: web.StreamResponse, reply: ai
     assert isinstance(pod, asyncio.Transport)
     at_client, at_pod = _End(request.protocol, pod), _End(protocol, client)
     await answer.prepare(request)
+    request.protocol.set_parser(at_client)  # type: ignore[arg-type]  # hands on what has come already
     client.set_protocol(at_client)
-    protocol.set_parser(at_pod, None)  # hands on what has come already
+    protocol.set_parser(at_pod, None)  # the same
     pod.set_protocol(at_pod)
     try:
         await at_client.lost.wait()

@@ -182,6 +182,25 @@ def test_a_connection_may_be_upgraded_to_any_protocol(platform: Platform) -> Non
         assert connection.recv(1024) == b""
 
 
+def test_a_message_right_behind_the_request_for_a_websocket_is_not_lost(platform: Platform) -> None:
+    upgrade = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {'A' * 22}==")
+    frame = b"\x81\x85" + bytes(4) + b"early"
+    with socket.create_connection(("127.0.0.1", platform.port), timeout=30) as connection:
+        connection.sendall("\r\n".join(["GET /talk HTTP/1.1", "Host: talk.default.localhost", *upgrade, "", ""]).encode() + frame)
+        head(connection)
+        received = b""
+        while not received.endswith(b"early"):  # it is sent back
+            piece = connection.recv(1024)
+            assert piece, received
+            received += piece
+
+
+def test_a_pod_may_choose_among_the_protocols_of_all_upgrade_headers(platform: Platform) -> None:
+    asked = ("Connection: keep-alive", "Upgrade: whisper", "Connection: upgrade", "Upgrade: mumble, Shout")
+    with shouting(platform, "/shout", *asked) as connection:
+        assert head(connection).startswith("HTTP/1.1 101 ")
+
+
 @pytest.mark.parametrize("asked", [(), ("Connection: Upgrade", "Upgrade: whisper"), ("Upgrade: shout",)])
 def test_a_pod_that_changes_to_a_protocol_that_nobody_asked_for_is_a_502(platform: Platform, asked: tuple[str, ...]) -> None:
     with shouting(platform, "/shout", *asked) as connection:
