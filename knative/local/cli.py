@@ -1,8 +1,12 @@
 """`relight run`."""
 
 import asyncio
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO, cast
 
 import click
 
@@ -83,6 +87,22 @@ def run(
         async def main() -> None:
             await Platform(settings, Sources(manifests), Terminal()).run()
 
-        asyncio.run(main())
+        with _patient_errors():
+            asyncio.run(main())
     except PlatformError as error:
         raise click.ClickException(str(error)) from error
+
+
+@contextlib.contextmanager
+def _patient_errors() -> Iterator[None]:
+    """Whoever does not read what goes wrong holds nothing up, as with what is said on standard output (see Terminal)."""
+    from knative.local.patient import PatientStream
+
+    try:
+        stream = PatientStream(sys.stderr)
+    except (OSError, ValueError):  # it has no descriptor
+        yield
+        return
+    with contextlib.redirect_stderr(cast(TextIO, stream)):
+        yield
+    stream.close()
