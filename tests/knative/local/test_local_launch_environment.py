@@ -1,6 +1,7 @@
 """What the pods of one machine inherit of its environment, and where they listen."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 
+from knative.local import inheritance
 from knative.local.inheritance import inherited
 from tests.knative.local.running import platform_running, queue_source, service
 from tests.knative.local.test_local_launch import QUEUE_URL, env, plan, plan_queue_source, process
-from tests.support import BIN, clean_environment
+from tests.support import BIN, ROOT, clean_environment
+
+README = (ROOT / "README.md").read_text()
 
 SECRETS = """
     GITHUB_TOKEN HF_TOKEN OPENAI_API_KEY ANTHROPIC_API_KEY NVIDIA_API_KEY AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN
@@ -54,6 +58,12 @@ def test_what_is_named_besides_is_inherited(monkeypatch: pytest.MonkeyPatch) -> 
     assert "HF_TOKEN" not in inherited()
     assert inherited(["HF_TOKEN", "NOBODY"])["HF_TOKEN"] == "wanted"
     assert not {"HF_TOKEN_2", "NOBODY"} & inherited(["HF_TOKEN", "NOBODY"]).keys()
+
+
+def test_the_table_of_the_readme_is_what_is_inherited() -> None:
+    table = README.partition("| inherited | |")[2].partition("\n\n")[0]
+    told = set(re.findall(r"`([A-Za-z_0-9]+)`", table)) - {"PYTHONPATH"}  # which is one of a family
+    assert told == {name for name in inheritance._NAMES.split() if name.isupper()}
 
 
 @pytest.mark.parametrize(
