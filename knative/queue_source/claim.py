@@ -46,7 +46,7 @@ class Claims:
     def __init__(self, store: "S3Client", buckets: frozenset[str], max_bytes: int) -> None:
         self._store = store
         self._buckets = buckets
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
 
     def fetch(self, uri: str) -> tuple[bytes, str | None]:
         """An object's bytes and media type, if the store knows it.
@@ -61,14 +61,14 @@ class Claims:
             found: Any = self._store.get_object(Bucket=bucket, Key=key)
             with found["Body"] as body:
                 size = found.get("ContentLength", 0)
-                data = body.read(self._max_bytes + 1) if size <= self._max_bytes else b""
+                data = body.read(self.max_bytes + 1) if size <= self.max_bytes else b""
         except ClientError as error:
             code = error.response.get("Error", {}).get("Code", "")
             raise (Unacceptable if code in _FOR_GOOD else ClaimUnavailable)(f"{uri}: {error}") from error
         except (BotoCoreError, OSError) as error:
             raise ClaimUnavailable(f"{uri}: {error}") from error
-        if max(size, len(data)) > self._max_bytes:
-            raise Unacceptable(f"{uri}: {size} bytes; at most {self._max_bytes} (QUEUE_SOURCE_CLAIM_MAX_BYTES)")
+        if max(size, len(data)) > self.max_bytes:
+            raise Unacceptable(f"{uri}: {size} bytes; at most {self.max_bytes} (QUEUE_SOURCE_CLAIM_MAX_BYTES)")
         if len(data) != size:
             raise ClaimUnavailable(f"{uri}: {len(data)} of {size} bytes came")
         kind = found.get("ContentType", "")

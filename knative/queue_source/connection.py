@@ -3,12 +3,13 @@
 import contextlib
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 CONNECT_S = 10.0
 LONGEST_HEAD_BYTES = 64 << 10
 LONGEST_BODY_BYTES = 16 << 20  # no queue takes as much
+KEPT_BYTES = 4 << 10  # of an answer that only a log line may quote
 _RECEIVE_BYTES = 64 << 10
 
 
@@ -28,13 +29,15 @@ class Answer:
 class Connection:
     """To one server. Raises OSError or BadAnswer, and is of no use then."""
 
-    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
-        """Connects."""
-        self.socket = socket.create_connection((host, port), CONNECT_S)
+    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None, begin: Callable[[socket.socket], None]) -> None:
+        """Connects. begin: told each socket before anything waits for it, so that somebody else may shut it down; may raise."""
+        self.socket = _connected(host, port, begin)
         try:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if tls:
-                self.socket = tls.wrap_socket(self.socket, server_hostname=host)
+                self.socket = tls.wrap_socket(self.socket, server_hostname=host, do_handshake_on_connect=False)
+                begin(self.socket)
+                self.socket.do_handshake()
             self.socket.settimeout(None)  # whoever waits too long shuts the socket down
         except BaseException:
             self.socket.close()
@@ -43,8 +46,9 @@ class Connection:
         self.has_begun = False  # some of the last answer came
         self.is_reusable = False
 
-    def post(self, head: bytes, data: bytes) -> Answer:
-        """The answer to a request. head: with the empty line behind it."""
+    def post(self, head: bytes, data: bytes, kept: int = LONGEST_BODY_BYTES) -> Answer:
+        """The answer to a request. head: with the empty line behind it. kept: bytes of the answer's body that anybody wants."""
+        self._kept = kept
         self.has_begun = self.is_reusable = False
         with contextlib.suppress(BrokenPipeError):  # a server that does not read it all may have answered nevertheless
             if len(data) < _RECEIVE_BYTES:
@@ -86,18 +90,24 @@ class Connection:
     def _body(self, headers: Mapping[str, str]) -> bytes:
         if headers.get("transfer-encoding", "").lower().endswith("chunked"):
             return self._chunks()
+        body = bytearray()
         if "content-length" in headers:
-            return bytes(self._exactly(_length(headers["content-length"], 10)))
+            self._read(body, _length(headers["content-length"], 10))
+            return bytes(body)
         self.is_reusable = False
-        while self._receive(may_end=True):
-            _check(len(self._got))
-        return bytes(self._take(len(self._got)))
+        size = 0
+        while self._got or self._receive(may_end=True):
+            size += len(self._got)
+            _check(size)
+            self._keep(body, self._take(len(self._got)))
+        return bytes(body)
 
     def _chunks(self) -> bytes:
-        body = bytearray()
+        body, whole = bytearray(), 0
         while size := _length(self._line().partition(b";")[0].strip().decode("latin-1"), 16):
-            body += self._exactly(size)
-            _check(len(body))
+            whole += size
+            _check(whole)
+            self._read(body, size)
             self._line()
         while self._line():
             pass  # trailers
@@ -110,11 +120,19 @@ class Connection:
             self._receive()
         return self._take(end + 2)[:-2]
 
-    def _exactly(self, size: int) -> bytearray:
+    def _read(self, body: bytearray, size: int) -> None:
+        """So much of it."""
         _check(size)
-        while len(self._got) < size:
-            self._receive()
-        return self._take(size)
+        while size:
+            if not self._got:
+                self._receive()
+            piece = self._take(size)
+            size -= len(piece)
+            self._keep(body, piece)
+
+    def _keep(self, body: bytearray, piece: bytearray) -> None:
+        if len(body) < self._kept:
+            body += piece[: self._kept - len(body)]
 
     def _take(self, size: int) -> bytearray:
         taken = self._got[:size]
@@ -129,6 +147,25 @@ class Connection:
         self.has_begun = self.has_begun or bool(piece)
         self._got += piece
         return bool(piece)
+
+
+def _connected(host: str, port: int, begin: Callable[[socket.socket], None]) -> socket.socket:
+    """To the first of its addresses that answers. Raises OSError."""
+    failure = OSError("it has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        made = socket.socket(family, kind, protocol)
+        try:
+            made.settimeout(CONNECT_S)
+            begin(made)
+            made.connect(address)
+            return made
+        except OSError as error:
+            made.close()
+            failure = error
+        except BaseException:
+            made.close()
+            raise
+    raise failure
 
 
 def _length(text: str, base: int) -> int:

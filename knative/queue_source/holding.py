@@ -1,4 +1,4 @@
-"""What is held: how many messages, for how long, and whether more may be pulled."""
+"""What is held: how many messages and bytes, for how long, and whether more may be pulled."""
 
 import math
 import threading
@@ -12,6 +12,7 @@ from knative.queue_source.sink import Call
 
 PATIENCE_S = 0.05  # a receive of one message costs as much as one of ten
 REMEMBERED = 10_000  # keys of messages that were done lately
+MOST_BYTES = 256 << 20  # of messages and fetched objects: nothing more is pulled or fetched until there are fewer
 
 
 class Lease(Enum):
@@ -26,13 +27,15 @@ class Lease(Enum):
 class Held:
     """A message that is held."""
 
-    __slots__ = ("call", "cut_at", "extending", "lease", "longest_s", "message", "renew_at", "since")
+    __slots__ = ("call", "cut_at", "extending", "has_object", "lease", "longest_s", "message", "renew_at", "since", "size")
 
     def __init__(self, message: Message, visibility_s: float, longest_s: float) -> None:
         """longest_s: from a receive, the seconds for which the queue lets it be held."""
         self.message = message  # its latest delivery
         self.longest_s = longest_s
         self.since = message.received
+        self.size = 0  # bytes that it counts for: its own, and those of an object that was fetched for it
+        self.has_object = False
         self.lease = Lease.KEPT
         self.extending = False  # a heartbeat is on its way: whatever gives it back waits for that
         self.call: Call | None = None  # while it is being posted
@@ -47,7 +50,7 @@ class Held:
 class Holding:
     """All that is held. Pollers take room before they ask the queue, so that there are never more than `limit`."""
 
-    def __init__(self, limit: int, visibility_s: float, longest_s: float = math.inf) -> None:
+    def __init__(self, limit: int, visibility_s: float, longest_s: float = math.inf, most_bytes: int = MOST_BYTES) -> None:
         """longest_s: for which the queue lets a message be held, whatever its visibility."""
         self.stopping = False
         self._visibility_s = visibility_s
@@ -57,6 +60,9 @@ class Holding:
         self._turn = threading.Condition(self._lock)
         self._free = limit
         self._limit = limit
+        self._most_bytes = most_bytes
+        self._bytes = 0
+        self._objects = 0
         self._held: dict[str, Held] = {}
         self._turned_away: set[str] = set()
         self._paused_until = 0.0
@@ -76,7 +82,7 @@ class Holding:
                 now = time.monotonic()
                 if self._paused_until > now:
                     self._room_made.wait(self._paused_until - now)
-                elif self._turned_away:
+                elif self._turned_away or self._bytes >= self._most_bytes:
                     self._room_made.wait()
                 elif self._free >= want or (self._free and now >= until):
                     taken = min(self._free, want)
@@ -113,9 +119,30 @@ class Holding:
             if message.key in self._done:
                 return None
             held = self._held[message.key] = Held(message, self._visibility_s, self._longest_s)
+            self._charge(held, len(message.body))
             return held, True
 
     # For workers
+
+    def reserve(self, held: Held, size: int) -> bool:
+        """Wait until there is room for an object that is to be fetched for a message; False if it is not to be fetched any more.
+
+        There is for one object in any case, so that the largest has its turn.
+        """
+        with self._lock:
+            while not self.stopping and held.lease is Lease.KEPT:
+                if not self._objects or self._bytes + size <= self._most_bytes:
+                    held.has_object = True
+                    self._objects += 1
+                    self._charge(held, held.size + size)
+                    return True
+                self._turn.wait()
+            return False
+
+    def fetched(self, held: Held, size: int) -> None:
+        """The object has come, and is no larger than this."""
+        with self._lock:
+            self._charge(held, len(held.message.body) + size)
 
     def remove(self, over: Sequence[Held], *, done: bool = False) -> None:
         """They are no longer held. done: and are not to be done again."""
@@ -125,11 +152,25 @@ class Holding:
                 if self._held.get(key) is held:  # else it was received again while it was given back
                     del self._held[key]
                     self._settled(key)
+                self._charge(held, 0)
                 if done:
                     self._done[key] = None
                     if len(self._done) > REMEMBERED:
                         self._done.popitem(last=False)
                 self._make_room()
+
+    def _charge(self, held: Held, size: int) -> None:
+        """It counts for so many bytes from now on."""
+        was_full = self._bytes >= self._most_bytes
+        self._bytes += size - held.size
+        if size < held.size and self._objects:
+            self._turn.notify_all()
+        held.size = size
+        if not size and held.has_object:
+            held.has_object = False
+            self._objects -= 1
+        if was_full and self._bytes < self._most_bytes:
+            self._room_made.notify_all()
 
     def _make_room(self) -> None:
         """Wake a poller when it is worth it: it waits for room for ten, or a moment for more than one."""
@@ -201,5 +242,6 @@ class Holding:
             "held": len(held),
             "busy": sum(one.call is not None for one in held),
             "oldest_held_seconds": max((now - one.since for one in held), default=0.0),
+            "held_bytes": sum(one.size for one in held),
             "paused": paused,
         }

@@ -13,7 +13,7 @@ class Metrics:
     """Counters, and gauges that are read when somebody asks."""
 
     def __init__(self, gauges: Callable[[], dict[str, float]]) -> None:
-        """gauges: the values of `held`, `busy`, `oldest_held_seconds` and `paused`."""
+        """gauges: the values of `held`, `busy`, `held_bytes`, `oldest_held_seconds` and `paused`."""
         self._registry = CollectorRegistry()
         self._gauges = gauges
         self.received = self._counter("received", "Messages received, each as often as it was delivered.")
@@ -37,6 +37,7 @@ class Metrics:
         texts = {
             "held": "Messages that are held.",
             "busy": "Messages that are being posted.",
+            "held_bytes": "Bytes of messages that are held, and of what was fetched for them.",
             "oldest_held_seconds": "For how long the oldest held message has been so.",
             "paused": "Whether nothing is pulled because the sink is busy or away.",
         }

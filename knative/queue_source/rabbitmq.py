@@ -20,6 +20,7 @@ from pika.exceptions import AMQPError, ChannelClosedByBroker, NackError, Unrouta
 
 from knative.queue_source.errors import QueueSourceError, QueueUnavailable
 from knative.queue_source.queue import Message, Outcome
+from knative.queue_source.threads import Threads
 
 log = logging.getLogger("relight.queue")
 
@@ -49,8 +50,9 @@ class RabbitQueue:
     longest_hold_s = LONGEST_HOLD_S
     dead_letters: bool | None = None  # AMQP does not tell
 
-    def __init__(self, url: str, *, prefetch: int) -> None:
+    def __init__(self, url: str, *, prefetch: int, threads: Threads) -> None:
         """prefetch: the most messages that are unacknowledged at a time."""
+        self._threads = threads
         self._parameters, self._name, self.source = parse(url)
         self._prefetch = prefetch
         self._lock = threading.Condition()  # guards what follows
@@ -64,7 +66,7 @@ class RabbitQueue:
     def open(self) -> None:
         """Connect and consume. Raises QueueSourceError if there is no such queue."""
         self._connect()
-        threading.Thread(target=self._serve, name="rabbitmq", daemon=True).start()
+        self._threads.start("rabbitmq", self._serve)
 
     def receive(self, limit: int, wait_s: int) -> list[Message]:
         """At most `limit`, none after `wait_s` seconds."""
@@ -153,14 +155,17 @@ class RabbitQueue:
             channel.queue_declare(self._name, passive=True)
             era = self._era + 1
             with self._lock:
+                if self._closing:  # meanwhile, by somebody who did not know of this connection
+                    raise QueueUnavailable("it is closed")
                 self._connection, self._channel, self._era = connection, channel, era
             channel.basic_consume(self._name, lambda _, method, properties, body: self._arrive(era, method, properties, body))
         except ChannelClosedByBroker as error:
-            connection.close()
+            _end(connection)
             if error.reply_code == _NOT_FOUND:
                 raise QueueSourceError(f"{self.source}: there is no such queue; declare it, as a quorum queue") from error
             raise QueueUnavailable(f"{self.source}: {_text(error)}") from error
-        except _ERRORS as error:
+        except (QueueUnavailable, *_ERRORS) as error:
+            _end(connection)
             raise QueueUnavailable(f"{self.source}: {_text(error)}") from error
 
     def _serve(self) -> None:
@@ -182,14 +187,11 @@ class RabbitQueue:
                 self._arrived.clear()
                 self._unsettled.clear()
                 self._lock.notify_all()
-            try:
-                if connection and connection.is_open:  # what ended was its channel
-                    connection.close()
-            except _ERRORS:
-                pass  # it is closed
-            if not self._closing:
-                time.sleep(pause_s)
-                pause_s = min(pause_s * 2, 5.0)
+            if connection:  # what ended may have been its channel alone
+                _end(connection)
+            with self._lock:
+                self._lock.wait_for(lambda: self._closing, pause_s)
+            pause_s = min(pause_s * 2, 5.0)
 
     def _give_back_stale(self, channel: Any) -> None:
         """Now and every moment: what nobody takes, because the sink is busy, is not to keep the broker waiting for too long."""
@@ -295,6 +297,14 @@ class RabbitResults:
         channel.confirm_delivery()
         channel.queue_declare(self._name, passive=True)
         self._connection, self._channel = connection, channel
+
+
+def _end(connection: Any) -> None:
+    try:
+        if connection.is_open:
+            connection.close()
+    except _ERRORS:
+        pass  # it is closed
 
 
 def _text(error: BaseException) -> str:

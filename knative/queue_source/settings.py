@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from weights_cache import environment
-from weights_cache.environment import SettingsError, setting
+from weights_cache.environment import SettingsError, setting, told
 
 _NAME = re.compile(r"[a-z0-9]+")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -69,9 +69,11 @@ class QueueSourceSettings:
             found = json.loads(self.overrides).get("extensions") or {}
             extensions = {name: str(value) for name, value in found.items()}
         except (AttributeError, ValueError):
-            raise SettingsError(f'K_CE_OVERRIDES={self.overrides!r}: must be {{"extensions": {{"name": "value"}}}}') from None
+            raise SettingsError(f'K_CE_OVERRIDES={told(self.overrides)}: must be {{"extensions": {{"name": "value"}}}}') from None
         if bad := [name for name in extensions if not _NAME.fullmatch(name)]:
-            raise SettingsError(f"K_CE_OVERRIDES={self.overrides!r}: {bad[0]!r} is no extension's name: lower-case letters and digits only")
+            raise SettingsError(
+                f"K_CE_OVERRIDES={told(self.overrides)}: {told(bad[0])} is no extension's name: lower-case letters and digits only"
+            )
         return extensions
 
 
@@ -85,19 +87,13 @@ def from_environment(environ: Mapping[str, str]) -> QueueSourceSettings:
         if settings.results_url == settings.url:
             raise SettingsError("QUEUE_SOURCE_RESULTS_URL is QUEUE_SOURCE_URL: each result would be taken for a new message, for ever")
     if bad := sorted(name for name in settings.buckets if not _BUCKET.fullmatch(name)):
-        raise SettingsError(f"QUEUE_SOURCE_CLAIM_BUCKETS={settings.claim_buckets!r}: {bad[0]!r} is no bucket's name")
+        raise SettingsError(f"QUEUE_SOURCE_CLAIM_BUCKETS={told(settings.claim_buckets)}: {told(bad[0])} is no bucket's name")
     if settings.backoff_max_s < settings.backoff_s:
         raise SettingsError(
             f"QUEUE_SOURCE_BACKOFF_MAX_S={settings.backoff_max_s:g}: must be at least QUEUE_SOURCE_BACKOFF_S ({settings.backoff_s:g})"
         )
     _ = settings.extensions
     return settings
-
-
-def shown(url: str) -> str:
-    """A URL without the password that it may hold."""
-    head, at, tail = url.rpartition("@")
-    return f"{head.partition('://')[0]}://…@{tail}" if at else url
 
 
 def _check_url(name: str, url: str, schemes: tuple[str, ...]) -> None:
@@ -117,4 +113,4 @@ def _check_url(name: str, url: str, schemes: tuple[str, ...]) -> None:
     if not fine or (name != "K_SINK" and len(parts.path) < 2):
         ways = " or ".join(f"{scheme}://" for scheme in schemes)
         wanted = f"a URL that begins with {ways}, with a host" + ("" if name == "K_SINK" else " and a queue's name")
-        raise SettingsError(f"{name}={shown(url)!r}: must be {wanted}")
+        raise SettingsError(f"{name}={told(url)}: must be {wanted}")

@@ -20,7 +20,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 2.0
 class Settler(Generic[T]):
     """Takes items one by one and hands them on in batches; what did not work is tried again, after a pause that grows.
 
-    What is there goes at once if no call is under way, and otherwise when ten are there, the call returns, or LINGER_S is over. So nothing
+    What is there goes at once if no call is under way, and otherwise when ten are there, a call returns, or LINGER_S is over. So nothing
     waits for long, for what is done and not yet deleted would be repeated if the process died now, and calls are full while much happens.
     """
 
@@ -34,6 +34,7 @@ class Settler(Generic[T]):
         self._calls = 0  # under way
         self._since = 0.0  # when the first of the items came, or the last batch was taken
         self._is_watched = False  # a thread is on its way to the items, or waits until they are due
+        self._stopping = threading.Event()
 
     def start(self, spawn: Callable[[str, Callable[[], None]], object]) -> None:
         """Work in threads of its own, which `spawn` starts."""
@@ -48,10 +49,15 @@ class Settler(Generic[T]):
             self._items.extend(items)
             self._wake()
 
+    def stop(self) -> None:
+        """The threads end, each after its call; what is left is not settled."""
+        with self._changed:
+            self._stopping.set()
+            self._changed.notify_all()
+
     def _run(self) -> None:
         pause_s = FIRST_PAUSE_S
-        while True:
-            batch = self._take()
+        while batch := self._take():
             try:
                 again = self._settle(batch)
             except QueueUnavailable as error:
@@ -59,10 +65,8 @@ class Settler(Generic[T]):
                 log.warning("%s: %s; again in %.2f s", self._name, error, pause_s)
             with self._changed:
                 self._calls -= 1
-                if self._items:
-                    self._changed.notify()
             if again:
-                time.sleep(pause_s)
+                self._stopping.wait(pause_s)
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
                 self.put(again)
             else:
@@ -82,10 +86,13 @@ class Settler(Generic[T]):
         return max(self._since + LINGER_S - time.monotonic(), 0.0)
 
     def _take(self) -> list[T]:
+        """The next ones; none when it is time to stop."""
         with self._changed:
-            while (wait_s := self._wait_s()) != 0.0:
+            while not self._stopping.is_set() and (wait_s := self._wait_s()) != 0.0:
                 self._is_watched = wait_s is not None
                 self._changed.wait(wait_s)
+            if self._stopping.is_set():
+                return []
             self._calls += 1
             batch = [self._items.popleft() for _ in range(min(MOST, len(self._items)))]
             self._since = time.monotonic()

@@ -2,7 +2,8 @@
 
 Pollers receive no more than there is room for. A worker has a message from then on: it makes the event, posts it, posts it again while the
 sink is busy or away, and says what becomes of the message at last. Settlers delete, or give back, in batches. The keeper extends what is
-held, from the receive until the queue has confirmed the end, and cuts posts that take too long. All measure time by the monotonic clock.
+held, from the receive until the queue has confirmed the end, and cuts posts that take too long. All measure time by the monotonic clock,
+and each is a thread that ends with the source.
 """
 
 import logging
@@ -16,6 +17,7 @@ from knative.queue_source.connection import Answer
 from knative.queue_source.errors import (
     ClaimUnavailable,
     NoAnswer,
+    QueueSourceError,
     QueueUnavailable,
     ResultRefused,
     SinkAway,
@@ -23,11 +25,13 @@ from knative.queue_source.errors import (
 )
 from knative.queue_source.event import Event
 from knative.queue_source.holding import Held, Holding, Lease
+from knative.queue_source.keeper import Keeper
 from knative.queue_source.metrics import Metrics
 from knative.queue_source.queue import Message, Queue, Results
 from knative.queue_source.settings import QueueSourceSettings
 from knative.queue_source.settler import Settler
 from knative.queue_source.sink import Call, Sink
+from knative.queue_source.threads import Threads
 from knative.queue_source.verdict import Verdict
 from knative.queue_source.workers import Workers
 
@@ -50,9 +54,16 @@ class Source:
     """A running queue source, from `start` to `stop`."""
 
     def __init__(
-        self, settings: QueueSourceSettings, messages: Queue, sink: Sink, *, claims: Claims | None = None, results: Results | None = None
+        self,
+        settings: QueueSourceSettings,
+        messages: Queue,
+        sink: Sink,
+        *,
+        claims: Claims | None = None,
+        results: Results | None = None,
+        threads: Threads | None = None,
     ) -> None:
-        """claims: None leaves references to objects as they are."""
+        """claims: None leaves references to objects as they are. threads: the program's; the source's own if it is not given."""
         self._settings = settings
         self._queue = messages
         self._sink = sink
@@ -62,10 +73,11 @@ class Source:
         self._extensions = settings.extensions
         self._holding = Holding(settings.concurrency, settings.visibility_s, messages.longest_hold_s)
         self.metrics = Metrics(self._holding.gauges)
-        self.failed = False  # something that never should: the process is to be replaced
-        self._workers = Workers(self._handle, limit=settings.concurrency, spawn=self._spawn)
+        self.threads = threads or Threads()
+        self._workers = Workers(self._handle, limit=settings.concurrency, spawn=self.threads.start)
         self._deletes = Settler[Held]("delete", self._delete, threads=DELETERS)
         self._releases = Settler[_Release]("give back", self._release, threads=1)
+        self._keeper = Keeper(self._holding, messages, self.metrics, settings.visibility_s)
         self._pollers: list[threading.Thread] = []
         self._stopped = threading.Event()
         self.is_ready = False  # the queue answers
@@ -75,14 +87,14 @@ class Source:
     def start(self) -> None:
         """Begin to pull, from a queue that is open."""
         self.is_ready = True
-        self._deletes.start(self._spawn)
-        self._releases.start(self._spawn)
-        self._spawn("keep", self._keep)
+        self._deletes.start(self.threads.start)
+        self._releases.start(self.threads.start)
+        self.threads.start("keep", self._keeper.run)
         for _ in range(pollers(self._settings.concurrency)):
-            self._pollers.append(self._spawn("poll", self._poll))
+            self._pollers.append(self.threads.start("poll", self._poll))
 
     def stop(self) -> None:
-        """Pull nothing more, finish what can be finished within the time for it, give back the rest."""
+        """Pull nothing more, finish what can be finished within the time for it, give back the rest, and end the threads."""
         end = time.monotonic() + self._settings.drain_s
         self._holding.stop()
         self._stopped.set()
@@ -94,23 +106,12 @@ class Source:
                     call.cut()
             if not self._holding.wait_empty(LAST_S):
                 log.warning("%d messages could not be given back; they come back when their visibility runs out", len(self._holding.all()))
+        for part in (self._workers, self._deletes, self._releases, self._keeper):
+            part.stop()
         self._sink.close()
         self._queue.close()
         if self._results:
             self._results.close()
-
-    def _spawn(self, name: str, run: Callable[[], None]) -> threading.Thread:
-        def guarded() -> None:
-            try:
-                run()
-            except BaseException:  # a thread of ours that ends by mistake must not leave half a source behind
-                log.exception("the thread %r failed; the source ends", name)
-                self.failed = True
-                raise
-
-        thread = threading.Thread(target=guarded, name=name, daemon=True)
-        thread.start()
-        return thread
 
     # Receiving
 
@@ -153,7 +154,7 @@ class Source:
     def _handle(self, held: Held) -> None:
         """See a message through."""
         try:
-            made = self._event(held.message)
+            made = self._event(held)
         except Unacceptable as error:
             self._poison(held, str(error))
             return
@@ -196,14 +197,18 @@ class Source:
             return
         self._give_back(held, 0.0)
 
-    def _event(self, message: Message) -> Event | None:
+    def _event(self, held: Held) -> Event | None:
         """The event of a message; None if it is nobody's work. Raises Unacceptable or ClaimUnavailable."""
+        message = held.message
         content = unwrap.unwrap(unwrap.Content(message.body, message.attributes), self._layers)
         if content.is_test:
             return None
         data, content_type, attributes = content.data, None, content.attributes
         if self._claims and (uri := reference(data, attributes)):
+            if not self._holding.reserve(held, self._claims.max_bytes):
+                raise ClaimUnavailable(f"{uri}: not fetched before the end")
             data, content_type = self._claims.fetch(uri)
+            self._holding.fetched(held, len(data))
             attributes = {**attributes, "dataref": uri}
         return event.make(
             message,
@@ -321,57 +326,6 @@ class Source:
         self._holding.remove(over)
         return again + waiting
 
-    # Heartbeats
-
-    def _keep(self) -> None:
-        """Extend what is held, and cut posts whose time is up."""
-        visibility_s = self._settings.visibility_s
-        look_s = min(visibility_s / 12, 1.0)
-        while True:
-            time.sleep(look_s)
-            now = time.monotonic()
-            due: list[Held] = []
-            for held in self._holding.all():
-                if (call := held.call) and now >= held.cut_at:
-                    call.cut()
-                if held.renew_at <= now and held.lease in (Lease.KEPT, Lease.DELETING):
-                    due.append(held)
-            for at in range(0, len(due), MOST):
-                self._extend(due[at : at + MOST])
-
-    def _extend(self, batch: Sequence[Held]) -> None:
-        for held in batch:
-            held.extending = True
-        asked = {held.message: held for held in batch if held.lease is not Lease.RELEASING}
-        began = time.monotonic()
-        try:
-            over = [message for message in asked if began - message.received >= self._queue.longest_hold_s]
-            if over:
-                self._queue.release([(message, 0.0) for message in over])
-            for message in over:
-                self._lose(asked.pop(message), "it was held for as long as the queue allows")
-            if asked:
-                outcome = self._queue.extend(list(asked))
-                for message in outcome.gone:
-                    self._lose(asked.pop(message), "its visibility has run out")
-                for message in outcome.again:
-                    del asked[message]
-                for held in asked.values():
-                    held.extended(began, self._settings.visibility_s)
-        except QueueUnavailable as error:
-            self.metrics.queue_errors.inc()
-            log.warning("heartbeat of %d messages: %s", len(asked), error)
-        finally:
-            for held in batch:
-                held.extending = False
-
-    def _lose(self, held: Held, why: str) -> None:
-        held.renew_at = float("inf")
-        if held.lease is Lease.KEPT:
-            self.metrics.lost.inc()
-            log.warning("%s: %s; it will be delivered again", held.message.id, why)
-            self._holding.lose(held)
-
 
 class _Release:
     """A message on its way back."""
@@ -389,20 +343,45 @@ def _said(answer: Answer) -> str:
     return f"{answer.status}" + (f" {text}" if text else "")
 
 
-def open_until(opening: Callable[[], None], what: str, wait: Callable[[float], bool]) -> bool:
-    """Open a queue, again and again while its service is away. Raises QueueSourceError for what does not pass.
+def open_until(opening: Callable[[], None], what: str, told_to_stop: threading.Event, threads: Threads) -> bool:
+    """Open a queue, again and again while its service is away; False when it is time to stop.
 
-    wait: waits for so many seconds; true when it is time to stop, and False is returned then.
+    Raises QueueSourceError for what does not pass.
     """
     failures = 0
     while True:
-        try:
-            opening()
-        except QueueUnavailable as error:
-            failures += 1
-            pause_s = verdict.backoff_s(failures, 0.5, LONGEST_POLL_PAUSE_S)
-            log.warning("%s: %s; again in %.1f s", what, error, pause_s)
-            if wait(pause_s):
+        opened = _Opening(opening)
+        threads.start("open", opened.run)  # a service that stalls keeps it for longer than a stop may take
+        while not opened.over.wait(0.05):
+            if told_to_stop.is_set():
                 return False
-        else:
+        if opened.is_open:
             return True
+        if not opened.failure:
+            raise QueueSourceError(f"{what}: cannot be opened: {threads.failure}")
+        if not isinstance(opened.failure, QueueUnavailable):
+            raise opened.failure
+        failures += 1
+        pause_s = verdict.backoff_s(failures, 0.5, LONGEST_POLL_PAUSE_S)
+        log.warning("%s: %s; again in %.1f s", what, opened.failure, pause_s)
+        if told_to_stop.wait(pause_s):
+            return False
+
+
+class _Opening:
+    """One try."""
+
+    def __init__(self, opening: Callable[[], None]) -> None:
+        self.over = threading.Event()
+        self.is_open = False
+        self.failure: QueueSourceError | None = None
+        self._opening = opening
+
+    def run(self) -> None:
+        try:
+            self._opening()
+            self.is_open = True
+        except QueueSourceError as error:
+            self.failure = error
+        finally:
+            self.over.set()

@@ -24,6 +24,7 @@ class Workers(Generic[T]):
         self._items: deque[T] = deque()
         self._idle = 0
         self._started = 0
+        self._stopping = False
 
     def put(self, items: Sequence[T]) -> None:
         """They are worked off as soon as a thread is free."""
@@ -31,23 +32,31 @@ class Workers(Generic[T]):
             self._items.extend(items)
             self._wake()
 
+    def stop(self) -> None:
+        """The threads end, each after what it works on; what nobody has begun is left."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+
     def _wake(self) -> None:
         """One more thread, if there is something for it."""
         if not self._items:
             return
         if self._idle:
             self._changed.notify()
-        elif self._started < self._limit:
+        elif self._started < self._limit and not self._stopping:
             self._started += 1
             self._spawn("work", self._run)
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._items:
+                while not self._items and not self._stopping:
                     self._idle += 1
                     self._changed.wait()
                     self._idle -= 1
+                if self._stopping:
+                    return
                 item = self._items.popleft()
                 self._wake()
             self._work(item)

@@ -185,4 +185,4 @@ def at_work(source: Source) -> Iterator[Source]:
         yield source
     finally:
         source.stop()
-        assert not source.failed
+        assert (source.threads.join(30), source.threads.failure) == ([], "")

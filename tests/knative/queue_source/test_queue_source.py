@@ -20,6 +20,7 @@ from knative.queue_source.settings import QueueSourceSettings, from_environment
 from knative.queue_source.sink import Sink as SinkClient
 from knative.queue_source.source import Source, open_until, pollers
 from knative.queue_source.sqs import LONGEST_HOLD_S, SqsQueue, SqsResults
+from knative.queue_source.threads import Threads
 from tests.knative.queue_source.stage import Post, Reply, Sink, Sqs, at_work, settings, source_running, sqs_running
 from tests.support import free_port, request, wait_until
 
@@ -45,7 +46,7 @@ def sink() -> Iterator[Sink]:
 
 def made(asked: QueueSourceSettings, **more: Any) -> Source:
     messages = SqsQueue(asked.url, visibility_s=asked.visibility_s, wait_s=asked.wait_s, pollers=pollers(asked.concurrency))
-    assert open_until(messages.open, asked.url, threading.Event().wait)
+    assert open_until(messages.open, asked.url, threading.Event(), Threads())
     return Source(asked, messages, SinkClient(asked.sink), **more)
 
 

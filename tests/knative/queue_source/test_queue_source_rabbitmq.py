@@ -20,6 +20,7 @@ from knative.queue_source.rabbitmq import RabbitQueue, RabbitResults, message_of
 from knative.queue_source.settings import from_environment
 from knative.queue_source.sink import Sink as SinkClient
 from knative.queue_source.source import Source
+from knative.queue_source.threads import Threads
 from tests.knative.queue_source.stage import Post, Reply, Sink, at_work, settings, source_running
 from tests.support import clean_environment, free_port, running, wait_until
 
@@ -132,12 +133,13 @@ def sink() -> Iterator[Sink]:
 def running_here(url: str, sink_url: str, *, results: str = "", **more: str) -> Iterator[Source]:
     """A source in this process."""
     asked = from_environment(settings(url, sink_url, **{f"QUEUE_SOURCE_{name}": value for name, value in more.items()}))
-    messages = RabbitQueue(asked.url, prefetch=asked.concurrency)
+    threads = Threads()
+    messages = RabbitQueue(asked.url, prefetch=asked.concurrency, threads=threads)
     messages.open()
     answers = RabbitResults(results) if results else None
     if answers:
         answers.open()
-    source = Source(asked, messages, SinkClient(asked.sink), results=answers)
+    source = Source(asked, messages, SinkClient(asked.sink), results=answers, threads=threads)
     with at_work(source):
         yield source
 
@@ -241,7 +243,7 @@ def test_what_was_held_when_the_source_died_comes_back_with_the_same_id(broker: 
 @contextlib.contextmanager
 def consuming(url: str, *, prefetch: int = 10) -> Iterator[RabbitQueue]:
     """A queue that is open, without a source."""
-    messages = RabbitQueue(url, prefetch=prefetch)
+    messages = RabbitQueue(url, prefetch=prefetch, threads=Threads())
     messages.open()
     try:
         yield messages
