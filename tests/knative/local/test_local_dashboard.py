@@ -189,6 +189,18 @@ def test_markup_and_control_characters_are_text_in_every_field(browser: Browser,
     page.close()
 
 
+def test_two_services_whose_names_run_together_have_a_card_each(browser: Browser, platform: Platform) -> None:
+    status = platform.status()
+    echo = next(found for found in status["services"] if found["name"] == "echo")
+    status["services"] = [echo | {"namespace": "a-b", "name": "c"}, echo | {"namespace": "a", "name": "b-c"}]
+    page = browser.new_page()
+    page.route("**/api/events", lambda route: route.fulfill(content_type="text/event-stream", body=f"data: {json.dumps(status)}\n\n"))
+    page.goto(f"http://127.0.0.1:{platform.admin_port}/")
+    expect(page.locator("#services > .card")).to_have_count(2)
+    expect(page.locator("#services > .card h2")).to_have_text(["c", "b-c"])
+    page.close()
+
+
 def test_the_log_box_opens_with_the_container_that_is_to_blame(page: Page) -> None:
     page.get_by_role("button", name="Log of blamed").first.click()
     expect(page.locator("#log-container")).to_have_value("weights-cache")
