@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from knative.local import procfs
 from knative.local.errors import ManifestError
 from knative.local.inheritance import inherited
 from knative.local.limits import NO_LIMITS, Limits
@@ -26,7 +25,7 @@ _PORT_SETTINGS = {"WEIGHTS_PORT", "FUNCTION_METRICS_PORT"}
 QUEUE_URL, QUEUE_PORT = "QUEUE_SOURCE_URL", "QUEUE_SOURCE_PORT"
 LOOPBACK = "127.0.0.1"
 # Where our own programs listen. In a cluster that is the pod's own network; on this machine it would be everybody's.
-_HOSTS = ("FUNCTION_HOST", "WEIGHTS_HOST", "QUEUE_SOURCE_HOST")
+HOSTS = ("FUNCTION_HOST", "WEIGHTS_HOST", "QUEUE_SOURCE_HOST")
 _TELLS = "FUNCTION_TELL_FAILURE_S"  # how Knative's callers learn of a failed start; here the platform tells them
 LONGEST_GRACE_S = 30.0  # that a source has for what it holds: in a cluster nobody sits and waits for it
 
@@ -106,21 +105,6 @@ class Places:
         if source.host_path:
             return self.state_dir / "host" / source.host_path.path.lstrip("/")
         return self.pod(pod) / "volumes" / name
-
-
-def exposure(process: Process, pid: int) -> str | None:
-    """What a person is to be told if other machines can reach a container, though its manifest does not say so.
-
-    pid: its process, with those below it. Reads /proc, so not in the loop.
-    """
-    if any(process.env.get(name, LOOPBACK) != LOOPBACK for name in _HOSTS):
-        return None
-    if not (places := procfs.exposed(procfs.members(pid, procfs.kin()))):
-        return None
-    return (
-        f"{process.container} listens at {', '.join(places)}, where other machines can reach it; "
-        f"have its command say --host {LOOPBACK}, or however its server is told so"
-    )
 
 
 def check_references(manifests: Manifests) -> None:
@@ -224,7 +208,7 @@ class _Plan:
             container=container.name,
             is_main=is_main,
             argv=argv,
-            env=inherited(self.places.inherits) | env | {name: LOOPBACK for name in _HOSTS if not env.get(name)},
+            env=inherited(self.places.inherits) | env | {name: LOOPBACK for name in HOSTS if not env.get(name)},
             cwd=Path(here(container.working_dir)) if container.working_dir else None,
             directories=tuple(mounts.values()),
             log=self.places.log(workload, self.pod, container.name),

@@ -113,6 +113,7 @@ class Platform:
         queue_watch = self._helpers.queue_watch = QueueWatch(workloads.sources.values, session, self._terminal.note)
         started.push_async_callback(self._helpers.stop)
         await self._helpers.start(manifests, with_fork_server=settings.fork_server)
+        started.push_async_callback(self._maker.exposure.stop)
         started.push_async_callback(workloads.stop)
         self._route(manifests)
         await started.enter_async_context(self._ports.call_port(settings.port, self._activator.handle))

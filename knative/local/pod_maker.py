@@ -8,6 +8,7 @@ from pathlib import Path
 import aiohttp
 
 from knative.local.devices import Devices
+from knative.local.exposure import Exposure
 from knative.local.fork_server import ForkServer
 from knative.local.launch import Places, PodPlan, plan_pod, plan_source
 from knative.local.limits import Limiter
@@ -29,6 +30,7 @@ class PodMaker:
         self.session: aiohttp.ClientSession | None = None  # for probes
         self._devices = devices
         self._about = about
+        self.exposure = Exposure(about)
         self._ports: deque[int] = deque(maxlen=1000)  # given lately, and perhaps not open yet
 
     def for_revision(self, revision: Revision, name: str) -> Pod:
@@ -43,14 +45,14 @@ class PodMaker:
             addresses=self.addresses,
         )
         supervisor = revision.supervisor
-        return self._pod(
-            name, plan, supervisor.pod_changed, supervisor.process_ended, self.fork_server, is_urgent=lambda _: supervisor.needs_pod()
-        )
+        changed = self.exposure.watch(revision.name, supervisor.pod_changed)
+        return self._pod(name, plan, changed, supervisor.process_ended, self.fork_server, is_urgent=lambda _: supervisor.needs_pod())
 
     def for_source(self, source: QueueSource, name: str, sink: str) -> Pod:
         """The one of a source, whose events go to `sink`, an address."""
         plan = plan_source(source, pod=name, sink=sink, places=self.places, free_port=self.free_port, addresses=self.addresses)
-        return self._pod(name, plan, lambda _: None, lambda pod, ended: self._about(source.name, f"{pod.name}: {ended}"))
+        changed = self.exposure.watch(source.name, lambda _: None)
+        return self._pod(name, plan, changed, lambda pod, ended: self._about(source.name, f"{pod.name}: {ended}"))
 
     def _pod(
         self,

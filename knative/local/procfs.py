@@ -135,14 +135,24 @@ def _marked(prefix: str) -> Iterator[int]:
             fd = os.pidfd_open(pid)
         except OSError:
             continue
-        try:
-            is_marked = any(entry.startswith(sought) for entry in _read(f"/proc/{pid}/environ").split(b"\0"))
-        except OSError:
-            is_marked = False
-        if is_marked:
+        if _has(pid, sought):
             yield fd
         else:
             os.close(fd)
+
+
+def marked(prefix: str) -> list[int]:
+    """Every process whose mark begins with this; a number may be somebody else's by the time it is used."""
+    sought = f"{MARK}={prefix}".encode()
+    return [pid for pid in _pids() if _has(pid, sought)]
+
+
+def _has(pid: int, sought: bytes) -> bool:
+    """Whether a variable of its environment begins so."""
+    try:
+        return any(entry.startswith(sought) for entry in _read(f"/proc/{pid}/environ").split(b"\0"))
+    except OSError:
+        return False
 
 
 def _pids() -> Iterator[int]:

@@ -71,13 +71,13 @@ def _sink(sink: Sink) -> Iterator[Broken]:
         yield "spec.sink", "found neither ref nor uri; must say where the events go"
     elif sink.ref is None:
         if uri is None or uri.scheme not in ("http", "https") or not uri.netloc:
-            yield "spec.sink.uri", f"found {told(sink.uri)}; must be an http address, or a path with a ref"
+            yield "spec.sink.uri", f"found {told(str(sink.uri))}; must be an http address, or a path with a ref"
     else:
         kind = f"{sink.ref.api_version} {sink.ref.kind}"
         if kind != "serving.knative.dev/v1 Service":
             yield "spec.sink.ref", f"found a {kind}; here a sink is a serving.knative.dev/v1 Service, or an address (uri)"
         if uri is not None and (uri.scheme or uri.netloc or not uri.path.startswith("/")):
-            yield "spec.sink.uri", f"found {told(sink.uri)}; with a ref it must be a path that begins with /"
+            yield "spec.sink.uri", f"found {told(str(sink.uri))}; with a ref it must be a path that begins with /"
 
 
 def _timeouts(spec: PodSpec) -> Iterator[Broken]:

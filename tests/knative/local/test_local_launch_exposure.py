@@ -1,17 +1,21 @@
 """Which processes other machines can reach."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 
 from knative.local import procfs
-from knative.local.launch import exposure
+from knative.local.exposure import exposed
+from tests.knative.local.running import platform_running, service
 from tests.knative.local.test_local_launch import env, process
+from tests.support import wait_until
 
 
 @contextmanager
@@ -60,10 +64,11 @@ SERVE = "import socket, sys; s = socket.create_server((sys.argv[1], 0)); print(s
 def test_a_person_is_told_of_a_container_that_other_machines_can_reach(host: str, variables: dict[str, str], is_told: bool) -> None:
     """Also where it is a child of the container's process that listens."""
     command = ["sh", "-c", '"$0" "$@"; true', sys.executable, "-c", SERVE, host]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as child:
+    planned = process({"name": "vllm", "env": env(**variables)}, pod=f"pod-{os.getpid()}")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=planned.env) as child:
         assert child.stdout
         port = int(child.stdout.readline())
-        told = exposure(process({"name": "vllm", "env": env(**variables)}), child.pid)
+        told = exposed(planned)
         child.communicate(b"\n")
     expected = f"vllm listens at 0.0.0.0:{port}, where other machines can reach it; have its command say --host 127.0.0.1"
     assert (told or "").startswith(expected if is_told else "") is True
@@ -79,3 +84,16 @@ def test_a_connection_is_not_what_listens_and_others_sockets_are_not_ours() -> N
         finally:
             child.communicate(b"\n")
     assert procfs.exposed([child.pid]) == []  # it is gone
+
+
+def test_the_terminal_tells_of_it_once_for_each_workload(tmp_path: Path) -> None:
+    """The sidecar, twice: of two pods, one is looked at."""
+    serve = {"name": "open", "command": [sys.executable, "-c", SERVE.replace("input()", "__import__('time').sleep(600)"), "0.0.0.0"]}
+    sources = [service("echo", serve, scale={"min-scale": "2"}), service("closed")]
+    with platform_running(tmp_path, sources) as platform:
+        assert platform.call("closed").status == 200
+        platform.wait_for("echo", "two pods", lambda found: sum(one["phase"] == "ready" for one in found["pods"]) == 2)
+        wait_until("the line", lambda: "where other machines can reach it" in platform.server.said())
+    said = platform.server.said()
+    assert len(re.findall(r"open listens at 0\.0\.0\.0:\d+, where other machines can reach it; have its command say", said)) == 1
+    assert said.count("other machines") == 1
