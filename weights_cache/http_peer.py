@@ -84,7 +84,7 @@ class HttpPeer(Peer):
         self._respond = respond
         self._came = bytearray()
         self._head: _Head | None = None
-        self._out = b""
+        self._out = memoryview(b"")
         self._is_closing = False  # after what is being sent
         self._thrown_away: int | None = None  # bytes that came behind the end; None: it is not over
         self.deadline = self.since + REQUEST_S
@@ -192,7 +192,7 @@ class HttpPeer(Peer):
         if is_last:
             headers["Connection"] = "close"
         lines = [f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}", *(f"{name}: {value}" for name, value in headers.items())]
-        self._out = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + answer.body
+        self._out = memoryview("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + answer.body)
         self.since = time.monotonic()
         self.deadline = self.since + ANSWER_S
         self._send()

@@ -131,7 +131,7 @@ class Pulls:
             settle = keeper.pull()
         except WeightsError as error:
             if not self._stop.is_set():
-                log.error("%s: %s%s", keeper.uri, error, f"; next try in {pause_s:.0f} s" if pause_s else "")
+                log.error("%s%s", error, f"; next try in {pause_s:.0f} s" if pause_s else "")
             return None
         except Exception:
             log.exception("the pull of %s failed unexpectedly", keeper.uri)

@@ -59,6 +59,10 @@ class Weights(Mapping[str, "Tensor"]):
         """
         self._snapshot.watch()
 
+    def close(self) -> None:
+        """End what `watch` began; what was handed out stays."""
+        self._snapshot.close()
+
     def restored(self) -> Restored:
         """How far the weights are, as last seen: at once, and without looking.
 
@@ -189,7 +193,9 @@ class Weights(Mapping[str, "Tensor"]):
                     with self._preparing:
                         rings[name] = self._rings.pop(name) if name in self._rings else _open_ring(name)
             tier = self._tier() if rings else None
-            restore = Restore([self._source_of(file) for file in self._catalog.files()], placement, rings, dtype, tier)
+            restore = Restore(
+                [_source(file, self._catalog, self._snapshot) for file in self._catalog.files()], placement, rings, dtype, tier
+            )
             yield from restore.tensors()
             self._snapshot.count()
             self._snapshot.count_resident(restore.attached_bytes, restore.copied_bytes)
@@ -204,11 +210,6 @@ class Weights(Mapping[str, "Tensor"]):
         if tier := Tier.open(self._settings.cache_dir, self._snapshot.uri, keeps=self._settings.resident):
             self._tiers.append(tier)
         return tier
-
-    def _source_of(self, file: SnapshotFile) -> "_Source":
-        view = memoryview(b"") if file.view is None else file.view
-        header = lambda pause: list(self._catalog.header(file, pause).values())  # noqa: E731
-        return _Source(file.path, file.version, file.size, view, file.has, header, lambda: self._snapshot.pause(file.path))
 
     def __getitem__(self, name: str) -> "Tensor":
         return self._tensor(*self._catalog.find(name))
@@ -245,6 +246,12 @@ class _Source:
     has: Callable[[int, int], bool]
     header: Callable[[Callable[[], None]], Sequence[TensorInfo]]
     pause: Callable[[], None]
+
+
+def _source(file: SnapshotFile, catalog: Catalog, snapshot: Snapshot) -> _Source:
+    view = memoryview(b"") if file.view is None else file.view
+    header = lambda pause: list(catalog.header(file, pause).values())  # noqa: E731
+    return _Source(file.path, file.version, file.size, view, file.has, header, lambda: snapshot.pause(file.path))
 
 
 def _open_ring(device: str) -> "Ring":

@@ -5,6 +5,7 @@ a thread (`Snapshot.watch`).
 """
 
 import json
+import logging
 import os
 import re
 import socket
@@ -15,21 +16,26 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from weights_cache.blob import Blob, are_complete
 from weights_cache.cache import Lease, NodeCache
 from weights_cache.chunks import ChunkMap
 from weights_cache.errors import WeightsError
-from weights_cache.excerpt import listed, plain, quoted
+from weights_cache.excerpt import described, listed, plain, quoted, told
 from weights_cache.mapping import MappedFile
 from weights_cache.settings import WeightsSettings
+from weights_cache.threads import Threads
 from weights_cache.uri import WeightsUri
 
 POLL_S = 0.005  # between two looks of who waits for bytes
 WATCH_S = 0.05  # between two looks of the thread
 COUNTING = 0.1  # the most of a thread's time that goes into counting what is there
 ASK_S = 1.0  # for the sidecar's whole answer
+HEAR_S = 1.0  # between two questions what is wrong, while the weights are not there
 MAX_ANSWER_BYTES = 4 << 20
+
+log = logging.getLogger("relight.weights")
 
 _SNAPSHOT = re.compile("[0-9a-f]{32}")
 
@@ -42,6 +48,7 @@ class Restored:
     total_bytes: int
     source: str  # "cache" if the snapshot was complete when we came, else "store"; "resident" if all of it was on the device
     seconds: float | None  # until the last byte was there; None while it is not
+    error: str | None = None  # what keeps them from coming, in words of the sidecar if it has any; as last heard by `Snapshot.watch`
 
 
 class SnapshotFile:
@@ -126,6 +133,10 @@ class Snapshot:
         self._is_resident: bool | None = None  # all that was restored to devices until now; None if nothing was
         self._is_watched = False
         self._count_at = 0.0
+        self._hear_at = self._began + HEAR_S
+        self._errors: dict[str, str | None] = {"seen": None, "heard": None}
+        self._over = threading.Event()
+        self._threads = Threads(_say_ended)
 
     def watch(self) -> None:
         """Have `restored` kept up to date by a thread, until all is there or nobody wants the snapshot any more.
@@ -139,16 +150,39 @@ class Snapshot:
         if self._settings.revalidate != "before":
             self._glance()
         if self.restored.seconds is None:
-            threading.Thread(target=_watch, args=(weakref.ref(self),), name="weights", daemon=True).start()
+            self._threads.start("weights", _watch, weakref.ref(self), self._over)
+
+    def close(self) -> None:
+        """End the watching."""
+        self._over.set()
+        self._threads.join()
 
     def _glance(self) -> bool:
         """Look; returns whether there is more to be seen later."""
         try:
             if self._attach() and time.monotonic() >= self._count_at:
                 self.count()
-        except Exception:  # noqa: BLE001  who waits for bytes meets it, and tells of it
+        except Exception as error:  # noqa: BLE001  who waits for bytes meets it, and tells of it
+            self._note(seen=described(error))
             return True
+        self._note(seen=None)
         return self.restored.seconds is None
+
+    def _hear(self) -> None:
+        """Have the sidecar say what is wrong, if that is to be known anew; takes ASK_S at most, and no lock."""
+        if time.monotonic() >= self._hear_at:
+            row = _sidecars_row(self._settings.port, self.uri)
+            self._hear_at = time.monotonic() + HEAR_S
+            if row is not None:
+                self._note(heard=told(f"the sidecar says: {row['error']}") if row.get("error") else None)
+
+    def _note(self, **errors: str | None) -> None:
+        """seen: by us; heard: of the sidecar. None: nothing is wrong by now."""
+        with self._lock:
+            self._errors |= errors
+            error = next(filter(None, self._errors.values()), None) if self.restored.seconds is None else None
+            if self.restored.error != error:
+                self.restored = replace(self.restored, error=error)
 
     def count(self) -> None:
         """Bring `restored` up to date; once all bytes are there, or while there is no snapshot, nothing changes."""
@@ -159,7 +193,8 @@ class Snapshot:
             there = sum(file.bytes_there() for file in self._files.values())
             total = sum(file.size for file in self._files.values())
             if self.restored.seconds is None:
-                self.restored = Restored(there, total, self._seen_source(), time.monotonic() - self._began if there == total else None)
+                seconds = time.monotonic() - self._began if there == total else None
+                self.restored = Restored(there, total, self._seen_source(), seconds, self.restored.error if seconds is None else None)
             self._count_at = time.monotonic() + (time.thread_time() - began) / COUNTING
 
     def count_resident(self, attached: int, copied: int) -> None:
@@ -268,18 +303,32 @@ class Snapshot:
         return True
 
 
-def _watch(watched: "weakref.ref[Snapshot]") -> None:
-    while (snapshot := watched()) and snapshot._glance():  # noqa: SLF001  its thread
+def _watch(watched: "weakref.ref[Snapshot]", over: threading.Event) -> None:
+    while not over.is_set() and (snapshot := watched()) and snapshot._glance():  # noqa: SLF001  its thread
+        snapshot._hear()  # noqa: SLF001
         del snapshot  # whoever had it last lets go of the weights
-        time.sleep(WATCH_S)
+        over.wait(WATCH_S)
+
+
+def _say_ended(name: str, error: BaseException) -> None:
+    log.error("thread %r ended, and how far the weights are is not known any more: %s", name, described(error), exc_info=error)
 
 
 def _ask_sidecar(port: int, uri: str) -> str | None:
     """The snapshot that our pod's sidecar has settled on, now that it has asked the store; None while it has not."""
+    row = _sidecars_row(port, uri)
+    with suppress(KeyError, TypeError):
+        if row and row["checked"] and _SNAPSHOT.fullmatch(row["snapshot"]):
+            return str(row["snapshot"])
+    return None
+
+
+def _sidecars_row(port: int, uri: str) -> dict[str, Any] | None:
+    """What our pod's sidecar says of a URI; None if it says nothing."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         for row in json.loads(_get(port, "/v1/snapshots"))["snapshots"]:
-            if row["uri"] == uri and row["checked"] and _SNAPSHOT.fullmatch(row["snapshot"]):
-                return str(row["snapshot"])
+            if row["uri"] == uri:
+                return dict(row)
     return None
 
 

@@ -1086,3 +1086,57 @@ def test_two_processes_share_every_page_until_one_of_them_writes_to_it_for_itsel
         assert memory(os.getpid(), path)["Anonymous"] == 0
     assert torch.equal(ours["t1"], MODEL["t1"])
     assert path.read_bytes() == FILE
+
+
+# What is wrong
+
+
+def test_what_the_sidecar_says_is_wrong_is_known_without_asking_and_forgotten_when_it_is_over(
+    cache: NodeCache, node: Node, sidecar: Sidecar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "HEAR_S", 0.01)
+    weights = Weights(WeightsSettings(uri=URI, cache_dir=cache.root, port=sidecar.port))
+    sidecar.say(uri=URI, snapshot=None, checked=False, error="no objects below s3://bucket/model/;\nis the prefix right?" + "x" * 5000)
+    weights.watch()
+    told = wait_until("the reason", lambda: weights.restored().error)
+    assert told.startswith("the sidecar says: no objects below s3://bucket/model/; is the prefix right?")
+    assert len(told) <= 2000
+    sidecar.say(uri=URI, snapshot=None, checked=False, error=None)
+    wait_until("that it is over", lambda: weights.restored().error is None)
+    sidecar.say(uri=URI, snapshot=None, checked=False, error="again")
+    wait_until("the next one", lambda: weights.restored().error)
+    node.pin(FILES)
+    node.finish()
+    wait_until("the weights", lambda: weights.restored().seconds is not None)
+    assert weights.restored().error is None
+    weights.close()
+
+
+def test_what_is_wrong_with_the_cache_is_known_too(cache: NodeCache) -> None:
+    weights = Weights(WeightsSettings(uri=URI, cache_dir=cache.root, port=free_port()))
+    (cache.root / "FORMAT").write_text("99")
+    weights.watch()
+    assert "has layout '99'" in wait_until("the reason", lambda: weights.restored().error)
+    (cache.root / "FORMAT").write_text("1")
+    wait_until("that it is over", lambda: weights.restored().error is None)
+    weights.close()
+
+
+def test_a_sidecar_that_says_nothing_sensible_is_not_repeated(cache: NodeCache, sidecar: Sidecar, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "HEAR_S", 0.01)
+    weights = Weights(WeightsSettings(uri=URI, cache_dir=cache.root, port=sidecar.port))
+    weights.watch()
+    for body in (b"junk", b"[]", b'{"snapshots": 7}', b'{"snapshots": [7]}', b"[" * 9999):
+        sidecar.reply = 200, body
+        before = len(sidecar.asked)
+        wait_until("that it was asked", lambda before=before: len(sidecar.asked) > before + 1)  # type: ignore[misc]
+        assert weights.restored().error is None
+    weights.close()
+
+
+def test_after_close_nobody_watches_any_more(cache: NodeCache) -> None:
+    weights = Weights(WeightsSettings(uri=URI, cache_dir=cache.root, port=free_port()))
+    weights.watch()
+    (thread,) = [one for one in threading.enumerate() if one.name == "weights"]
+    weights.close()
+    assert not thread.is_alive()
