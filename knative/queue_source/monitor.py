@@ -6,6 +6,7 @@ So nobody who is slow or silent keeps a probe from its answer.
 
 import asyncio
 import logging
+import resource
 import socket
 from collections.abc import Callable
 from http import HTTPStatus
@@ -48,10 +49,12 @@ class Monitor:
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(self._failed)
         self._is_told = False
+        self.most = max(4, min(CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         try:
             self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._listening.bind((host, port))
+            self._listening.listen(_BACKLOG)
         except OSError as error:
             self._listening.close()
             self._loop.close()
@@ -105,7 +108,7 @@ class _Connection(asyncio.Protocol):
         self._transport = transport
         self._monitor.connections[self] = None
         self._ending = asyncio.get_running_loop().call_later(CONNECTION_S, self.end)
-        if len(self._monitor.connections) > CONNECTIONS:
+        if len(self._monitor.connections) > self._monitor.most:
             self._monitor.give_way()
 
     def connection_lost(self, exc: Exception | None) -> None:

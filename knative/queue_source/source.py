@@ -351,10 +351,11 @@ def open_until(opening: Callable[[], None], what: str, told_to_stop: threading.E
     failures = 0
     while True:
         opened = _Opening(opening)
-        threads.start("open", opened.run)  # a service that stalls keeps it for longer than a stop may take
-        while not opened.over.wait(0.05):
+        thread = threads.start("open", opened.run)  # a service that stalls keeps it for longer than a stop may take
+        while thread.is_alive():
             if told_to_stop.is_set():
                 return False
+            thread.join(0.05)
         if opened.is_open:
             return True
         if not opened.failure:
@@ -372,7 +373,6 @@ class _Opening:
     """One try."""
 
     def __init__(self, opening: Callable[[], None]) -> None:
-        self.over = threading.Event()
         self.is_open = False
         self.failure: QueueSourceError | None = None
         self._opening = opening
@@ -383,5 +383,3 @@ class _Opening:
             self.is_open = True
         except QueueSourceError as error:
             self.failure = error
-        finally:
-            self.over.set()
