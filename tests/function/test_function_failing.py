@@ -88,6 +88,16 @@ def test_it_ends_with_its_status_and_the_reason_as_the_last_line(start: StartFun
     assert last.endswith("ERROR relight.function: the agent failing_agents:Lines could not be brought up: ValueError: sizes differ")
 
 
+def test_the_reason_is_the_last_line_behind_those_of_callers_who_were_told(start: StartFunction) -> None:
+    function = start("failing_agents:Breaks", FUNCTION_TELL_FAILURE_S="3")
+    wait_until("its failure", lambda: request(function.port, "GET", "/readyz").status == 200)
+    assert request(function.port, "POST", "/", 1).status == 503
+    assert function.wait() == 3
+    *others, last = function.said().splitlines()
+    assert last.endswith("the agent failing_agents:Breaks could not be brought up: OSError: the tokenizer is missing")
+    assert '"status":503' in others[-1].replace(" ", "")
+
+
 def test_without_the_setting_it_is_never_ready(start: StartFunction) -> None:
     function = start("failing_agents:Breaks")
     seen: list[int] = []
