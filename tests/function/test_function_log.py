@@ -205,12 +205,29 @@ ANY = st.text(st.characters() | st.sampled_from("\n\r\x1b\x85\u2028\u202e\x9b\v\
 @example("cannot use x\n2026-01-01 00:00:00 INFO relight.function: everything is fine", "\r2026")
 @example("\ud800", "\x1b]0;title\x07")
 def test_no_line_but_the_first_of_a_record_begins_at_the_margin_and_none_moves_the_cursor(message: str, reason: str) -> None:
-    first, *others = formatted(message, ValueError(reason)).split("\n")
+    check_lines(formatted(message, ValueError(reason)))
+
+
+def check_lines(text: str) -> None:
+    first, *others = text.split("\n")
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO a: ", first)
     assert all(line.startswith("    ") for line in others)
     for line in (first, *others):
         assert line.splitlines() in ([line], [])
         assert not re.search("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]", line)
+
+
+@given(ANY)
+@example("x\n2026-01-01 00:00:00,000 INFO a: everything is fine")
+def test_nor_does_anything_else_of_an_exception(text: str) -> None:
+    """Its notes, what it came from, its group, the name of its class, a line of code that cannot be parsed."""
+    noted, caused = ValueError("x"), ValueError("x")
+    noted.add_note(text)
+    caused.__cause__ = KeyError(text)
+    named = type(text.replace("\0", "").encode("utf-8", "replace").decode() or "E", (Exception,), {})("x")
+    unparsed = SyntaxError(text, (text, 1, 1, text))
+    for error in (noted, caused, named, ExceptionGroup(text, [ValueError(text)]), unparsed):
+        check_lines(formatted("message", error))
 
 
 def test_what_is_escaped_can_be_seen_and_other_text_is_left_as_it_is() -> None:
