@@ -6,7 +6,6 @@ import http.server
 import itertools
 import json
 import re
-import select
 import socket
 import threading
 import time
@@ -246,9 +245,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def is_gone(self) -> bool:
         """Whether the client left, or the proxy is to stop."""
-        ready, _, _ = select.select([self.connection], [], [], 0)
         try:
-            return self.proxy.stopping.is_set() or (bool(ready) and not self.connection.recv(1, socket.MSG_PEEK))
+            return self.proxy.stopping.is_set() or not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
         except ConnectionError:
             return True
 
