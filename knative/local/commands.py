@@ -62,13 +62,13 @@ def status(*, as_json: bool, watch: bool, admin: str | None, state_dir: Path) ->
         if not watch:
             document = client.get("/api/status")
             if console.is_terminal and not as_json:
-                console.print(tables.rich(document))
+                console.print(tables.rich(document, console.width))
             else:
                 click.echo(json.dumps(document, indent=2) if as_json else tables.plain(document))
         elif console.is_terminal and not as_json:
             with Live(console=console, auto_refresh=False) as live:
                 for document in client.events():
-                    live.update(tables.rich(document), refresh=True)
+                    live.update(tables.rich(document, console.width), refresh=True)
         else:
             for document in client.events():
                 click.echo(json.dumps(document) if as_json else tables.plain(document) + "\n")

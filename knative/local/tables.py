@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from knative.local.plain import block, indented, line
@@ -20,6 +22,9 @@ REVISION_HEAD = ("REVISION", "STATE", "TRAFFIC", "PODS", "BUSY", "REQUESTS", "ER
 POD_HEAD = ("POD", "PHASE", "BUSY", "AGE", "RESTARTS", "WEIGHTS")
 SOURCE_HEAD = ("QUEUE SOURCE", "PHASE", "QUEUE", "SINK", "WAITING", "IN FLIGHT", "OLDEST", "DONE", "RETRIED", "DEAD", "RESTARTS")
 QUEUE_HEAD = ("QUEUE", "WAITING", "IN FLIGHT", "OLDEST", "DEAD")
+# What is left out first where there is no room for all: `--json` has it.
+_LESS = ("P50", "P95", "BUSY", "LAST START", "SINK", "URL", "RETRIED", "IN FLIGHT", "QUEUED", "P99", "OLDEST")
+_GAP = 2  # between two columns
 _MARKS = {"zero": "○", "pending": "◌", "starting": "◐", "ready": "●", "draining": "↓", "failed": "✕", "failing": "!"}
 _STYLES = {
     "zero": "dim",
@@ -206,22 +211,38 @@ def pod_rows(status: dict[str, Any]) -> Iterator[Row]:
 
 def plain(status: dict[str, Any]) -> str:
     """Lines with columns, for whatever reads them."""
-    blocks = ["\n".join(_aligned([head, *rows])) for head, rows in _blocks(status)]
-    return "\n\n".join([*blocks, *map(str, _problems(status)), *_waits(status)])
+    first, *more = ["\n".join(_aligned([head, *rows])) for head, rows in _blocks(status)] or [""]
+    return "\n\n".join([first, *map(str, _problems(status)), *more, *_waits(status)])
 
 
-def rich(status: dict[str, Any]) -> Group:
-    """Tables for a terminal; a state has a sign besides its colour."""
-    parts: list[Any] = []
+def rich(status: dict[str, Any], width: int | None = None) -> Group:
+    """Tables for a terminal; a state has a sign besides its colour. width: what the terminal has room for, if that is to be kept to."""
+    found: list[list[Any]] = []
     for head, rows in _blocks(status):
-        table = Table(*head, box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for name, state, *rest in rows:
-            shown = Text(f"{_MARKS[state]} {state}", _STYLES[state]) if state in _STYLES else Text(state)
-            table.add_row(Text(name, "bold"), shown, *map(Text, rest))
-        parts += [table, ""]
-    parts += [Text.assemble(("✕ ", "red"), str(problem)) for problem in _problems(status)]
-    parts += [Text.assemble(("◌ ", "yellow"), text) for text in _waits(status)]
-    return Group(*parts)
+        kept = _fitting(head, rows, width)
+        table = Table(*(Column(head[index], no_wrap=True) for index in kept), box=None, padding=(0, _GAP, 0, 0), header_style="dim")
+        for row in rows:
+            table.add_row(*(_cell(index, row[index]) for index in kept))
+        found.append([table, ""])
+    problems = [Text.assemble(("✕ ", "red"), str(problem), "\n") for problem in _problems(status)]
+    waits = [Text.assemble(("◌ ", "yellow"), text) for text in _waits(status)]
+    return Group(*chain(*found[:1], problems, *found[1:], waits))
+
+
+def _fitting(head: Row, rows: Sequence[Row], width: int | None) -> list[int]:
+    """Which columns there is room for, in their order."""
+    kept = list(range(len(head)))
+    sizes = [max(cell_len(row[index]) for row in (head, *rows)) + _GAP + 2 * (index == 1) for index in kept]  # a state has its sign
+    for name in _LESS:
+        if width and name in head and sum(sizes[index] for index in kept) > width:
+            kept.remove(head.index(name))
+    return kept
+
+
+def _cell(index: int, text: str) -> Text:
+    if index == 1 and text in _STYLES:
+        return Text(f"{_MARKS[text]} {text}", _STYLES[text])
+    return Text(text, "" if index else "bold")
 
 
 def _waits(status: dict[str, Any]) -> Iterator[str]:

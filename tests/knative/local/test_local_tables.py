@@ -124,3 +124,20 @@ def test_a_document_of_any_size_is_bounded_on_a_screen() -> None:
     log = {"container": "function", "lines": ["x" * 100_000] * 1000}
     status = document(hello(failure="y\n" * 100_000, failure_log=log, url="u" * 100_000))
     assert len(tables.plain(status)) < 50_000
+
+
+@pytest.mark.parametrize("width", [80, 100, 140, 400])
+def test_on_a_narrow_screen_what_matters_is_whole_and_the_rest_is_left_out(width: int) -> None:
+    log = {"container": "function", "lines": ["last words"]}
+    busy = hello(name="smollm2-instruct", errors=errors(3, 40), url="http://smollm2-instruct.default.localhost:8080/")
+    status = document(busy, hello(state="failed", failure="why", failure_log=log, pods=[pod()]))
+    screen = io.StringIO()
+    Console(file=screen, width=width, highlight=False, emoji=False).print(tables.rich(status, width))
+    lines = screen.getvalue().splitlines()
+    assert {"SERVICE", "STATE", "PODS", "REQUESTS", "ERRORS", "ERROR"} <= set(lines[0].split())
+    assert lines[1].split()[:3] == ["smollm2-instruct", "!", "failing"]
+    assert all(len(line) <= width for line in lines)
+    assert "…" not in screen.getvalue()
+    assert ("URL" in lines[0]) == (width >= 140)
+    assert lines[4].startswith("✕ smollm2-instruct: 3 of the last")  # what is wrong stands above the pods: below, a small screen ends
+    assert next(number for number, line in enumerate(lines) if "last words" in line) < lines.index(next(x for x in lines if "POD " in x))
