@@ -5,6 +5,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -175,12 +176,18 @@ def _ask(variables: Variables, service: dict[str, Any], route: str, body: str | 
         headers["Host"], url = urlsplit(url).netloc, variables.address
     request = urllib.request.Request(url.rstrip("/") + route, body.encode() if body is not None else None, headers)  # noqa: S310  http or https
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as reply:  # noqa: S310
+        with _opener(url).open(request, timeout=timeout_s) as reply:
             return reply.status, reply.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(errors="replace")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise _NotReached(
             f"{url} cannot be reached from here ({getattr(error, 'reason', error)}); forward the gateway's port"
             " (kubectl port-forward -n kourier-system service/kourier 8080:80) and name it with ADDRESS=http://127.0.0.1:8080"
         ) from error
+
+
+def _opener(url: str) -> urllib.request.OpenerDirector:
+    """What is on this machine, as a forwarded port is, is asked for without the proxy of the environment."""
+    is_here = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+    return urllib.request.build_opener(urllib.request.ProxyHandler({} if is_here else None))

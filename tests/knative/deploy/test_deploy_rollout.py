@@ -415,6 +415,17 @@ def test_invoke_sends_the_example_through_the_gateway_that_is_named(cluster: Clu
     assert (models.exit_code, gateway.asked[2]) == (1, ("GET", "/v1/models", host, b""))
 
 
+def test_a_gateway_on_this_machine_is_asked_without_a_proxy(cluster: Cluster, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert deploy(run).exit_code == 0
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Gateway() as gateway, Gateway(lambda _: 502) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.address.removeprefix("ADDRESS="))
+        monkeypatch.setenv("NO_PROXY", "unrelated.example")
+        done = run("invoke", gateway.address)
+    assert (done.exit_code, len(proxy.asked)) == (0, 0)
+
+
 QUEUE_URL = "QUEUE_URL=https://sqs.eu-west-1.amazonaws.com/123456789012/work"
 EVENTING = {"sources.knative.dev/v1": [("ContainerSource", "containersources", True)]}
 
@@ -453,6 +464,15 @@ def test_a_group_that_lacks_just_the_kind_is_no_better(cluster: Cluster, run: Ru
     cluster.kinds |= {"sources.knative.dev/v1alpha1": [("IntegrationSource", "integrationsources", True)]}
     done = deploy(run, "EVENTS=rabbitmq")
     assert done.stderr.startswith("Error: the cluster has no RabbitmqSource (sources.knative.dev/v1alpha1)")
+
+
+def test_a_cluster_without_admission_policies_gets_no_agents_that_label_nodes(cluster: Cluster, run: Run) -> None:
+    allow_all_of_gpu(cluster)
+    del cluster.kinds["admissionregistration.k8s.io/v1"]
+    done = deploy(run, "ENV=gpu")
+    assert done.exit_code == 1
+    assert "Kubernetes 1.30 brings it; leave out the component prefetch" in done.stderr
+    assert cluster.applied == []
 
 
 def test_what_the_cluster_says_of_a_secret_is_told_without_its_values(cluster: Cluster, run: Run, tmp_path: Path) -> None:
