@@ -138,11 +138,6 @@ class Terminal:
         """See Watcher."""
         self._again(revision, (pod.name, "yellow"), ended)
 
-    def source_ended(self, source: str, pod: Pod, ended: str) -> None:
-        """A process of a queue source ended by itself and will be started again."""
-        if told := self._repeats.add(time.monotonic(), source, ended):
-            self._tell(source, (pod.name, "yellow"), ": ", told)
-
     def hung(self, revision: Revision, pod: Pod, reason: str) -> None:
         """See Watcher."""
         self._again(revision, ("hangs", "red"), reason)
