@@ -145,20 +145,11 @@ class Admin:
         stream = _stream("text/plain")
         await stream.prepare(request)
         if request.method == "GET":
-            copying = asyncio.create_task(self._copy_log(stream, path, int(lines), follow=query.get("follow") in ("1", "true")))
-            ending = asyncio.create_task(self._closed.wait())
-            try:
-                await asyncio.wait({copying, ending}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                copying.cancel()
-                ending.cancel()
-                await asyncio.gather(copying, ending, return_exceptions=True)
+            until = self._closed if query.get("follow") in ("1", "true") else None
+            async with aclosing(self._logs.read(path, int(lines), until)) as pieces:
+                async for piece in pieces:
+                    await stream.write(piece)
         return stream
-
-    async def _copy_log(self, stream: web.StreamResponse, path: Path, lines: int, *, follow: bool) -> None:
-        async with aclosing(self._logs.read(path, lines, follow=follow)) as pieces:
-            async for piece in pieces:
-                await stream.write(piece)
 
     async def _invoke(self, request: web.BaseRequest) -> web.StreamResponse:
         """Hand the body to a Service as anybody's request, and its answer back as it comes; without a body it is the Service's example."""

@@ -1,6 +1,7 @@
 """The logs of pods, also of those that are gone: which there are, their last lines, and what is added to them."""
 
 import asyncio
+import contextlib
 import re
 import stat
 from collections.abc import AsyncGenerator
@@ -53,14 +54,14 @@ class Logs:
         path = self._directory / namespace / pod / f"{container}.log"
         return path if path.is_file() and path.resolve().is_relative_to(self._directory.resolve()) else None
 
-    async def read(self, path: Path, lines: int, *, follow: bool) -> AsyncGenerator[bytes, None]:
-        """The last lines of a file; `follow` goes on with what is added, without end."""
+    async def read(self, path: Path, lines: int, until: asyncio.Event | None = None) -> AsyncGenerator[bytes, None]:
+        """The last lines of a file, and what is added to it until an event is set or the file is removed."""
         with path.open("rb") as file:
             end = file.seek(0, 2)
             begin = max(0, end - TAIL_BYTES) if lines else end
             file.seek(begin)
             yield _last(file.read(end - begin), lines)
-            while follow:
+            while until and not until.is_set():
                 try:
                     if path.stat().st_size < end:
                         end = 0  # it was long and has been put aside
@@ -71,7 +72,8 @@ class Logs:
                     end += len(piece)
                     yield piece
                 else:
-                    await asyncio.sleep(LOOK_S)
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(until.wait(), LOOK_S)
 
 
 def _last(text: bytes, lines: int) -> bytes:

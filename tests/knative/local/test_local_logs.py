@@ -48,7 +48,7 @@ def test_the_last_lines_are_read(logs: Logs, lines: int, expected: bytes) -> Non
     async def scenario() -> bytes:
         path = logs.find("default", "hello-00001-abc123", "function")
         assert path
-        return b"".join([piece async for piece in logs.read(path, lines, follow=False)])
+        return b"".join([piece async for piece in logs.read(path, lines)])
 
     assert asyncio.run(scenario()) == expected
 
@@ -57,7 +57,7 @@ def read(logs: Logs, lines: int) -> bytes:
     async def scenario() -> bytes:
         path = logs.find("default", "hello-00001-abc123", "function")
         assert path
-        return b"".join([piece async for piece in logs.read(path, lines, follow=False)])
+        return b"".join([piece async for piece in logs.read(path, lines)])
 
     return asyncio.run(scenario())
 
@@ -83,11 +83,25 @@ def test_what_is_no_file_is_not_listed_and_hinders_nothing(logs: Logs) -> None:
     assert [log["container"] for log in logs.list()] == ["function"]
 
 
+def test_following_a_log_ends_when_it_is_told_to(logs: Logs) -> None:
+    async def scenario() -> None:
+        path = logs.find("default", "hello-00001-abc123", "function")
+        assert path
+        enough = asyncio.Event()
+        async with aclosing(logs.read(path, 1, enough)) as pieces:
+            assert await anext(pieces) == b"three\n"
+            enough.set()
+            with pytest.raises(StopAsyncIteration):
+                await asyncio.wait_for(anext(pieces), 60)
+
+    asyncio.run(scenario())
+
+
 def test_a_log_that_is_removed_while_it_is_followed_ends(logs: Logs) -> None:
     async def scenario() -> None:
         path = logs.find("default", "hello-00001-abc123", "function")
         assert path
-        async with aclosing(logs.read(path, 1, follow=True)) as pieces:
+        async with aclosing(logs.read(path, 1, asyncio.Event())) as pieces:
             assert await anext(pieces) == b"three\n"
             path.unlink()
             with pytest.raises(StopAsyncIteration):
@@ -100,7 +114,7 @@ def test_a_log_that_is_followed_goes_on_with_what_is_added(logs: Logs) -> None:
     async def scenario() -> None:
         path = logs.find("default", "hello-00001-abc123", "function")
         assert path
-        async with aclosing(logs.read(path, 1, follow=True)) as pieces:
+        async with aclosing(logs.read(path, 1, asyncio.Event())) as pieces:
             assert await anext(pieces) == b"three\n"
             with path.open("a") as file:
                 file.write("four\n")
@@ -113,7 +127,7 @@ def test_a_log_that_is_followed_goes_on_from_its_beginning_when_it_was_put_aside
     async def scenario() -> None:
         path = logs.find("default", "hello-00001-abc123", "function")
         assert path
-        async with aclosing(logs.read(path, 1, follow=True)) as pieces:
+        async with aclosing(logs.read(path, 1, asyncio.Event())) as pieces:
             assert await anext(pieces) == b"three\n"
             path.write_text("new\n")
             assert await asyncio.wait_for(anext(pieces), 60) == b"new\n"

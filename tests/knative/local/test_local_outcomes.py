@@ -53,7 +53,7 @@ def test_a_status_that_is_none_is_an_error_of_one_name(code: int) -> None:
 def test_the_tally_stays_small_whatever_pods_answer_and_however_many_revisions_come() -> None:
     outcomes = Outcomes()
     for number in range(5000):
-        outcomes.add(number / 7, number, ("pod", "activator")[number % 2], f"hello-{number // 10:05d}")  # type: ignore[arg-type]
+        outcomes.add(number / 7, number, ("pod", "activator")[number % 2], f"hello-{number // 10:05d}")
     assert len(outcomes.counts) <= 2 * 501
     assert not outcomes.of("hello-00000")
     assert sum(outcomes.of(f"hello-{number:05d}") != {} for number in range(500)) == REVISIONS
