@@ -9,6 +9,7 @@ import select
 import stat
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TextIO
 
 BACKLOG_BYTES = 256 * 1024  # that wait for somebody to read them; what comes then is left out
@@ -19,8 +20,10 @@ PATIENCE_S = 0.2  # for each write once it is closed, so that the last words are
 class PatientStream(io.TextIOBase):
     """Writes to a stream's descriptor as much as it takes at once, and the rest as soon as it takes more. Used in one event loop."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, show: Callable[[str], str] = str) -> None:
+        """show: makes of each text that is written the one that is seen."""
         self._stream = stream
+        self._show = show
         self._fd = _own(stream.fileno())
         self._waiting: deque[bytes] = deque()
         self._size = 0  # bytes of these
@@ -46,7 +49,7 @@ class PatientStream(io.TextIOBase):
         """Never waits and never fails; characters that the stream's encoding lacks are escaped."""
         if not self._is_gone and text:
             if self._size < BACKLOG_BYTES:
-                self._keep(text)
+                self._keep(self._show(text))
             else:
                 self._left_out += 1
             self.flush()

@@ -48,6 +48,11 @@ def block(text: str, most: int = LINES) -> str:
     return "\n".join([first, *indented(rest)])
 
 
+def record(text: str) -> str:
+    """What a library logs, tracebacks included: of its own lines, too, none can be taken for one of ours."""
+    return block(text) + "\n" * text.endswith("\n")
+
+
 def indented(texts: Iterable[str]) -> list[str]:
     """Lines that are set off from ours."""
     return [f"{BAR}{line(text)}" for text in texts]

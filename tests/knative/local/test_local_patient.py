@@ -1,17 +1,20 @@
 """The terminal of a platform may be full, stopped or gone: nothing waits for it, and nothing fails."""
 
 import asyncio
+import logging
 import os
 import pty
+import sys
 import termios
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 import pytest
 
 from knative.local.patient import BACKLOG_BYTES, PatientStream
+from knative.local.plain import BAR, record
 
 LINE = "12:00:00 hello something has happened\n"
 
@@ -133,3 +136,15 @@ def test_the_last_words_are_waited_for_a_little(pipe: Pipe) -> None:
         return said
 
     assert asyncio.run(asyncio.wait_for(scenario(), 60)).endswith("stopped\n")
+
+
+def test_what_libraries_log_is_set_off_and_escaped(pipe: Pipe) -> None:
+    handler = logging.StreamHandler(cast(TextIO, PatientStream(pipe.stream, record)))
+    try:
+        raise ValueError("\x1b[2J\n12:00:00 hello ready")
+    except ValueError:
+        handler.emit(logging.LogRecord("aiohttp", logging.ERROR, "", 0, "Error handling %s", ("\x9b\u202e",), sys.exc_info()))
+    first, *rest = pipe.read().splitlines()
+    assert first == r"Error handling \x9b\u202e"
+    assert all(line.startswith(BAR) for line in rest)
+    assert rest[-2:] == [rf"{BAR}ValueError: \x1b[2J", f"{BAR}12:00:00 hello ready"]
