@@ -175,7 +175,7 @@ class Holding:
     def _make_room(self) -> None:
         """Wake a poller when it is worth it: it waits for room for ten, or a moment for more than one."""
         self._free += 1
-        if self.stopping or not self._held:
+        if self.stopping:  # then somebody waits for the last one
             self._room_made.notify_all()
         elif self._free == 1 or self._free >= min(10, self._limit):
             self._room_made.notify()

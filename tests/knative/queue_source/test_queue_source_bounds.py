@@ -60,7 +60,7 @@ class Memory:
 
     source = "memory"
     longest_hold_s = 3600.0
-    dead_letters = True
+    dead_letters: bool | None = True
 
     def __init__(self, *bodies: bytes, size: int = 10) -> None:
         self.waiting = [Message(str(number), str(number), body, 1, number) for number, body in enumerate(bodies)]
@@ -165,7 +165,7 @@ def test_a_source_whose_queue_fails_in_no_known_way_says_so(sink: Sink) -> None:
 
 def test_a_queue_that_cannot_be_opened_in_no_known_way_ends_the_start() -> None:
     with pytest.raises(QueueSourceError, match="queue: cannot be opened: open: ZeroDivisionError"):
-        open_until(lambda: 1 / 0, "queue", threading.Event(), Threads())  # type: ignore[arg-type,return-value]
+        open_until(lambda: 1 / 0, "queue", threading.Event(), Threads())  # type: ignore[arg-type]
 
 
 def test_a_stop_does_not_wait_for_a_queue_that_is_being_opened() -> None:
@@ -175,8 +175,13 @@ def test_a_stop_does_not_wait_for_a_queue_that_is_being_opened() -> None:
         opening.set()
         over.wait(60)
 
-    threading.Timer(0, lambda: opening.wait(60) and told.set()).start()
     threads = Threads()
+
+    def stop() -> None:
+        opening.wait(60)
+        told.set()
+
+    threads.start("stop", stop)
     assert not open_until(stall, "queue", told, threads)
     assert threads.join(0) == ["open"]
     over.set()
@@ -258,37 +263,51 @@ def test_a_poller_that_waits_for_room_for_ten_is_woken_when_there_is(monkeypatch
     messages = [held(holding, str(number)) for number in range(20)]
     thread, found = taking(holding, 10)
     waits(thread)
+    patient: list[float | None] = []
+    wait = holding._room_made.wait
+
+    def noted(timeout: float | None = None) -> bool:
+        patient.append(timeout)
+        return wait(timeout)
+
+    monkeypatch.setattr(holding._room_made, "wait", noted)
     holding.remove(messages[:9])
+    wait_until("patience", lambda: any(patient))
+    waits(thread)
     assert not found
     holding.remove(messages[9:10])
     thread.join(60)
     assert found == [10]
 
 
-def test_who_waits_for_the_end_is_woken_by_the_last_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    holding = Holding(20, 30)
-    holding.take_room(10)
+def test_who_waits_for_the_end_is_woken_by_the_last_message() -> None:
+    holding = Holding(12, 30)
+    holding.take_room(10)  # by a poller whose queue does not answer
+    holding.take_room(2)
     messages = [held(holding, str(number)) for number in range(2)]
+    holding.stop()
     found: list[bool] = []
     thread = threading.Thread(target=lambda: found.append(holding.wait_empty(3600)), daemon=True)
     thread.start()
     waits(thread)
     holding.remove(messages[:1])
+    waits(thread)
+    time.sleep(0.01)  # it has looked, and waits again
     holding.remove(messages[1:])
     thread.join(60)
     assert found == [True]
 
 
 def test_pollers_wait_while_what_is_held_has_too_many_bytes() -> None:
-    holding = Holding(100, 30, most_bytes=1000)
+    holding = Holding(12, 30, most_bytes=1000)
     holding.take_room(10)
     first, second = held(holding, "a", bytes(600)), held(holding, "b", bytes(600))
     thread, found = taking(holding, 10)
     waits(thread)
     assert holding.gauges()["held_bytes"] == 1200
-    holding.remove([first])
+    holding.remove([first])  # which would be too little room to wake it for
     thread.join(60)
-    assert found == [10]
+    assert found == [3]
     holding.remove([second])
     assert (holding._bytes, holding.gauges()["held_bytes"]) == (0, 0)
 
