@@ -224,20 +224,15 @@ class _Platform:
             told(f"replaying {len(times)} requests in {SPAN_S:g} s")
             began = time.monotonic()
             began += (phase - began) % TICK_S  # as the simulated autoscaler decides at even seconds
-            looking = asyncio.create_task(self._watch(client, began, told))
-            latencies = await asyncio.gather(
-                *(self._call(client, "compared", takes, began + at) for at, takes in zip(times, services, strict=True))
-            )
-            await asyncio.sleep(max(0.0, began + SPAN_S - time.monotonic()))
-            looking.cancel()
-            with suppress(asyncio.CancelledError):
-                await looking
+            calls = (self._call(client, "compared", takes, began + at) for at, takes in zip(times, services, strict=True))
+            latencies, _ = await asyncio.gather(asyncio.gather(*calls), self._watch(client, began, told))
             return starts, overhead_s, np.array(latencies), [look for look in self._looks if look[0] <= SPAN_S]
 
     async def _watch(self, client: Any, began: float, told: Callable[[str], object]) -> None:
+        """Look again and again until what is replayed is over."""
         self._looks: list[tuple[float, int]] = []
         minute = 1
-        while True:
+        while time.monotonic() < began + SPAN_S:
             status = await self._look(client)
             (service,) = (one for one in status["services"] if one["name"] == "compared")
             at = time.monotonic() - began
