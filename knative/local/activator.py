@@ -7,7 +7,6 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import closing
 from http import HTTPStatus
 
@@ -22,6 +21,7 @@ from knative.local.errors import BadGateway, PodUnreached, RequestError, TooSlow
 from knative.local.origin import is_own_user
 from knative.local.outcomes import ACTIVATOR, GONE, POD
 from knative.local.pod import Pod
+from knative.local.ports import Ports
 from knative.local.revision import Revision
 from knative.local.router import Router
 from knative.local.tunnel import tunnel
@@ -47,10 +47,10 @@ PAUSE_S, PAUSE_LIMIT_S = 0.05, 1.0  # until a descriptor is looked for again, do
 class Activator:
     """Answers requests for all Services of the platform."""
 
-    def __init__(self, router: Router, miss_descriptor: Callable[[], object] = lambda: None) -> None:
-        """miss_descriptor: told when there is none for the way to a pod, so that somebody gives way."""
+    def __init__(self, router: Router, ports: Ports) -> None:
+        """ports: they know how many file descriptors there are for the ways to pods."""
         self._router = router
-        self._miss_descriptor = miss_descriptor
+        self._ports = ports
         self._room = Room()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -94,6 +94,8 @@ class Activator:
             async with call.revision.slot(call.body.read_on) as pod:
                 call.handed_to(pod)
                 try:
+                    if not self._ports.has_way():
+                        raise NoDescriptors
                     return await _hand_over(call, pod)
                 except NoDescriptors:
                     call.taken_back(is_short=True)
@@ -104,7 +106,7 @@ class Activator:
                     if unreached[pod.name] == UNREACHED_TRIES:
                         raise BadGateway(f"{pod.name} says that it is ready, and nothing listens at its port {pod.plan.port}") from error
                     continue
-            self._miss_descriptor()
+            self._ports.miss_descriptor()
             async with call.body.read_on():
                 await asyncio.sleep(pause_s)
             pause_s = min(PAUSE_LIMIT_S, pause_s * 2)

@@ -103,6 +103,8 @@ def _patient_errors() -> Iterator[None]:
     except (OSError, ValueError):  # it has no descriptor
         yield
         return
-    with contextlib.redirect_stderr(cast(TextIO, stream)):
-        yield
-    stream.close()
+    try:
+        with contextlib.redirect_stderr(cast(TextIO, stream)):
+            yield
+    finally:
+        stream.close()

@@ -45,7 +45,6 @@ class State(enum.IntEnum):
 
 
 _PATIENCE_S = {State.ENDING: END_S, State.RESTING: KEEP_S, State.RECEIVING: HEAD_S}
-_LAST = ((State.RESTING, math.inf), (State.RECEIVING, math.inf))  # to give way
 
 
 class Connection(RequestHandler):
@@ -214,21 +213,22 @@ class Connections:
         conn.wire.abort()
 
     def make_room(self) -> bool:
-        """Whether there is, or the one that is missed least has given way: not one whose request is worked on."""
+        """Whether there is, or one has given way."""
         return len(self) < self.limit or self.evict()
 
     def evict(self) -> bool:
-        """Close the one that is missed least; False if all are being worked on."""
+        """Close the one that is missed least; False if there is none, as all are being worked on or have just come."""
         young = self._clock() - YOUNG_S
-        for state, since in ((State.ENDING, math.inf), (State.RESTING, young), (State.RECEIVING, young), *_LAST):
+        # One that has just come is waited for: its request is on its way.
+        for state, since in ((State.ENDING, math.inf), (State.RESTING, young), (State.RECEIVING, young), (State.RESTING, math.inf)):
             if found := self._oldest(state, since):
                 self.drop(found)
                 return True
         return False
 
     def _oldest(self, state: State, since: float) -> Connection | None:
-        """The first one that came to this state before then, and whose next request is not there already."""
-        return next((conn for conn in self._older(state, since) if state is not State.RESTING or not conn.has_data()), None)
+        """The first one that came to this state before then, and of whom there is nothing to be read."""
+        return next((conn for conn in self._older(state, since) if state is State.ENDING or not conn.has_data()), None)
 
     def _older(self, state: State, since: float) -> Iterator[Connection]:
         return itertools.takewhile(lambda conn: conn.since < since, self._by_state[state])

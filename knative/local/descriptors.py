@@ -53,14 +53,14 @@ class Descriptors:
         self._missed_at = self._over_at = float("-inf")  # when one was last missing, and when that was last said to be over
         self._is_told = False
 
-    def has_room(self, *, is_first: bool = False) -> bool:
-        """Whether a client may have one. Pods, and the ways to them, have a reserve; those who come first may use half of it."""
+    def has_room(self, left: float = 1.0) -> bool:
+        """Whether one may be used, so that this part of the reserve is left for those who come before."""
         try:
             lowest = os.dup(0)  # the lowest number that is free
         except OSError as error:
             return error.errno not in NO_ROOM
         os.close(lowest)
-        return lowest < self._limit - self._reserve // (2 if is_first else 1)
+        return lowest < self._limit - int(self._reserve * left)
 
     def missed(self) -> None:
         """One was wanted, and there was none."""

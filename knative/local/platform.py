@@ -64,7 +64,7 @@ class Platform:
         self._maker = PodMaker(Places(settings.state_dir, inherits=settings.inherits), self._devices, terminal.about)
         self._ports = Ports(terminal.say)
         self._router = Router()
-        self._activator = Activator(self._router, self._ports.miss_descriptor)
+        self._activator = Activator(self._router, self._ports)
         self._workloads = Workloads(self._maker, self._ports, self._activator, terminal, self._domain)
         self._workloads.services.update(self._workloads.new(self._reloader.manifests.services))
         self._helpers = Helpers(settings.state_dir / "logs", settings.seeds, self._maker, lambda: self._workloads.pods, terminal.say)

@@ -38,11 +38,15 @@ class Ports:
 
     def call_port(self, port: int, handle: Handler) -> "Port":
         """Where callers come."""
-        return Port(port, handle, self.calls, self, is_first=False)
+        return Port(port, handle, self.calls, self, left=1.0)
 
     def admin_port(self, port: int, handle: Handler) -> "Port":
         """Where the user looks; it has a part of the descriptors that callers leave."""
-        return Port(port, handle, self.admin, self, is_first=True)
+        return Port(port, handle, self.admin, self, left=0.25)
+
+    def has_way(self) -> bool:
+        """Whether there is a descriptor for the way to a pod."""
+        return self.descriptors.has_room(0.5)
 
     def miss_descriptor(self) -> bool:
         """Somebody needs one, and there is none: whoever has been at rest for longest gives way; False if nobody is at rest."""
@@ -53,12 +57,12 @@ class Ports:
 class Port(AbstractAsyncContextManager["Port"]):
     """One that is open as long as it is entered. Raises PlatformError if it cannot be opened."""
 
-    def __init__(self, port: int, handle: Handler, connections: Connections, ports: Ports, *, is_first: bool) -> None:
+    def __init__(self, port: int, handle: Handler, connections: Connections, ports: Ports, left: float) -> None:
         self._port = port
         self._handle = handle
         self._connections = connections
         self._ports = ports
-        self._is_first = is_first  # it may use descriptors that others leave
+        self._left = left  # of the reserve of descriptors
         self._tasks = Tasks(lambda _, error: connections.report(error))
         self._is_listening = self._is_closed = False
 
@@ -115,7 +119,7 @@ class Port(AbstractAsyncContextManager["Port"]):
             if not self._connections.make_room():
                 self._wait_for_room()
                 return
-            if not self._ports.descriptors.has_room(is_first=self._is_first):
+            if not self._ports.descriptors.has_room(self._left):
                 self._make_room()
                 return
             try:

@@ -2,19 +2,24 @@
 
 import asyncio
 import contextlib
+import errno
 import io
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
 
+import aiohappyeyeballs
 import aiohttp
 import pytest
 from aiohttp import StreamReader, web
 from aiohttp.base_protocol import BaseProtocol
+from yarl import URL
 
-from knative.local import activator, body
-from knative.local import revision as revisions
+from knative.local import activator, body, waiting
 from knative.local.body import Body, Room
 from knative.local.breaker import TIME_OUTS
 from knative.local.launch import PodPlan
+from knative.local.ports import Ports
 from knative.local.revision import Revision
 from knative.local.router import Router
 from knative.local.service import LiveService
@@ -119,7 +124,9 @@ async def listening(handle: Callable[[web.BaseRequest], Awaitable[web.StreamResp
 
 
 @contextlib.asynccontextmanager
-async def setting(container_concurrency: int = 0, timeout_s: int = 300) -> AsyncIterator[tuple[Revision, Pod, str]]:
+async def setting(
+    container_concurrency: int = 0, timeout_s: int = 300, ports: Ports | None = None
+) -> AsyncIterator[tuple[Revision, Pod, str]]:
     """A revision with one ready pod, what stands at its port, and the activator's address."""
     pod = Pod()
     live = LiveService(parsed(container_concurrency, scale={"initial-scale": "1"}, timeout_s=timeout_s), FakePod, Events())
@@ -127,7 +134,7 @@ async def setting(container_concurrency: int = 0, timeout_s: int = 300) -> Async
     router = Router()
     router.update([live], live, by_header=False)
     live.start()
-    async with listening(pod.handle) as port, listening(activator.Activator(router).handle) as own:
+    async with listening(pod.handle) as port, listening(activator.Activator(router, ports or Ports(lambda _: None)).handle) as own:
         while not revision.pods or revision.pods[0].phase == "pending":
             await asyncio.sleep(0)
         revision.pods[0].plan = PodPlan(port, ())
@@ -142,12 +149,12 @@ async def setting(container_concurrency: int = 0, timeout_s: int = 300) -> Async
 
 
 def test_a_full_queue_is_a_503_that_says_when_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(revisions, "QUEUE_LIMIT", 2)
+    monkeypatch.setattr(waiting, "QUEUE_LIMIT", 2)
 
     async def scenario() -> None:
         async with setting(container_concurrency=1) as (revision, pod, address), aiohttp.ClientSession() as client:
             calls = [asyncio.create_task(client.get(address)) for _ in range(3)]
-            while (revision.pods[0].in_flight, revision.queued) != (1, 2):
+            while (revision.pods[0].in_flight, len(revision.waiting)) != (1, 2):
                 await asyncio.sleep(0.01)
             async with client.get(address) as refused:
                 assert (refused.status, refused.headers["Retry-After"]) == (503, "1")
@@ -194,5 +201,47 @@ def test_a_pod_does_not_hang_if_it_waits_for_what_the_client_does_not_send(
             monkeypatch.setattr(loop, "time", lambda: clock() + 301)
             assert await calls == [504] * TIME_OUTS
             assert revision.record.hung_total == hangs
+
+    asyncio.run(scenario())
+
+
+def test_a_pod_that_is_not_reached_for_want_of_a_descriptor_is_not_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    missed = []
+
+    async def scenario() -> None:
+        ports = Ports(lambda _: None)
+        monkeypatch.setattr(ports, "miss_descriptor", lambda: missed.append(True))
+        async with setting(ports=ports) as (revision, pod, address), aiohttp.ClientSession() as client:
+            pod.answers.set()
+            connect = aiohappyeyeballs.start_connection
+
+            async def none_left(addr_infos: Any, **options: Any) -> socket.socket:
+                if addr_infos[0][4][1] == revision.pods[0].plan.port and len(missed) < 2:
+                    raise OSError(errno.EMFILE, "Too many open files")
+                return await connect(addr_infos=addr_infos, **options)
+
+            monkeypatch.setattr(aiohappyeyeballs, "start_connection", none_left)
+            async with client.post(address, data=b"held meanwhile") as reply:
+                assert (reply.status, await reply.read()) == (200, b"held meanwhile")
+            assert revision.pods[0].phase == "ready"
+
+    asyncio.run(scenario())
+    assert len(missed) == 2
+
+
+def test_who_waited_for_a_descriptor_in_vain_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with setting(timeout_s=1) as (_, __, address), aiohttp.ClientSession() as client:
+            connect = aiohappyeyeballs.start_connection
+
+            async def none_left(addr_infos: Any, **options: Any) -> socket.socket:
+                if addr_infos[0][4][1] != URL(address).port:
+                    raise OSError(errno.EMFILE, "Too many open files")
+                return await connect(addr_infos=addr_infos, **options)
+
+            monkeypatch.setattr(aiohappyeyeballs, "start_connection", none_left)
+            async with client.get(address) as reply:
+                assert (reply.status, (await reply.json())["error"]["type"]) == (504, "timed_out")
+                assert "no file descriptor was left" in (await reply.json())["error"]["message"]
 
     asyncio.run(scenario())

@@ -1,0 +1,348 @@
+"""The ports of the platform: who gives way, who is too late, and what is said of it. The clock is the test's own."""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from aiohttp import web
+
+from knative.local import connections, ports
+from knative.local.connections import HEAD_BYTES, HEAD_S, KEEP_S, READ_S, Connections, State
+from knative.local.descriptors import QUIET_S, STEADY_S, Descriptors
+from knative.local.ports import Ports
+from tests.support import free_port
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+LARGE = 20_000_000  # much more than the buffers on the way hold
+
+
+class Client:
+    """One connection to a port."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    async def open(self) -> "Client":
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self._port, limit=2**16)
+        return self
+
+    async def ask(self, sent: bytes = REQUEST) -> tuple[int, bytes]:
+        """Status and body of one answer."""
+        self.writer.write(sent)
+        return await self.answer()
+
+    async def answer(self) -> tuple[int, bytes]:
+        head = (await self.reader.readuntil(b"\r\n\r\n")).decode()
+        length = next(int(line.split()[1]) for line in head.splitlines() if line.lower().startswith("content-length"))
+        return int(head.split()[1]), await self.reader.readexactly(length)
+
+    async def is_closed(self) -> bool:
+        """Waits for that."""
+        with contextlib.suppress(ConnectionError):
+            return await self.reader.read(1) == b""
+        return True
+
+
+@dataclass
+class Scene:
+    """A port, and who answers there."""
+
+    port: int
+    ports: Ports
+    connections: Connections
+    clock: list[float]
+    said: list[str]
+    clients: list[Client] = field(default_factory=list)
+    asked: int = 0
+    open_gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def client(self) -> Client:
+        self.clients.append(await Client(self.port).open())
+        return self.clients[-1]
+
+    async def at(self, state: State, count: int) -> None:
+        """Returns once so many connections are at it."""
+        while self.connections.count(state) != count:
+            await asyncio.sleep(0.005)
+
+    def later(self, seconds: float) -> None:
+        """It is so much later, and somebody looks."""
+        self.clock[0] += seconds
+        self.connections.look()
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        self.asked += 1
+        if request.path == "/wait":
+            await self.open_gate.wait()
+        if request.path == "/large":
+            answer = web.StreamResponse(headers={"Content-Length": str(LARGE)})
+            await answer.prepare(request)
+            for _ in range(LARGE // 10_000):
+                await answer.write(bytes(10_000))
+            return answer
+        if request.path == "/mistake":
+            raise ValueError("a secret")
+        return web.Response(body=b"here")
+
+
+def play(scene: Callable[[Scene], Any], limit: int = 100) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(60), opened(limit) as found:
+            await scene(found)
+
+    asyncio.run(main())
+
+
+@contextlib.asynccontextmanager
+async def opened(limit: int) -> AsyncIterator[Scene]:
+    clock, said, port = [1000.0], list[str](), free_port()
+    platform = Ports(said.append)
+    platform.calls = Connections(limit, lambda: clock[0])
+    found = Scene(port, platform, platform.calls, clock, said)
+    async with platform.call_port(port, lambda request: found.handle(request)):
+        yield found
+        for client in found.clients:
+            client.writer.transport.abort()
+
+
+def test_the_connection_that_has_been_at_rest_for_longest_gives_way_to_a_new_one() -> None:
+    async def scene(found: Scene) -> None:
+        old, young = await found.client(), await found.client()
+        for client in (old, young):
+            assert await client.ask() == (200, b"here")
+        new = await found.client()
+        assert await new.ask() == (200, b"here")
+        assert await old.is_closed()
+        assert await young.ask() == (200, b"here")
+
+    play(scene, limit=2)
+
+
+def test_one_whose_next_request_is_there_already_does_not_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(found: Scene) -> None:
+        old, young = await found.client(), await found.client()
+        for client in (old, young):
+            assert await client.ask() == (200, b"here")
+        raw = old.writer.get_extra_info("socket")
+        new = socket.create_connection(("127.0.0.1", found.port))  # both come while nobody looks
+        assert os.write(raw.fileno(), REQUEST) == len(REQUEST)
+        assert await old.answer() == (200, b"here")
+        assert await young.is_closed()
+        new.close()
+
+    play(scene, limit=2)
+
+
+def test_a_request_that_is_worked_on_never_gives_way_and_a_new_one_waits_for_the_end_of_one() -> None:
+    async def scene(found: Scene) -> None:
+        busy = [await found.client() for _ in range(2)]
+        for client in busy:
+            client.writer.write(REQUEST.replace(b"/ ", b"/wait "))
+        await found.at(State.WORKING, 2)
+        new = await found.client()  # connected by the kernel, and taken in by nobody
+        new.writer.write(REQUEST)
+        await asyncio.sleep(0.05)
+        assert found.asked == 2
+        found.open_gate.set()
+        assert await new.answer() == (200, b"here")
+        answers = [await asyncio.gather(client.answer(), return_exceptions=True) for client in busy]
+        assert [answer for answer in answers if answer == [(200, b"here")]]
+
+    play(scene, limit=2)
+
+
+@pytest.mark.parametrize("half", [b"GET /hea", b"GET / HTTP/1.1\r\nHost: x\r\n", b"\r\n"])
+def test_half_a_head_is_a_408_in_the_end_and_nobodys_request(half: bytes) -> None:
+    async def scene(found: Scene) -> None:
+        client = await found.client()
+        client.writer.write(half)
+        await found.at(State.RECEIVING, 1)
+        await asyncio.sleep(0.05)
+        found.later(HEAD_S - 1)
+        found.later(2)
+        status, body = await client.answer()
+        assert (status, json.loads(body)["error"]["type"]) == (408, "too_slow")
+        assert await client.is_closed()
+        assert found.asked == 0
+
+    play(scene)
+
+
+def test_a_head_that_comes_in_drops_does_not_get_more_time() -> None:
+    async def scene(found: Scene) -> None:
+        client = await found.client()
+        for _ in range(4):
+            client.writer.write(b"GET / HTTP/1.1\r\nX: " if not found.clock[0] % 1000 else b"a")
+            await asyncio.sleep(0.02)
+            found.later(HEAD_S / 3)
+        assert (await client.answer())[0] == 408
+
+    play(scene)
+
+
+def test_who_says_nothing_is_let_go_without_a_word() -> None:
+    async def scene(found: Scene) -> None:
+        fresh, kept = await found.client(), await found.client()
+        assert await kept.ask() == (200, b"here")
+        await found.at(State.RECEIVING, 1)
+        found.later(HEAD_S + 1)
+        assert await fresh.is_closed()
+        assert await kept.ask() == (200, b"here")
+        found.later(KEEP_S - 1)
+        assert await kept.ask() == (200, b"here")
+        found.later(KEEP_S + 1)
+        assert await kept.is_closed()
+
+    play(scene)
+
+
+def test_a_large_head_is_a_431_in_however_small_pieces_it_comes() -> None:
+    async def scene(found: Scene) -> None:
+        client = await found.client()
+        client.writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n")
+        for number in range(HEAD_BYTES // 1000 + 1):
+            client.writer.write(b"X-%d: " % number + b"a" * 990)
+            await asyncio.sleep(0)
+            client.writer.write(b"\r\n")
+            await asyncio.sleep(0)
+        assert (await client.answer())[0] == 431
+
+    play(scene)
+
+
+def test_a_reader_that_takes_nothing_of_its_answer_is_cut_off() -> None:
+    async def scene(found: Scene) -> None:
+        client = await found.client()
+        client.writer.write(REQUEST.replace(b"/ ", b"/large "))
+        while not found.connections._stalled:
+            await asyncio.sleep(0.005)
+        found.later(READ_S - 1)
+        assert len(found.connections) == 1
+        found.later(2)
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await client.answer()
+
+    play(scene)
+
+
+def test_one_that_takes_a_little_is_not() -> None:
+    now, wire = [0.0], Wire(100)
+    all_of_them = Connections(10, lambda: now[0])
+    one = Mock(state=State.WORKING, wire=wire)
+    all_of_them.add(one)
+    all_of_them.stalls(one)
+    for left in (99, 98):
+        now[0] += READ_S * 2
+        wire.left = left
+        all_of_them.look()
+        assert not wire.is_aborted
+    now[0] += READ_S * 2
+    all_of_them.look()
+    assert wire.is_aborted
+
+
+class Wire:
+    """A transport with so many bytes to send."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+        self.is_aborted = False
+
+    def get_write_buffer_size(self) -> int:
+        return self.left
+
+    def is_reading(self) -> bool:
+        return True
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+def test_beyond_the_bound_on_unsent_bytes_whoever_has_not_read_for_longest_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(found: Scene) -> None:
+        for count in (1, 2):
+            (await found.client()).writer.write(REQUEST.replace(b"/ ", b"/large "))
+            while len(found.connections._stalled) < count:
+                await asyncio.sleep(0.005)
+        _, second = found.connections._stalled
+        monkeypatch.setattr(connections, "UNSENT_BYTES", second.wire.get_write_buffer_size())
+        found.later(1)
+        assert list(found.connections._stalled) == [second]
+
+    play(scene)
+
+
+def test_who_is_answered_before_its_body_is_sent_can_read_the_answer() -> None:
+    async def scene(found: Scene) -> None:
+        client = await found.client()
+        client.writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % LARGE)
+        for _ in range(LARGE // 100_000 - 1):
+            client.writer.write(bytes(100_000))
+            await client.writer.drain()
+        assert await client.answer() == (200, b"here")
+        await found.at(State.ENDING, 1)
+        found.later(100)
+        assert await client.is_closed()
+
+    play(scene)
+
+
+def test_a_mistake_is_a_500_that_tells_nothing_and_the_log_has_it_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene(found: Scene) -> None:
+        for _ in range(20):
+            status, body = await (await found.client()).ask(REQUEST.replace(b"/ ", b"/mistake "))
+            assert (status, json.loads(body)["error"]["type"]) == (500, "internal_error")
+            assert b"secret" not in body
+
+    play(scene)
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ValueError]
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    async def scene(found: Scene) -> None:
+        with pytest.raises(
+            ports.PlatformError, match=rf"^port {found.port} on 127\.0\.0\.1 cannot be opened: Address already in use; choose"
+        ):
+            async with found.ports.call_port(found.port, found.handle):
+                pass
+
+    play(scene)
+
+
+def test_descriptors_are_short_when_only_the_reserve_is_left_of_which_some_may_have_a_part() -> None:
+    with socket.socket() as probe:
+        lowest = probe.fileno()  # that is free, once more
+    few = next(limit for limit in range(lowest, 2 * lowest + 8) if limit - limit // 4 == lowest)
+    scarce, plenty = Descriptors(lambda _: None, few), Descriptors(lambda _: None, few + 4)
+    assert (scarce.has_room(), scarce.has_room(0.5)) == (False, True)
+    assert plenty.has_room()
+
+
+def test_the_end_of_descriptors_is_said_once_and_so_is_the_end_of_that() -> None:
+    said, clock = list[str](), [1000.0]
+    descriptors = Descriptors(said.append, 128, lambda: clock[0])
+
+    def later(seconds: float) -> None:
+        clock[0] += seconds
+        descriptors.look()
+
+    for _ in range(1000):
+        descriptors.missed()
+        later(STEADY_S / 2)
+    assert len(said) == 1
+    assert "(ulimit -n: 128)" in said[0]
+    later(STEADY_S)
+    later(STEADY_S)
+    assert said[1:] == ["there are file descriptors again"]
+    descriptors.missed()
+    assert len(said) == 2
+    later(QUIET_S)
+    descriptors.missed()
+    assert len(said) == 3
