@@ -6,6 +6,7 @@ It has no password, so it answers only who is on this machine and means it (see 
 import asyncio
 import base64
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -27,7 +28,8 @@ from knative.local.queue_watch import QueueWatch
 from knative.local.service import LiveService
 from knative.local.weights import cached, sidecars
 
-VIEWERS = 64  # at once
+VIEWERS = 64  # at once, of what may last: events, logs, test requests
+_LASTING = ("/api/events", "/api/logs", "/api/invoke")
 MAX_TAIL = 10_000
 ORDER = "X-Relight"  # a header that whoever has something done must send: a form cannot, and a script of another site may not
 _FORWARDED = ("Content-Type", "Accept")
@@ -68,6 +70,7 @@ class Admin:
         self._port = port
         self._page, self._policy = _page()
         self._closed = asyncio.Event()
+        self._lasting = 0
         self._routes: dict[str, tuple[str, Handler]] = {
             "/": ("GET", self._show),
             "/api/status": ("GET", self._tell_status),
@@ -82,9 +85,20 @@ class Admin:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """One request."""
         try:
-            return await self._route(request)(request)
+            handler = self._route(request)
+            return await (self._last(handler, request) if request.path in _LASTING else handler(request))
         except Refused as refused:
             return _json({"error": {"type": refused.kind, "message": str(refused)}}, refused.status)
+
+    async def _last(self, handler: Handler, request: web.BaseRequest) -> web.StreamResponse:
+        """One request that may take for ever: so many that others have a connection left."""
+        if self._lasting >= VIEWERS:
+            raise Refused(503, "overloaded", f"{VIEWERS} are watching, or wait for an answer, already")
+        self._lasting += 1
+        try:
+            return await handler(request)
+        finally:
+            self._lasting -= 1
 
     async def close(self) -> None:
         """End what would go on for ever: events, and logs that are followed."""
@@ -120,8 +134,6 @@ class Admin:
         return _json({"caches": caches, "sidecars": told})
 
     async def _tell_events(self, request: web.BaseRequest) -> web.StreamResponse:
-        if self._feed.listeners >= VIEWERS:
-            raise Refused(503, "overloaded", f"{VIEWERS} are watching already")
         stream = _stream("text/event-stream")
         await stream.prepare(request)
         if request.method == "GET":
@@ -195,10 +207,13 @@ class Admin:
 
 
 def _check_origin(request: web.BaseRequest) -> None:
+    if not request.raw_path.startswith("/"):
+        raise Refused(400, "bad_request", "the target of the request must be a path")
     # The page itself may be reached by a link from anywhere; it cannot be framed.
-    fetch_site = None if request.path == "/" else request.headers.get("Sec-Fetch-Site")
+    sites = (None,) if request.path == "/" else request.headers.getall("Sec-Fetch-Site", (None,))
     try:
-        origin.check(request.host, request.headers.get("Origin"), fetch_site)
+        for own, site in itertools.product(request.headers.getall("Origin", (None,)), sites):
+            origin.check(request.host, own, site)
     except origin.Forbidden as error:
         raise Refused(403, "forbidden", str(error)) from error
 

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from knative.local.admin import VIEWERS
 from tests.knative.local.running import Platform, platform_running, service
 from tests.support import Reply, request, wait_until
 
@@ -172,6 +174,79 @@ def test_no_other_site_can_have_a_request_sent(platform: Platform, headers: dict
 @pytest.mark.parametrize("path", ["/", "/api/status", "/metrics"])
 def test_only_names_of_this_machines_loopback_are_answered(platform: Platform, host: str, status: int, path: str) -> None:
     assert request(platform.admin_port, "GET", path, headers={"Host": host}).status == status
+
+
+def raw(platform: Platform, sent: bytes) -> bytes:
+    """All that comes back for these very bytes."""
+    with socket.create_connection(("127.0.0.1", platform.admin_port), timeout=30) as connection:
+        connection.sendall(sent)
+        received = b""
+        while piece := connection.recv(65536):
+            received += piece
+        return received
+
+
+ORDERED = b"POST /api/invoke?service=idle HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Relight: 1\r\nContent-Length: 0\r\nConnection: close\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(ORDERED + b"Origin: http://127.0.0.1\r\nOrigin: http://evil.example\r\n\r\n", id="a second Origin"),
+        pytest.param(ORDERED + b"Sec-Fetch-Site: none\r\nSec-Fetch-Site: cross-site\r\n\r\n", id="a second Sec-Fetch-Site"),
+        pytest.param(ORDERED + b"Host: evil.example\r\n\r\n", id="a second Host"),
+        pytest.param(ORDERED.replace(b"/api", b"http://evil.example/api") + b"\r\n", id="a target of another site"),
+        pytest.param(ORDERED.replace(b"127.0.0.1", b"127.0.0.1@evil.example") + b"\r\n", id="a Host with a user"),
+        pytest.param(ORDERED.replace(b"127.0.0.1", b"127.0.0.1 evil.example") + b"\r\n", id="a Host with a space"),
+        pytest.param(ORDERED.replace(b"127.0.0.1", b"2130706433") + b"\r\n", id="a Host that is a number"),
+        pytest.param(ORDERED.replace(b"POST", b"GET") + b"\r\n", id="GET"),
+        pytest.param(ORDERED.replace(b"POST", b"GET") + b"X-HTTP-Method-Override: POST\r\n\r\n", id="GET that says that it is a POST"),
+        pytest.param(ORDERED.replace(b"/api", b"/./api") + b"\r\n", id="a path that is another's"),
+        pytest.param(ORDERED.replace(b"/api", b"//api") + b"\r\n", id="two slashes"),
+        pytest.param(ORDERED.replace(b"X-Relight: 1\r\n", b"X-Relight : 1\r\n") + b"\r\n", id="a space behind a name"),
+        pytest.param(ORDERED.replace(b"X-Relight: 1", b"X: 1\r\n X-Relight: 1") + b"\r\n", id="a header in a header's second line"),
+        pytest.param(
+            ORDERED.replace(b"Content-Length: 0", b"Content-Length: 1\r\nTransfer-Encoding: chunked") + b"\r\n0\r\n\r\n", id="two ends"
+        ),
+        pytest.param(
+            b"POST /api/logs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: text/plain\r\nConnection: close\r\n"
+            b"Content-Length: %d\r\n\r\n%b\r\n" % (len(ORDERED) + 2, ORDERED),
+            id="a request that is the body of a form",
+        ),
+        pytest.param(
+            b"OPTIONS /api/invoke?service=idle HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://evil.example\r\nConnection: close\r\n"
+            b"Access-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: x-relight\r\n\r\n",
+            id="asking for leave",
+        ),
+        pytest.param(
+            b"GET /api/events HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://evil.example\r\nConnection: Upgrade\r\n"
+            b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n",
+            id="a WebSocket",
+        ),
+    ],
+)
+def test_an_attack_is_refused_and_nothing_is_told_or_done(platform: Platform, sent: bytes) -> None:
+    before = platform.service("idle")["requests_total"]
+    received = raw(platform, sent.replace(b"Connection: Upgrade", b"Connection: Upgrade, close"))
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.split()[1] in (b"400", b"403", b"404", b"405"), received
+    assert received.count(b"HTTP/1.") == 1, received
+    assert b"access-control" not in head.lower()
+    assert json.loads(body).keys() == {"error"}
+    assert platform.service("idle")["requests_total"] == before
+
+
+def test_those_who_watch_leave_room_for_those_who_ask(platform: Platform) -> None:
+    (pod,) = platform.pods("echo")
+    paths = ["/api/events", f"/api/logs?pod={pod['name']}&follow=1"]
+    with contextlib.ExitStack() as watching:
+        replies = [watching.enter_context(opened(platform, path)) for path in paths * (VIEWERS // 2)]
+        assert [reply.status for reply in replies] == [200] * VIEWERS
+        for path in paths:
+            refused = request(platform.admin_port, "GET", path)
+            assert (refused.status, refused.json()["error"]["type"]) == (503, "overloaded")
+        assert platform.service("echo")["state"] == "ready"
+    wait_until("left", lambda: request(platform.admin_port, "GET", f"/api/logs?pod={pod['name']}").status == 200)
 
 
 def test_the_page_may_be_linked_to_but_not_asked_for_data_by_others(platform: Platform) -> None:
