@@ -13,6 +13,7 @@ from knative.local.launch import Probe
 from knative.local.probe import Tally, ask
 from knative.local.process import ContainerProcess
 from knative.local.tasks import Tasks
+from knative.local.troubles import Troubles
 
 # While a pod starts it is probed as often as Knative's queue-proxy does; what a probe waits, a caller waits. One that was forked is
 # ready within a tenth of a second, of which that would be much.
@@ -40,16 +41,24 @@ class Listener(Protocol):
     def reported(self, document: bytes) -> None:
         """The user container's readiness document."""
 
-    def complained(self, container: ContainerProcess, error: str) -> None:
-        """What a container says is wrong now; an empty text if nothing is."""
+    def troubled(self) -> None:
+        """What a container complains of is another thing than before."""
 
 
 class Health:
     """Probes the containers of one pod from `watch` on."""
 
-    def __init__(self, containers: Sequence[ContainerProcess], session: aiohttp.ClientSession, tasks: Tasks, listener: Listener) -> None:
-        """tasks: the pod's."""
+    def __init__(
+        self,
+        containers: Sequence[ContainerProcess],
+        troubles: Troubles,
+        session: aiohttp.ClientSession,
+        tasks: Tasks,
+        listener: Listener,
+    ) -> None:
+        """troubles: is told of what the probes find. tasks: the pod's."""
         self._containers = containers
+        self._troubles = troubles
         self._session = session
         self._tasks = tasks
         self._listener = listener
@@ -136,6 +145,8 @@ class Health:
                 if container.process.is_main:
                     self._listener.reported(answer.document)
                 self._hear(container, answer.document)
+            if answer and not answer.is_well:
+                self._troubles.probed(container, answer.why)
             verdict = tally.add(bool(answer and answer.is_well))
             if verdict is not None:
                 self._set(container, well=verdict)
@@ -156,7 +167,8 @@ class Health:
 
     def _hear(self, container: ContainerProcess, document: bytes) -> None:
         with contextlib.suppress(ValidationError):  # something else
-            self._listener.complained(container, _Complaint.model_validate_json(document).error or "")
+            if self._troubles.complained(container, _Complaint.model_validate_json(document).error or ""):
+                self._listener.troubled()
 
     async def _watch_liveness(self, container: ContainerProcess, probe: Probe) -> None:
         tally = Tally(probe)

@@ -8,10 +8,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import aiohttp
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationError
 
 from knative.autoscaler.choice import PENDING
 from knative.local.breaker import Breaker
@@ -29,12 +29,16 @@ from knative.local.troubles import Troubles
 Phase = Literal["pending", "starting", "ready", "draining"]
 
 
+Word = Annotated[str, StringConstraints(max_length=200)]  # of a probe's answer, which anybody may have written
+
+
 class Weights(BaseModel):
     """Where a function's weights came from."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, Word | int | FiniteFloat | None]
 
-    source: str
+    source: Word
     bytes: int
     seconds: float | None = None
 
@@ -44,10 +48,10 @@ class Report(BaseModel):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    phase: str = ""
+    phase: Word = ""
     restored_bytes: int = 0
     total_bytes: int = 0
-    stages: dict[str, float] = {}  # seconds since its process started
+    stages: dict[Word, float] = Field({}, max_length=64)  # seconds since its process started
     weights: Weights | None = None
 
 
@@ -94,12 +98,12 @@ class Pod:
 
         self._tasks = Tasks(failed)
         self.containers: list[ContainerProcess] = []
-        self._health = Health(self.containers, session, self._tasks, self)
+        self.troubles = Troubles(self.containers)
+        self._health = Health(self.containers, self.troubles, session, self._tasks, self)
         self.containers += [
             ContainerProcess(process, partial(self._exited, number), fork_server, limiter, partial(self._health.began, number), failed)
             for number, process in enumerate(plan.processes)
         ]
-        self.troubles = Troubles(self.containers)
         self._idle = asyncio.Event()
         self._spawning = asyncio.Lock()  # guards the processes: they are all there or none before any is ended
         self._connections: aiohttp.ClientSession | None = None
@@ -276,10 +280,9 @@ class Pod:
         if is_ready != (self.phase == "ready") and self.phase in ("starting", "ready"):
             self._set_ready(ready=is_ready)
 
-    def complained(self, container: ContainerProcess, error: str) -> None:
+    def troubled(self) -> None:
         """See health.Listener."""
-        if self.troubles.complained(container, error):
-            self._on_change(self)
+        self._on_change(self)
 
     def reported(self, document: bytes) -> None:
         """See health.Listener."""

@@ -29,7 +29,7 @@ class Sample(NamedTuple):
     p50: float | None
     p95: float | None
     p99: float | None
-    errors: float | None = None  # answers that were errors
+    errors: int  # answers that were errors
 
 
 class ColdStart:

@@ -179,7 +179,10 @@ class Revision:
     @property
     def waits_for(self) -> str | None:
         """What whoever waits waits for, as far as that is known."""
-        trouble = self.trouble
+        if self.pods.ready:
+            return None
+        kept = self.pods.kept
+        trouble = self.trouble or (kept[0].why_not_ready() if kept else None)
         return trouble.reason if trouble else None
 
     def status(self) -> dict[str, Any]:

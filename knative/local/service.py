@@ -8,7 +8,7 @@ from typing import Any
 
 from knative.local.manifest import Service, tag_label
 from knative.local.pod import Pod
-from knative.local.record import Record, Sample
+from knative.local.record import Record
 from knative.local.revision import Revision, State
 from knative.local.rollout import LOOK_S, Rollout
 from knative.local.scale_loop import SAMPLE_S
@@ -105,17 +105,16 @@ class LiveService:
 
     def _sample(self, now: float) -> None:
         revisions = self.revisions.values()
-        self.record.samples.append(
-            Sample(
-                time=round(time.time(), 3),
-                concurrency=round(sum(revision.scaling.scaler.concurrency for revision in revisions), 3),
-                rps=round(sum(revision.scaling.scaler.rps for revision in revisions), 3),
-                ready=sum(revision.pods.ready for revision in revisions),
-                desired=self.desired,
-                queued=self.queued,
-                **self.record.latencies.percentiles(now),
-            )
+        self.record.sample(
+            now,
+            concurrency=sum(revision.scaling.scaler.concurrency for revision in revisions),
+            rps=sum(revision.scaling.scaler.rps for revision in revisions),
+            ready=sum(revision.pods.ready for revision in revisions),
+            desired=self.desired,
+            queued=self.queued,
         )
+        if news := self.record.errors.look(now):
+            self._watcher.about(self.service.name, news)
 
     def _task_failed(self, what: str, error: Exception) -> None:
         self._watcher.about(self.service.name, describe(what, error))

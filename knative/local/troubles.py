@@ -22,6 +22,7 @@ class Troubles:
         self._ended: Trouble | None = None
         self._complaint: tuple[ContainerProcess, str] | None = None
         self._complains_since = 0.0
+        self._unready: dict[str, str] = {}  # why its readiness probe was not satisfied last, by container
         self._is_known_stuck = False  # what was told of it last
 
     @property
@@ -41,6 +42,7 @@ class Troubles:
     def over(self) -> None:
         """The pod is ready."""
         self._ends.clear()
+        self._unready.clear()
         self._ended = self._complaint = None
 
     def ended(self, container: ContainerProcess, ending: Ending, *, counts: bool) -> None:
@@ -70,6 +72,10 @@ class Troubles:
         was_known, self._is_known_stuck = self._is_known_stuck, self.is_stuck
         return before != self._complaint or was_known != self._is_known_stuck
 
+    def probed(self, container: ContainerProcess, why: str) -> None:
+        """A container's readiness probe was not satisfied."""
+        self._unready[container.process.container] = why
+
     def latest(self) -> Trouble | None:
         """What is known, if anything is."""
         if self._final:
@@ -80,14 +86,17 @@ class Troubles:
         return self._ended
 
     def guess(self) -> Trouble:
-        """The same; without anything known, the container that has written something last is to blame."""
+        """The same; without anything known, a container that is not ready, or has at least written something, is to blame."""
         if found := self.latest():
             return found
-        wrote = [container for container in self._containers if container.tail(1)]
-        if not wrote:
+        suspects = [container for container in self._containers if container.process.container in self._unready or container.tail(1)]
+        if not suspects:
             return Trouble("its containers wrote nothing")
-        last = max(wrote, key=lambda container: (container.process.is_main, container.process.container))
-        return self._blame(last, f"its container {last.process.container} does not say that it is ready")
+        last = max(suspects, key=lambda container: (container.process.container in self._unready, container.process.is_main))
+        why = self._unready.get(last.process.container)
+        return self._blame(
+            last, f"its container {last.process.container} does not say that it is ready{f': {line(why, 300)}' if why else ''}"
+        )
 
     def _blame(self, container: ContainerProcess, reason: str) -> Trouble:
         return Trouble(reason, container.process.container, tuple(line(text, 300) for text in container.tail(LINES)))

@@ -1,6 +1,7 @@
 """The tally of how requests end: what is counted, what is lately, and that it stays small."""
 
 import asyncio
+import re
 from collections.abc import Iterator
 
 import aiohttp
@@ -11,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from knative.local.activator import Activator
 from knative.local.launch import PodPlan
 from knative.local.outcomes import GONE, REVISIONS, Outcomes
+from knative.local.ports import Ports
 from knative.local.router import Router
 from knative.local.service import LiveService
 from tests.knative.local.fakes import Events, FakePod, fake, parsed
@@ -87,7 +89,7 @@ def test_errors_of_the_pod_of_the_platform_and_callers_who_went_away_are_told_ap
         router = Router()
         router.update([live], live, by_header=False)
         live.start()
-        handlers = at_pod, Activator(router).handle
+        handlers = at_pod, Activator(router, Ports(lambda _: None)).handle
         runners = [web.ServerRunner(web.Server(handle, handler_cancellation=True), shutdown_timeout=0) for handle in handlers]
         for runner in runners:
             await runner.setup()
@@ -159,3 +161,11 @@ def test_errors_are_seen_in_metrics_in_status_and_on_the_terminal(platform: Plat
     assert (errors["total"], errors["last_minute"]["answers"], errors["last_minute"]["rate"]) == (2, 4, 0.5)
     head, row = (line.split() for line in platform.relight("status").stdout.splitlines()[:2])
     assert (row[head.index("ERRORS")], "echo: 2 of the last minute's 4 answers" in platform.relight("status").stdout) == ("2", True)
+    told = re.compile("echo callers get errors: [12] × 500 from the function")
+    wait_until("a line on the terminal", lambda: told.search(platform.server.said()))
+    wait_until("both in the history", lambda: sum(sample["errors"] for sample in history(platform, "echo")) == 2)
+
+
+def history(platform: Platform, name: str) -> list[dict[str, float]]:
+    found: list[dict[str, float]] = request(platform.admin_port, "GET", "/api/history").json()["services"][f"default/{name}"]
+    return found

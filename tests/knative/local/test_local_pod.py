@@ -445,9 +445,10 @@ def test_without_anything_known_the_user_containers_log_is_what_there_is_to_be_s
         pod = stage.pod(talkative, silent)
         assert pod.why_not_ready() == Trouble("hello-1: its containers wrote nothing")
         await pod.start()
-        await until("three lines", lambda: "line 3" in pod.why_not_ready().lines)
+        await until("three lines, and an answer", lambda: "line 3" in pod.why_not_ready().lines and "503" in pod.why_not_ready().reason)
         found = pod.why_not_ready()
-        assert found == Trouble("hello-1: its container function does not say that it is ready", "function", ("line 1", "line 2", "line 3"))
+        reason = "hello-1: its container function does not say that it is ready: GET /readyz answered 503"
+        assert found == Trouble(reason, "function", ("line 1", "line 2", "line 3"))
         await pod.drain(0)
 
     play(tmp_path, scene)

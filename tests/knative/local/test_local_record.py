@@ -1,9 +1,11 @@
 """What a revision remembers of its pods' starts and of the seconds that passed."""
 
 import asyncio
+import json
 import time
 
 import pytest
+from pydantic import ValidationError
 
 from knative.local.pod import Report, Weights
 from knative.local.record import COLD_STARTS
@@ -43,6 +45,25 @@ def test_a_cold_start_is_told_while_it_goes_on_and_kept_as_it_ended() -> None:
         assert revision.state == "ready"
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        json.dumps({"phase": "x" * 1000}),
+        json.dumps({"stages": {f"s{number}": 1 for number in range(1000)}}),
+        json.dumps({"stages": {"x" * 1000: 1}}),
+        json.dumps({"weights": {"source": "x" * 1000, "bytes": 1}}),
+        '{"weights": {"source": "cache", "bytes": 1, "more": NaN}}',
+        '{"weights": {"source": "cache", "bytes": 1, "more": {"much": 1}}}',
+        '{"weights": {"source": "cache", "bytes": 1, "seconds": NaN}}',
+        '{"stages": {"load": Infinity}}',
+    ],
+    ids=["a long phase", "many stages", "a long stage", "a long source", "more", "much more", "no number", "too large a number"],
+)
+def test_a_report_that_nobody_could_show_is_none(document: str) -> None:
+    with pytest.raises(ValidationError):
+        Report.model_validate_json(document)
 
 
 @pytest.mark.parametrize("outcome", ["failed", "dropped"])

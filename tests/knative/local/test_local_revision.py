@@ -100,6 +100,12 @@ def test_the_pods_to_go_are_those_that_are_missed_least(
     assert names(victims([*here, *coming], count)) == expected
 
 
+def complain(pod: Pod, container: ContainerProcess, error: str) -> None:
+    """What Health does with a readiness document."""
+    if pod.troubles.complained(container, error):
+        fake(pod).troubled()
+
+
 class Caller:
     """A request that keeps its pod until it is told to leave."""
 
@@ -477,15 +483,15 @@ def test_pods_that_are_stuck_go_on_trying_and_callers_are_told_why(monkeypatch: 
         (pod,) = revision.pods
         sidecar = ContainerProcess(Process("cache", False, ("true",), {}, None, (), Path("/no/log"), None, None), lambda _: None)
         for _ in range(3):
-            fake(pod).complained(sidecar, "no objects")
-            fake(pod).complained(sidecar, "no objects at all")
+            complain(pod, sidecar, "no objects")
+            complain(pod, sidecar, "no objects at all")
         for caller in (waiting, Caller(revision)):
             with pytest.raises(RevisionFailed, match="its container cache says: no objects"):
                 await caller.task
         assert revision.state == "failed"
         assert list(revision.pods) == [pod]
         assert events.told.count("failed") == 1
-        fake(pod).complained(sidecar, "")
+        complain(pod, sidecar, "")
         patient = Caller(revision)
         await settle()
         assert (revision.state, queued(revision)) == ("starting", 1)
@@ -506,7 +512,7 @@ def test_one_pod_that_is_stuck_beside_one_that_starts_costs_nobody_an_answer(mon
         await settle()
         waiting = Caller(revision)
         sidecar = ContainerProcess(Process("cache", False, ("true",), {}, None, (), Path("/no/log"), None, None), lambda _: None)
-        fake(revision.pods[0]).complained(sidecar, "no objects")
+        complain(revision.pods[0], sidecar, "no objects")
         await settle()
         assert queued(revision) == 1
         fake(revision.pods[1]).become("ready")
