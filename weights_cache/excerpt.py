@@ -3,7 +3,7 @@
 import reprlib
 from collections.abc import Iterable
 
-from weights_cache.redact import redacted
+from weights_cache.environment import masked
 
 MAX_SIGNS = 100  # of one thing
 MAX_TOLD_SIGNS = 2000  # of an error
@@ -43,7 +43,7 @@ def told(text: str, most: int = MAX_TOLD_SIGNS) -> str:
     """A message for people: on one line, without secrets, and cut in the middle; what would not stay on the line is escaped."""
     if len(text) > 8 * most:  # what is cut out is not looked at, but for what a secret may begin or end with
         text = _cut(text, 8 * most)
-    text = redacted(text)
+    text = masked(text)
     if not text.isprintable():
         text = "".join(letter if letter.isprintable() else " " if letter in "\r\n\t" else repr(letter)[1:-1] for letter in text)
     return _cut(text, most)

@@ -6,11 +6,10 @@ import time
 
 import pytest
 
-from weights_cache.environment import SettingsError
+from weights_cache.environment import SettingsError, masked
 from weights_cache.errors import StoreError, WeightsError
 from weights_cache.excerpt import MAX_TOLD_SIGNS, described, told
 from weights_cache.logs import LineFormatter
-from weights_cache.redact import redacted
 from weights_cache.uri import WeightsUri
 
 
@@ -27,12 +26,13 @@ from weights_cache.uri import WeightsUri
         ("GET http://h/a?X-Amz-Credential=AKIA%2F1&X-Amz-Signature=abc&x=1", "GET http://h/a?X-Amz-Credential=***&X-Amz-Signature=***&x=1"),
         ("?x-amz-security-token=abc", "?x-amz-security-token=***"),
         ("?AWSAccessKeyId=A&Signature=b%3D&Expires=1", "?AWSAccessKeyId=***&Signature=***&Expires=1"),
-        ("{'Authorization': 'Basic dXNlcjpwYXNz'}", "{'Authorization': '***'}"),
-        ("Proxy-Authorization: Basic dXNlcjpwYXNz", "Proxy-Authorization: ***"),
+        ("{'Authorization': 'Basic dXNlcjpwYXNz'}", "{'Authorization': 'Basic ***'}"),
+        ("Authorization: AWS4-HMAC-SHA256 Credential=AKIA/1, Signature=ab\nx", "Authorization: AWS4-HMAC-SHA256 ***\nx"),
+        ("Proxy-Authorization: Basic dXNlcjpwYXNz", "Proxy-Authorization: Basic ***"),
     ],
 )
 def test_secrets_are_not_shown(text: str, shown: str) -> None:
-    assert redacted(text) == shown
+    assert masked(text) == shown
     assert str(StoreError(f"a {text} b")) == f"a {shown} b" or "uthorization" in text
 
 
@@ -48,7 +48,7 @@ def test_secrets_are_not_shown(text: str, shown: str) -> None:
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
-    assert redacted(text) == text
+    assert masked(text) == text
 
 
 def test_an_error_is_one_line_of_a_bounded_length() -> None:

@@ -20,6 +20,7 @@ _SIGN = r"[\w.~+/=-]"
 _BEARER = re.compile(  # a lone word after "bearer" is a word
     rf"(\bauthorization\W{{1,6}}(?:b\W)?(?:bearer|basic|token)\s+|\bbearer\s+(?=[a-z]*[\d._~+/=-]{_SIGN})){_SIGN}+", re.IGNORECASE
 )
+_SIGNED = re.compile(r"""(\bAWS4-HMAC-SHA256\s+)Credential=[^\r\n'"]+""", re.IGNORECASE)
 
 
 def masked(text: str) -> str:
@@ -28,6 +29,8 @@ def masked(text: str) -> str:
         text = _USER.sub(f"{HIDDEN}@", text)
     if "=" in text:
         text = _QUERY.sub(rf"\1{HIDDEN}", text)
+    if "HMAC" in text:
+        text = _SIGNED.sub(rf"\1{HIDDEN}", text)
     return _BEARER.sub(rf"\1{HIDDEN}", text)
 
 
