@@ -71,6 +71,7 @@ def run(
 
     MANIFESTS are YAML files, directories of them, or - for stdin. Files are watched: a change is taken at once, as SIGHUP says too.
     """
+    from knative.local import plain
     from knative.local.descriptors import raise_limit
     from knative.local.embedded import Seed
     from knative.local.platform import Platform, PlatformSettings
@@ -90,16 +91,17 @@ def run(
         with _patient_errors():
             asyncio.run(main())
     except PlatformError as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(plain.block(str(error))) from error
 
 
 @contextlib.contextmanager
 def _patient_errors() -> Iterator[None]:
     """Whoever does not read what goes wrong holds nothing up, as with what is said on standard output (see Terminal)."""
+    from knative.local import plain
     from knative.local.patient import PatientStream
 
     try:
-        stream = PatientStream(sys.stderr)
+        stream = PatientStream(sys.stderr, plain.record)
     except (OSError, ValueError):  # it has no descriptor
         yield
         return
