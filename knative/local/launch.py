@@ -3,6 +3,7 @@
 Starts nothing.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -56,8 +57,8 @@ class Process:
 
     container: str
     is_main: bool  # the one that is called
-    argv: tuple[str, ...]
-    env: Mapping[str, str]
+    argv: tuple[str, ...] = dataclasses.field(repr=False)  # which may hold secrets, as what follows does
+    env: Mapping[str, str] = dataclasses.field(repr=False)
     cwd: Path | None
     directories: tuple[Path, ...]
     log: Path
@@ -108,10 +109,16 @@ class Places:
 
 
 def check_references(manifests: Manifests) -> None:
-    """Raises ManifestError for a reference to a ConfigMap or Secret that is not there."""
+    """Raises ManifestError for a reference to a ConfigMap or Secret that is not there, and for what no process can be told."""
     for workload in manifests.workloads:
-        for index in range(len(workload.spec.containers)):
-            _declared_env(workload, index, manifests)
+        containers: Sequence[AnyContainer] = workload.spec.containers
+        for index, container in enumerate(containers):
+            told = {f"env: {name}": value for name, value in _declared_env(workload, index, manifests).items()}
+            told |= {"command": "".join(container.command), "args": "".join(container.args)}
+            for field, text in told.items():
+                if "\0" in field + text:  # a secret perhaps, so it is not repeated
+                    where = f"{workload.where}: spec.template.spec.containers[{index}].{field}"
+                    raise ManifestError(workload.file, where, "holds a NUL character, which no process can be told")
 
 
 def plan_pod(

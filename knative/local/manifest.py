@@ -172,7 +172,7 @@ class Manifests:
     services: list[Service] = field(default_factory=list)
     sources: list[QueueSource] = field(default_factory=list)
     config_maps: dict[tuple[str, str], Mapping[str, str]] = field(default_factory=dict)  # by (namespace, name)
-    secrets: dict[tuple[str, str], Mapping[str, str]] = field(default_factory=dict)
+    secrets: dict[tuple[str, str], Mapping[str, str]] = field(default_factory=dict, repr=False)
 
     @property
     def routes_by_header(self) -> bool:

@@ -1,12 +1,15 @@
 """What is wrong with a manifest is told without a value that may be somebody's secret."""
 
+import copy
 from typing import Any
 
 import pytest
 import yaml
 
 from knative.local.errors import ManifestError
+from knative.local.launch import check_references
 from knative.local.manifest import read_manifests
+from tests.knative.local.test_local_launch import env, plan
 from tests.knative.local.test_local_manifest import FILE, FUNCTION, HELLO, mistake, put, secret
 
 SOURCE = {
@@ -63,3 +66,28 @@ def test_a_text_that_yaml_takes_for_something_else_is_not_repeated(text: str, sa
         read_manifests([(FILE, yaml.safe_dump(HELLO) + "---\n" + text)])
     assert said in str(caught.value)
     assert "geheim" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("container", "said"),
+    [
+        ({"env": [{"name": "KEY", "value": "gehe\0im"}]}, "env: KEY: holds a NUL character, which no process can be told"),
+        ({"env": [{"name": "KEY", "valueFrom": {"secretKeyRef": {"name": "store", "key": "K"}}}]}, "env: KEY: holds a NUL"),
+        ({"envFrom": [{"secretRef": {"name": "store"}}]}, "env: K: holds a NUL"),
+        ({"args": ["gehe\0im"]}, "args: holds a NUL"),
+        ({"command": ["x", "gehe\0im"]}, "command: holds a NUL"),
+    ],
+)
+def test_what_no_process_can_be_told_is_told_at_once_and_not_repeated(container: dict[str, Any], said: str) -> None:
+    service = copy.deepcopy(HELLO)
+    service["spec"]["template"]["spec"]["containers"][0] |= container
+    manifests = read_manifests([(FILE, yaml.safe_dump_all([service, secret(stringData={"K": "gehe\0im"})]))])
+    with pytest.raises(ManifestError) as caught:
+        check_references(manifests)
+    assert str(caught.value).startswith(f"{FILE}: document 1 (Service hello): spec.template.spec.containers[0].{said}")
+    assert "gehe" not in str(caught.value) + repr(manifests.secrets.keys())
+
+
+def test_what_is_written_of_a_process_or_of_manifests_by_mistake_holds_no_value() -> None:
+    planned = plan({"env": env(KEY="geheim"), "args": ["geheim"]}, objects=[secret(stringData={"K": "geheim"})])
+    assert "geheim" not in repr(planned)
