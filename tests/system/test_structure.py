@@ -64,6 +64,6 @@ def test_no_class_has_more_methods_than_can_be_kept_in_mind() -> None:
 
 
 def test_the_rule_finds_what_it_is_to_find() -> None:
-    bare = ast.parse("import asyncio, threading\nasyncio.create_task(x())\nthreading.Thread(target=f).start()\nclass A(ThreadingMixIn): pass")
+    bare = ast.parse("asyncio.create_task(x())\nthreading.Thread(target=f).start()\nclass A(ThreadingMixIn): pass")
     assert (begun(bare, BEGIN_TASKS), begun(bare, BEGIN_THREADS)) == (["create_task"], ["Thread", "ThreadingMixIn"])
     assert Path(ROOT / "knative").is_dir()
