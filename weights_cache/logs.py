@@ -3,12 +3,19 @@
 A text from outside (a URI that somebody asked for, what a store answered) could otherwise write lines of its own.
 """
 
+import contextlib
 import logging
+import queue
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from weights_cache.excerpt import told
+from weights_cache.threads import Threads
 
 MAX_LINE_SIGNS = 2000
+MAX_LINES = 1000  # that nobody has read yet
+FLUSH_S = 0.5  # for the last of them
 _FORM = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -29,6 +36,53 @@ class LineFormatter(logging.Formatter):
         plain = logging.makeLogRecord(record.__dict__)
         plain.msg, plain.args = told(record.getMessage(), MAX_LINE_SIGNS), None
         return plain
+
+
+class Unhurried(logging.Handler):
+    """Has a thread write the lines, so that nobody waits for whoever reads them; once too many wait, lines are lost, and counted."""
+
+    def __init__(self, to: "logging.StreamHandler[Any]") -> None:
+        super().__init__()
+        self._to = to
+        self._lines: queue.Queue[str | None] = queue.Queue(MAX_LINES)
+        self._lost = 0
+        self._threads = Threads(lambda name, error: None)  # there is nobody left to tell
+        self._threads.start("log", self._write)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by logging."""
+        self._put(self._to.format(record))
+
+    def _put(self, line: str | None) -> None:
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._lost += 1
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            lost, self._lost = self._lost, 0
+            self._to.stream.write(f"{line}\n" + (f"{lost} lines of the log were lost, as nobody read them\n" if lost else ""))
+            self._to.flush()
+
+    def finish(self, seconds: float) -> None:
+        """Wait for what is there to be written, for so long at most."""
+        self._put(None)
+        self._threads.join(seconds)
+
+
+@contextlib.contextmanager
+def unhurried() -> Iterator[None]:
+    """What has been written by `configure`'s handler is written by a thread meanwhile."""
+    root = logging.getLogger()
+    handlers = {handler: Unhurried(handler) for handler in root.handlers if isinstance(handler.formatter, LineFormatter)}
+    root.handlers = [handlers.get(handler, handler) for handler in root.handlers]
+    try:
+        yield
+    finally:
+        root.handlers = [next((old for old, new in handlers.items() if new is handler), handler) for handler in root.handlers]
+        for handler in handlers.values():
+            handler.finish(FLUSH_S)
 
 
 def configure() -> None:

@@ -6,6 +6,7 @@ sidecars that can only read it (see `keeper`).
 """
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from weights_cache.errors import WeightsError
 from weights_cache.excerpt import described, quoted
 from weights_cache.http_peer import Answer, HttpPeer, Reply, Request, document, refusal
 from weights_cache.keeper import SOCKET, Delegate, Filler, Keeper, Pulled, can_only_read
+from weights_cache.logs import unhurried
 from weights_cache.loop import Loop, Peer, raise_descriptor_limit
 from weights_cache.pulls import Busy, Pulls, backoff
 from weights_cache.settings import WeightsSettings
@@ -42,6 +44,7 @@ CONNECTIONS = 128  # to each HTTP socket
 FUNCTIONS = 256  # connections to the resident tier
 QUESTIONS = 32  # that wait for what takes a look at the disk
 BACKLOG = 1024
+_M_ARENA_MAX = -8  # of malloc.h
 
 
 class Sidecar:
@@ -304,6 +307,12 @@ class _Server:
         return self._threads.join(STOP_S / 2)
 
 
+def _share_memory() -> None:
+    """Have all threads allocate from the same memory: glibc gives each its own, and what one has used for a moment no other one gets."""
+    with contextlib.suppress(AttributeError):  # another libc
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
+
+
 def serve(settings: WeightsSettings, *, agent: bool = False) -> int:
     """Run the sidecar, or the agent, until SIGTERM or SIGINT; returns the exit status.
 
@@ -313,26 +322,31 @@ def serve(settings: WeightsSettings, *, agent: bool = False) -> int:
         raise WeightsError("WEIGHTS_URI is not set: the sidecar needs to know which weights to keep present")
     if settings.uri:
         WeightsUri.parse(settings.uri)
+    _share_memory()
     server = _Server(settings, agent=agent)
-    sidecar = server.sidecar
-    is_over = False
+    with unhurried():
+        is_over = _serve(server, settings, agent=agent)
+    if not is_over:
+        # Something is in the middle of a call to a store, or a disk, that stalls, and the interpreter would wait for it; what is in the
+        # cache by now stays there for the next one.
+        os._exit(0)
+    server.sidecar.close()
+    return 0
+
+
+def _serve(server: _Server, settings: WeightsSettings, *, agent: bool) -> bool:
+    """Until a signal; returns whether all threads have ended."""
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.loop.stop())
         if agent:
-            sidecar.prepare()
+            server.sidecar.prepare()
         log.info(
             "keeping %s in %s; listening on %s:%d", settings.uri or "what is asked for", settings.cache_dir, settings.host, settings.port
         )
-        sidecar.start(agent=agent)
+        server.sidecar.start(agent=agent)
         server.run()
     finally:
-        is_over = server.close()
-        is_over = sidecar.stop(STOP_S) and is_over
-    if not is_over:
-        # Something is in the middle of a call to a store, or a disk, that stalls, and the interpreter would wait for it; what is in the
-        # cache by now stays there for the next one.
-        logging.shutdown()
-        os._exit(0)
-    sidecar.close()
-    return 0
+        is_answered = server.close()
+        is_over = server.sidecar.stop(STOP_S)
+    return is_answered and is_over

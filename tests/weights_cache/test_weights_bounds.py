@@ -8,6 +8,8 @@ import os
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import free_port, request, wait_until
+from tests.support import ROOT, free_port, request, wait_until
 from tests.weights_cache.conftest import Sidecar, noise, push
 from tests.weights_cache.stores import Bucket, Proxy
 from tests.weights_cache.test_weights_agent import ask, order
@@ -309,12 +311,12 @@ def test_memory_descriptors_threads_and_series_are_what_they_were_after_many_add
     bucket.put({f"{number}/a": noise(1000, seed=number) for number in range(30)})
     node = sidecar("", "--agent")
     pid = node.server.process.pid
-    before = memory_mb(pid), count(pid, "fd"), len(node.metrics())
+    before = memory_mb(pid), count(pid, "fd"), len(node.metrics()), count(pid, "task")
     uris = [f"{bucket.uri}/{number}" for number in range(60)]  # of which half are nowhere
     for uri in uris:
         wait_until("a place", lambda uri=uri: ask(cache, order(uri))[0] == 200)  # type: ignore[misc]
     wait_until("the last", lambda: node.metrics()["weights_cache_failures_total"] + node.metrics()["weights_cache_misses_total"] == 60)
-    wait_until("its end", lambda: count(pid, "task") <= 4)
+    wait_until("its end", lambda: count(pid, "task") <= before[3])
     assert node.metrics()["weights_cache_failures_total"] == 30
     assert len(node.metrics()) == before[2]
     assert count(pid, "fd") <= before[1] + 12  # ten idle connections to the store stay
@@ -469,3 +471,21 @@ def test_a_pull_that_is_cancelled_before_it_begins_asks_nobody(bucket: Bucket, p
     with pytest.raises(StoreError, match="the pull was stopped"):
         found.run()
     assert len(proxy.asked) == asked
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up(aws: None, cache: NodeCache) -> None:
+    port = free_port()
+    ours = {"WEIGHTS_HOST": "127.0.0.1", "WEIGHTS_PORT": str(port), "WEIGHTS_CACHE_DIR": str(cache.root)}
+    command = [sys.executable, "-m", "weights_cache", "serve", "--agent"]
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ours}, stderr=subprocess.PIPE) as node:
+        wait_until("/healthz", lambda: request(port, "GET", "/healthz").status == 200)
+        long = "x" * 900
+        for number in range(150):  # each has a line of some 2000 characters; a pipe takes 64 KiB
+            wait_until("a place", lambda number=number: ask(cache, order(f"s3://nowhere/{number}/{long}"))[0] == 200)  # type: ignore[misc]
+        failures = lambda: b"weights_cache_failures_total 150.0" in request(port, "GET", "/metrics").body  # noqa: E731
+        wait_until("the last failure", failures)
+        assert request(port, "GET", "/healthz").status == 200
+        node.send_signal(signal.SIGTERM)
+        assert node.wait(30) == 0
+        assert node.stderr
+        assert b"keeping what is asked for" in node.stderr.read(100_000)

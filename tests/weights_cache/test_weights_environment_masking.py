@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.support import ROOT, clean_environment
-from weights_cache.environment import SettingsError, masked, read, setting, told
+from weights_cache.environment import SettingsError, hiding, masked, read, setting, told
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,25 @@ def test_what_only_resembles_them_is_left(text: str) -> None:
 def test_a_long_text_is_masked_in_time_that_grows_with_its_length(piece: str) -> None:
     """By the number of steps would be better, but nothing counts them: a text that took seconds would take hours at this length."""
     assert masked(piece * 100_000).startswith(piece[:3])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text", "expected"),
+    [
+        pytest.param("HF_TOKEN", "hf_abcdef", "no hf_abcdef here", "no *** here", id="a token"),
+        pytest.param("AWS_SECRET_ACCESS_KEY", "a/b+c=d/e", "x=a/b+c=d/e", "x=***", id="a key with signs of patterns"),
+        pytest.param("MY_API_KEY_2", "geheim", "geheim", "***", id="a name that goes on"),
+        pytest.param("X_HEADERS", "x-key: geheim1", "x-key: geheim1", "***", id="all of the headers"),
+        pytest.param("X_HEADERS", "a=geheim1,b=c", "got geheim1", "got ***", id="one of the headers"),
+        pytest.param("HF_TOKEN", "short", "a short text", "a short text", id="what stands in many a word"),
+        pytest.param("FUNCTION_API_KEYS_FILE", "/etc/keys", "/etc/keys", "/etc/keys", id="where a secret lies"),
+        pytest.param("TOKENIZERS_PARALLELISM", "parallel", "parallel", "parallel", id="another word"),
+        pytest.param("PATH", "/usr/bin", "/usr/bin", "/usr/bin", id="no secret"),
+        pytest.param("HF_TOKEN", "", "http://a:b@c", "http://***@c", id="none"),
+    ],
+)
+def test_what_the_environment_calls_a_secret_is_hidden(name: str, value: str, text: str, expected: str) -> None:
+    assert hiding({name: value, "LANG": "C"})(text) == expected
 
 
 @dataclass(frozen=True)

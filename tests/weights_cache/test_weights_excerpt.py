@@ -2,14 +2,18 @@
 
 import io
 import logging
+import re
+import threading
 import time
 
 import pytest
 
+from tests.support import wait_until
+from weights_cache import logs
 from weights_cache.environment import SettingsError, masked
 from weights_cache.errors import StoreError, WeightsError
 from weights_cache.excerpt import MAX_TOLD_SIGNS, described, told
-from weights_cache.logs import LineFormatter
+from weights_cache.logs import LineFormatter, Unhurried
 from weights_cache.uri import WeightsUri
 
 
@@ -131,3 +135,29 @@ def test_another_handler_sees_the_record_as_it_was(logger: logging.Logger, log: 
     logger.addHandler(other)
     logger.info("%s", "a\nb")
     assert [(record.msg, record.args) for record in seen] == [("%s", ("a\nb",))]
+
+
+def test_lines_that_nobody_reads_are_lost_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "MAX_LINES", 2)
+    may_write, written = threading.Event(), io.StringIO()
+
+    class Slow(io.StringIO):
+        def write(self, text: str) -> int:
+            assert may_write.wait(60)
+            return written.write(text)
+
+    to = logging.StreamHandler(Slow())
+    to.setFormatter(LineFormatter())
+    found = Unhurried(to)
+    logger = logging.Logger("relight.test")
+    logger.addHandler(found)
+    for number in range(10):
+        logger.info("line %d", number)
+    may_write.set()
+    wait_until("those that are left", lambda: found._lines.empty())
+    logger.info("the last")
+    found.finish(60)
+    lines = written.getvalue().splitlines()
+    assert lines[0].endswith("line 0")
+    assert sum("line " in line for line in lines) + int(re.findall(r"(\d+) lines of the log were lost", written.getvalue())[0]) == 10
+    assert lines[-1].endswith("the last")
