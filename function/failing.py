@@ -6,6 +6,7 @@ The log has all of it; who calls is told no more than this line.
 import http.client
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -14,7 +15,7 @@ from urllib.parse import quote
 
 from function.errors import Unavailable, bounded
 from function.process import explain
-from weights_cache.environment import SettingsError, masked
+from weights_cache.environment import SettingsError, hiding
 from weights_cache.errors import WeightsError
 from weights_cache.settings import WeightsSettings
 
@@ -59,7 +60,7 @@ def _text(error: BaseException) -> str:
 
 
 def _line(text: str) -> str:
-    return bounded(_UNPRINTABLE.sub(" ", masked(text)).strip(), MOST_REASON)
+    return bounded(_UNPRINTABLE.sub(" ", hiding(os.environ)(text)).strip(), MOST_REASON)
 
 
 class Failing:

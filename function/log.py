@@ -11,11 +11,12 @@ import select
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import orjson
 
-from weights_cache.environment import masked
+from weights_cache.environment import hiding, masked
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 MOST_RECORD = 16 * 1024  # characters of one record
@@ -138,19 +139,25 @@ class LogWriter:
 class LineFormatter(logging.Formatter):
     """A record as text in which only our own first line begins at the left margin, without control characters and credentials."""
 
+    def __init__(self, form: str, hide: Callable[[str], str] = masked) -> None:
+        """hide: what takes credentials out of a text."""
+        super().__init__(form)
+        self._hide = hide
+
     def format(self, record: logging.LogRecord) -> str:
         """The record, of bounded length. Called by logging."""
         text = cut(super().format(record), 4 * MOST_RECORD)  # so that what follows takes no longer for a longer one
-        return cut(_UNSAFE.sub(_escaped, masked(text)).replace("\n", "\n    "))
+        return cut(_UNSAFE.sub(_escaped, self._hide(text)).replace("\n", "\n    "))
 
 
 class LogHandler(logging.Handler):
     """Hands each record to a writer."""
 
-    def __init__(self, writer: LogWriter) -> None:
+    def __init__(self, writer: LogWriter, hide: Callable[[str], str] = masked) -> None:
+        """hide: see LineFormatter."""
         super().__init__()
         self._writer = writer
-        self.setFormatter(LineFormatter(FORMAT))
+        self.setFormatter(LineFormatter(FORMAT, hide))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write it. Called by logging."""
@@ -229,7 +236,7 @@ write = STDERR.write
 def install(level: int = logging.INFO) -> None:
     """Have all of the process's log written here: that of `logging`, of gunicorn, warnings, and errors that nobody caught."""
     _hold(2)
-    handler = LogHandler(STDERR)
+    handler = LogHandler(STDERR, hiding(os.environ))
     logging.basicConfig(level=level, handlers=[handler])
     for name in OURS:
         own = logging.getLogger(name)

@@ -408,3 +408,25 @@ def test_a_function_that_is_started_without_stderr_answers(tmp_path: Path) -> No
         server.ready()
         assert request(port, "POST", "/", "a").json() == "a"
         assert request(port, "POST", "/", "x").status == 500
+
+
+def test_a_library_that_repeats_what_it_is_given_tells_no_secret(tmp_path: Path) -> None:
+    """Also to a caller, of a start that has failed."""
+    (tmp_path / "leaky.py").write_text(
+        "import logging, os\n"
+        "class Leaky:\n"
+        "    def load(self, weights, device):\n"
+        "        logging.getLogger('lib').warning('headers are %s', os.environ['LIB_HEADERS'])\n"
+        "        raise RuntimeError('401 for ' + os.environ['HF_TOKEN'])\n"
+        "    def predict(self, inputs): return inputs\n"
+    )
+    port = free_port()
+    env = environment(tmp_path, port) | {"FUNCTION_AGENT": "leaky:Leaky", "PYTHONPATH": str(tmp_path), "FUNCTION_TELL_FAILURE_S": "60"}
+    env |= {"LIB_HEADERS": "x-api-key: geheim123", "HF_TOKEN": "hf_geheim"}
+    with running([str(BIN / "python"), "-m", "function"], tmp_path / "log", env, port) as server:
+        found = wait_until("its failure", lambda: (reply := request(port, "GET", "/readyz")).status == 200 and reply.json())
+        told = request(port, "POST", "/", 1).body.decode()
+        said = server.said()
+    assert found["error"].endswith("RuntimeError: 401 for ***")
+    assert "headers are ***" in said
+    assert "geheim" not in told + said

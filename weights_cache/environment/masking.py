@@ -4,6 +4,7 @@ It is for what somebody else wrote: a URL, a setting's value, an exception's tex
 """
 
 import re
+from collections.abc import Callable, Mapping
 
 HIDDEN = "***"
 MOST_VALUE = 80  # characters of a value that is repeated
@@ -16,6 +17,10 @@ _QUERY = re.compile(
     r"""((?:\b(?=X-Amz-|X-Goog-|AWSAccess)|[?&])[\w.-]{0,64}?(?:token|secret|signature|sig|passwo?r?d|api[_-]?key|access[_-]?key(?:[_-]?id)?|credential)=)[^\s&#"'<>]+""",
     re.IGNORECASE,
 )
+_SECRET_NAME = re.compile(
+    r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(?:API|ACCESS|SECRET|PRIVATE)_?KEY|HEADERS)(?:_|$)", re.IGNORECASE
+)
+_LEAST_SECRET = 6  # characters; what is shorter stands in many a word
 _SIGN = r"[\w.~+/=-]"
 _BEARER = re.compile(  # a lone word after "bearer" is a word
     rf"(\bauthorization\W{{1,6}}(?:b\W)?(?:bearer|basic|token)\s+|\bbearer\s+(?=[a-z]*[\d._~+/=-]{_SIGN})){_SIGN}+", re.IGNORECASE
@@ -32,6 +37,21 @@ def masked(text: str) -> str:
     if "HMAC" in text:
         text = _SIGNED.sub(rf"\1{HIDDEN}", text)
     return _BEARER.sub(rf"\1{HIDDEN}", text)
+
+
+def hiding(environ: Mapping[str, str]) -> Callable[[str], str]:
+    """`masked` that also hides the values of variables whose names say that they are secrets: libraries repeat what they are given."""
+    secrets: set[str] = set()
+    for name, value in environ.items():
+        if _SECRET_NAME.search(name) and not name.endswith(("_FILE", "_PATH")):
+            secrets |= {value, *value.splitlines()}
+            if "HEADERS" in name.upper():  # name=value,name=value
+                secrets |= {re.split("[=:]", pair, maxsplit=1)[-1].strip() for pair in value.split(",")}
+    known = sorted((secret for secret in secrets if len(secret) >= _LEAST_SECRET), key=len, reverse=True)
+    if not known:
+        return masked
+    pattern = re.compile("|".join(map(re.escape, known)))
+    return lambda text: masked(pattern.sub(HIDDEN, text))
 
 
 def told(value: str) -> str:
