@@ -40,6 +40,8 @@ _HOP_BY_HOP = {
 }
 _AUTOMATIC = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")  # what aiohttp would add to a request that has none
 UNREACHED_TRIES = 3  # of one pod
+HEADER_BYTES = 64 * 1024  # one, of an answer
+MESSAGE_CHARACTERS = 200
 READ_BYTES = 64 * 1024  # of an answer, that wait for the caller to read them; the double before the pod is held up
 PAUSE_S, PAUSE_LIMIT_S = 0.05, 1.0  # until a descriptor is looked for again, doubling
 
@@ -187,8 +189,11 @@ async def _hand_over(call: _Call, pod: Pod) -> web.StreamResponse:
             skip_auto_headers=_AUTOMATIC,
             allow_redirects=False,
             read_bufsize=READ_BYTES,
+            max_field_size=HEADER_BYTES,
             trace_request_ctx=sent,
         ) as reply:
+            if (coding := ",".join(reply.headers.getall("Transfer-Encoding", ("chunked",)))).lower() != "chunked":
+                raise BadGateway(f"{pod.name} answered with Transfer-Encoding {coding[:MESSAGE_CHARACTERS]!r}; known is chunked")
             answer = web.StreamResponse(status=reply.status, reason=reply.reason, headers=_end_to_end(reply.headers))
             if reply.status == HTTPStatus.SWITCHING_PROTOCOLS:
                 taken = _upgrade(reply.headers)
@@ -217,7 +222,10 @@ def _explain(error: Exception, call: _Call, pod: Pod, *, is_sent: bool) -> Excep
     # It may have been sent over a connection that then broke, and aiohttp have found no other: that is no case for another pod.
     if isinstance(error, aiohttp.ClientConnectorError) and not is_sent:
         return NoDescriptors(str(error)) if NoDescriptors.explains(error.os_error) else PodUnreached(str(error))
-    return BadGateway(f"{pod.name} ended the connection before it had answered: {error or type(error).__name__}")
+    if isinstance(error, aiohttp.ClientResponseError):
+        said = error.message.partition("\n")[0].partition(": b'")[0].rstrip(":")  # what is no HTTP is quoted behind it
+        return BadGateway(f"what {pod.name} answered is no HTTP: {said[:MESSAGE_CHARACTERS]}")
+    return BadGateway(f"{pod.name} ended the connection before it had answered: {str(error)[:MESSAGE_CHARACTERS] or type(error).__name__}")
 
 
 def _headers(request: web.BaseRequest, upgrade: str) -> CIMultiDict[str]:
@@ -259,7 +267,17 @@ def _target(request: web.BaseRequest, pod: Pod) -> URL:
 def _end_to_end(headers: MultiMapping[str]) -> CIMultiDict[str]:
     """The headers that are for the other end."""
     dropped = _HOP_BY_HOP | _options(headers)
-    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in dropped)
+    kept = ((name, value) for name, value in headers.items() if name.lower() not in dropped)
+    return CIMultiDict((name, value if value.isascii() else _text(value)) for name, value in kept)
+
+
+def _text(value: str) -> str:
+    """A header's value that is sent on as UTF-8; bytes that are none are Latin-1, as they once were (RFC 9110, 5.5)."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return value.encode("utf-8", "surrogateescape").decode("latin-1")
+    return value
 
 
 def _options(headers: MultiMapping[str]) -> set[str]:

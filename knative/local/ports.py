@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
 
 from knative.local.connections import Connection, Connections
 from knative.local.descriptors import NO_ROOM, Descriptors
@@ -16,6 +16,7 @@ from knative.local.errors import PlatformError
 from knative.local.tasks import Tasks
 
 HOST = "127.0.0.1"
+HEADER_BYTES = 32 << 10  # one of them, as at the function
 CALLS = 10_000  # connections of callers: as many as may wait for a pod
 ADMIN_CALLS = 256
 BACKLOG = 1024
@@ -147,8 +148,16 @@ class Port(AbstractAsyncContextManager["Port"]):
     async def _take_in(self, raw: socket.socket) -> None:
         def protocol() -> Connection:
             # auto_decompress: a body is passed on as it was sent.
-            options = {"loop": self._loop, "access_log": None, "auto_decompress": False, "read_bufsize": READ_BYTES}
-            return Connection(self._connections, raw, self._server, **options)
+            return Connection(
+                self._connections,
+                raw,
+                self._server,
+                loop=self._loop,
+                access_log=None,
+                auto_decompress=False,
+                read_bufsize=READ_BYTES,
+                max_field_size=HEADER_BYTES,
+            )
 
         try:
             await self._loop.connect_accepted_socket(protocol, raw)
@@ -164,7 +173,9 @@ class Port(AbstractAsyncContextManager["Port"]):
 
 def _refusal(request: web.BaseRequest) -> web.Response | None:
     """What no port does."""
-    if request.method == hdrs.METH_CONNECT:
+    if request.version not in (HttpVersion10, HttpVersion11):
+        status, kind, message = 505, "bad_request", "HTTP/1.1 and HTTP/1.0 are spoken here"
+    elif request.method == hdrs.METH_CONNECT:
         status, kind, message = 405, "method_not_allowed", "CONNECT is for proxies, and this is none"
     elif (coding := ",".join(request.headers.getall(hdrs.TRANSFER_ENCODING, ("chunked",)))).lower() != "chunked":
         status, kind, message = 501, "not_implemented", f"Transfer-Encoding: found {coding[:100]!r}; known is chunked"

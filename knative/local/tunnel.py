@@ -25,6 +25,9 @@ class _End(asyncio.Protocol):
         self._other.write(data)
         return False, b""
 
+    def feed_eof(self) -> None:
+        """What aiohttp calls once the connection is gone, which we know."""
+
     def pause_writing(self) -> None:
         self._other.pause_reading()
 
