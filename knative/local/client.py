@@ -10,6 +10,7 @@ from urllib.parse import urlencode, urlsplit
 from knative.local.errors import PlatformError
 
 CONNECT_S = 5.0
+ANSWER_S = 30.0  # for a document, of which the platform makes none that takes a second
 PIECE_BYTES = 64 * 1024
 
 
@@ -37,15 +38,25 @@ class Client:
 
     @contextmanager
     def ask(
-        self, route: str, query: Mapping[str, str] | None = None, *, method: str = "GET", body: bytes | None = None, content_type: str = ""
+        self,
+        route: str,
+        query: Mapping[str, str] | None = None,
+        *,
+        method: str = "GET",
+        body: bytes | None = None,
+        content_type: str = "",
+        patience_s: float | None = None,
     ) -> Iterator[http.client.HTTPResponse]:
-        """One answer, to be read while it is entered. Raises NoPlatform, or PlatformError if somebody else answers."""
+        """One answer, to be read while it is entered. Raises NoPlatform, or PlatformError if somebody else answers.
+
+        patience_s: for each part of the answer; without it there is none, as it may wait for a cold start, or be a log.
+        """
         connection = http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_S)
         headers = {"X-Relight": "1"} | ({"Content-Type": content_type} if content_type else {})
         try:
             try:
                 connection.connect()
-                connection.sock.settimeout(None)  # an answer may wait for a cold start
+                connection.sock.settimeout(patience_s)
                 connection.request(method, route + (f"?{urlencode(query)}" if query else ""), body, headers)
                 reply = connection.getresponse()
             except (OSError, http.client.HTTPException) as error:
@@ -58,15 +69,18 @@ class Client:
 
     def get(self, route: str, query: Mapping[str, str] | None = None) -> Any:
         """A document. Raises NoPlatform, or PlatformError with what the platform said."""
-        with self.ask(route, query) as reply:
-            document = parse(reply.read())
+        with self.ask(route, query, patience_s=ANSWER_S) as reply:
+            try:
+                document = parse(reply.read())
+            except (OSError, http.client.HTTPException) as error:
+                raise NoPlatform(self._admin, getattr(error, "strerror", None) or error) from error
         if reply.status != http.client.OK:
             raise PlatformError(explain(document) or f"{self._admin}{route} answered {reply.status}")
         return document
 
     def events(self) -> Iterator[Any]:
         """The status document, as often as it changes, without end. Raises PlatformError when the platform ends."""
-        with self.ask("/api/events") as reply:
+        with self.ask("/api/events", patience_s=ANSWER_S) as reply:  # there is one each second
             if reply.status != http.client.OK:
                 raise PlatformError(explain(parse(reply.read())) or f"{self._admin} answered {reply.status}")
             try:
