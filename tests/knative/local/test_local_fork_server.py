@@ -18,7 +18,8 @@ import pytest
 from knative.local import fork_server as fork_server_module
 from knative.local import process as process_module
 from knative.local.fork_server import Forked, ForkServer
-from knative.local.launch import Process, inherited
+from knative.local.inheritance import inherited
+from knative.local.launch import Process
 from knative.local.limits import Limits
 from knative.local.process import ContainerProcess, tail
 from tests.knative.local.running import platform_running, service

@@ -128,7 +128,7 @@ def test_python_is_the_one_that_the_packages_are_installed_for(path: str | None,
     ],
 )
 def test_what_env_cannot_be_is_refused_without_a_value(said: str, refusal: str, tmp_path: Path) -> None:
-    words = [BIN / "relight", "run", str(tmp_path / "none.yaml"), "--env", said]
+    words = [str(BIN / "relight"), "run", str(tmp_path / "none.yaml"), "--env", said]
     done = subprocess.run(words, capture_output=True, text=True, env=clean_environment(GEHEIM="abc123"), check=False)
     assert done.returncode == 2
     assert refusal in done.stderr
