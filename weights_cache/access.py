@@ -64,11 +64,11 @@ class Access:
 
         found = botocore.session.get_session()
         if self._loader:
-            found.register_component("data_loader", self._loader)  # type: ignore[no-untyped-call]
-        self._loader = found.get_component("data_loader")  # type: ignore[no-untyped-call]
+            found.register_component("data_loader", self._loader)
+        self._loader = found.get_component("data_loader")
         session = boto3.session.Session(botocore_session=found)
         # Where botocore itself looks for the authorities to trust: AWS_CA_BUNDLE, ca_bundle, its own.
-        self._authorities = lambda: found.get_config_variable("ca_bundle") or botocore.httpsession.get_cert_path(True)  # type: ignore[no-untyped-call]
+        self._authorities = lambda: found.get_config_variable("ca_bundle") or botocore.httpsession.get_cert_path(True)
         return session.client(
             "s3",
             config=botocore.config.Config(

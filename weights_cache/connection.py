@@ -23,6 +23,7 @@ from weights_cache.store import Store
 
 CONNECT_S = 10.0
 STALL_S = 20.0  # without a byte
+HEAD_S = 60.0  # for all of an answer's head
 
 _BYTES_RECEIVED_AT = 128  # tcpi_bytes_received in Linux' struct tcp_info
 _PORTS = {"http": 80, "https": 443}
@@ -100,8 +101,10 @@ def _in_words() -> Iterator[None]:
 
 def _head(sock: socket.socket) -> tuple[bytes, bytes]:
     """What comes up to the empty line, and what came with it of the body."""
-    data = b""
+    data, late_at = b"", time.monotonic() + HEAD_S
     while (end := data.find(b"\r\n\r\n")) < 0:
+        if time.monotonic() > late_at:
+            raise TimeoutError(f"an answer of which the head is not there after {HEAD_S:g} s")
         with _in_words():
             piece = sock.recv(16 * 1024)
         if not piece:

@@ -75,14 +75,17 @@ class Unhurried(logging.Handler):
 def unhurried() -> Iterator[None]:
     """What has been written by `configure`'s handler is written by a thread meanwhile."""
     root = logging.getLogger()
-    handlers = {handler: Unhurried(handler) for handler in root.handlers if isinstance(handler.formatter, LineFormatter)}
-    root.handlers = [handlers.get(handler, handler) for handler in root.handlers]
+    before = list(root.handlers)
+    unhurried = {
+        one: Unhurried(one) for one in before if isinstance(one, logging.StreamHandler) and isinstance(one.formatter, LineFormatter)
+    }
+    root.handlers = [unhurried.get(one, one) for one in before]  # type: ignore[call-overload]
     try:
         yield
     finally:
-        root.handlers = [next((old for old, new in handlers.items() if new is handler), handler) for handler in root.handlers]
-        for handler in handlers.values():
-            handler.finish(FLUSH_S)
+        root.handlers = before
+        for one in unhurried.values():
+            one.finish(FLUSH_S)
 
 
 def configure() -> None:

@@ -54,7 +54,7 @@ class Sidecar:
         """pieces: allocations that may stay on devices."""
         self._settings = settings
         self._stop = threading.Event()
-        self._threads = Threads(self._failed)
+        self._threads = Threads(self.failed)
         self._prefetched = prefetch.parse(settings.prefetch)
         self._is_reader = can_only_read(settings)
         self._access = Access()
@@ -62,7 +62,7 @@ class Sidecar:
         self._metrics: Any = None
         self.problem: str | None = None  # for good: a thread has ended that should not have
         kept = dict.fromkeys([*filter(None, [settings.uri]), *self._prefetched.values()])  # whoever asks for them, and whoever does not
-        self.pulls = Pulls(self._make_keeper, kept, self._failed)
+        self.pulls = Pulls(self._make_keeper, kept, self.failed)
         self.residents = resident.Residents(settings.resident_bytes, pieces)
 
     def _make_keeper(self, uri: str, pulls: int) -> Keeper:
@@ -70,7 +70,8 @@ class Sidecar:
             return Delegate(self._settings, uri, self._count)
         return Filler(self._settings, uri, self._count, self._access, pulls)
 
-    def _failed(self, name: str, error: BaseException) -> None:
+    def failed(self, name: str, error: BaseException) -> None:
+        """A thread has ended by an exception: this process is one to be replaced."""
         log.error("thread %r ended: %s", name, described(error), exc_info=error)
         self.problem = f"{name} ended unexpectedly: {described(error)}"
 
@@ -79,13 +80,13 @@ class Sidecar:
         self._threads.start("prepare", self._access.prepare)
         self._threads.join(PREPARE_S)
 
-    def start(self, *, agent: bool) -> None:
-        """Begin to keep what is to be kept."""
+    def start(self, *, agent: bool, look: Callable[[], str | None] = lambda: None) -> None:
+        """Begin to keep what is to be kept. look: says, every few seconds, for what reason this process is one to be replaced."""
         if self._settings.uri:
             self._threads.start("keep", self.pulls.keep_present, self._settings.uri)
         if agent and self._prefetched:
             self._threads.start("prefetch", self.bring_ahead)
-        self._threads.start("tell", self._tell)
+        self._threads.start("tell", self._tell, look)
 
     def bring_ahead(self) -> None:
         """Bring what WEIGHTS_PREFETCH names, one after the other, and label the node with what is there."""
@@ -103,9 +104,12 @@ class Sidecar:
             if not labels or not snapshots or labels.set(snapshots) or self._stop.wait(pause_s):
                 return
 
-    def _tell(self) -> None:
+    def _tell(self, look: Callable[[], str | None]) -> None:
         """A line in the log every few seconds while weights come, for whoever has nothing but the log to look at."""
         while not self._stop.wait(TELL_S):
+            if not self.problem and (problem := look()):
+                log.error("%s", problem)
+                self.problem = problem
             for row in self.pulls.rows():
                 if row["phase"] == "fetching" and row.get("total_bytes"):
                     log.info("%s: %.1f of %.1f MB", row["uri"], row["bytes"] / 1e6, row["total_bytes"] / 1e6)
@@ -251,7 +255,8 @@ def _no_socket(path: Path, error: OSError) -> WeightsError:
 def _tcp(host: str, port: int) -> socket.socket:
     """A listening socket for an address of either family. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    is_both = host == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=is_both)
 
 
 class _Server:
@@ -261,19 +266,22 @@ class _Server:
         """Raises WeightsError or OSError."""
         free = raise_descriptor_limit()
         self.loop = Loop()
-        self._paths: list[Path] = []
+        # One of its own: a look at a descriptor that a function has given, or closing it, can take as long as that function likes.
+        self._tier = Loop()
+        self._paths: dict[Path, os.stat_result] = {}
         self._routes: list[Routes] = []
         self.sidecar = Sidecar(settings, pieces=min(resident.MAX_PIECES, max(8, free // 4)))
-        self._threads = Threads(lambda name, error: self.loop.stop())
+        self._threads = Threads(self.sidecar.failed)
         try:
             connections = min(CONNECTIONS, max(8, free // (4 if agent else 2)))
-            self._listen(_tcp(settings.host, settings.port), self._speak(takes_orders=False), connections)
+            self.loop.listen(_tcp(settings.host, settings.port), self._speak(takes_orders=False), connections)
             if agent:
                 NodeCache(settings.cache_dir).create()
-                self._listen_at(settings.cache_dir / SOCKET, socket.SOCK_STREAM, self._speak(takes_orders=True), connections)
+                self._listen_at(settings.cache_dir / SOCKET, socket.SOCK_STREAM, self.loop, self._speak(takes_orders=True), connections)
             if agent and settings.resident_bytes:
                 meet = lambda sock: resident.FunctionPeer(sock, self.sidecar.residents)  # noqa: E731
-                self._listen_at(settings.cache_dir / resident.SOCKET, socket.SOCK_SEQPACKET, meet, min(FUNCTIONS, max(8, free // 4)))
+                most = min(FUNCTIONS, max(8, free // 4))
+                self._listen_at(settings.cache_dir / resident.SOCKET, socket.SOCK_SEQPACKET, self._tier, meet, most)
         except BaseException:
             self.close()
             raise
@@ -284,27 +292,41 @@ class _Server:
         self._routes.append(routes)
         return lambda sock: HttpPeer(sock, routes)
 
-    def _listen(self, sock: socket.socket, meet: Callable[[socket.socket], Peer], most: int) -> None:
-        self.loop.listen(sock, meet, most)
+    def _listen_at(self, path: Path, kind: socket.SocketKind, loop: Loop, meet: Callable[[socket.socket], Peer], most: int) -> None:
+        loop.listen(_bound(path, kind), meet, most)
+        self._paths[path] = path.stat()
 
-    def _listen_at(self, path: Path, kind: socket.SocketKind, meet: Callable[[socket.socket], Peer], most: int) -> None:
-        self._listen(_bound(path, kind), meet, most)
-        self._paths.append(path)
+    def lost(self) -> str | None:
+        """What is wrong if somebody has taken a socket away, so that nobody can ask any more who does not know of it yet."""
+        for path, bound in self._paths.items():
+            try:
+                if os.path.samestat(path.stat(), bound):
+                    continue
+            except OSError:
+                pass
+            return f"{path} has been taken away, and nobody can ask there any more"
+        return None
 
     def run(self) -> None:
         """Serve until `loop.stop`."""
         for routes in self._routes:
             self._threads.start("answers", routes.serve)
+        self._threads.start("resident", self._tier.run)
         self.loop.run()
 
     def close(self) -> bool:
         """Stop listening, and end the answering; returns whether it has ended."""
-        for path in self._paths:
-            path.unlink(missing_ok=True)
+        if not self.lost():  # else it may be another agent's by now
+            for path in self._paths:
+                path.unlink(missing_ok=True)
         self.loop.close()
+        self._tier.stop()
         for routes in self._routes:
             routes.stop()
-        return self._threads.join(STOP_S / 2)
+        is_over = self._threads.join(STOP_S / 2)
+        if is_over:
+            self._tier.close()
+        return is_over
 
 
 def _share_memory() -> None:
@@ -344,7 +366,7 @@ def _serve(server: _Server, settings: WeightsSettings, *, agent: bool) -> bool:
         log.info(
             "keeping %s in %s; listening on %s:%d", settings.uri or "what is asked for", settings.cache_dir, settings.host, settings.port
         )
-        server.sidecar.start(agent=agent)
+        server.sidecar.start(agent=agent, look=server.lost)
         server.run()
     finally:
         is_answered = server.close()

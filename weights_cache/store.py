@@ -20,6 +20,7 @@ _BUSY = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "T
 _UPLOAD_PART_BYTES = 16 << 20  # also decides the ETag of a larger object, so it stays what it is
 _SIGNED_FOR_S = 3600
 _SIGN_AGAIN_S = 900
+_ADDRESSES = 256  # that are known at a time: more files than are read at the same time
 _OLD_CREDENTIALS = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}
 MAX_FILES = 100_000  # below a prefix: more are no model, and each takes memory
 
@@ -122,6 +123,8 @@ class Store:
                 address = self._s3.generate_presigned_url(
                     "get_object", Params={"Bucket": self.uri.bucket, "Key": self._key(file)}, ExpiresIn=_SIGNED_FOR_S
                 )
+            while len(self._addresses) >= _ADDRESSES:
+                self._addresses.pop(next(iter(self._addresses)), None)
             self._addresses[file.path] = time.monotonic(), address
         return address
 

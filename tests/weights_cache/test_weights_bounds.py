@@ -8,9 +8,11 @@ import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -489,3 +491,42 @@ def test_a_log_that_nobody_reads_holds_nobody_up(aws: None, cache: NodeCache) ->
         assert node.wait(30) == 0
         assert node.stderr
         assert b"keeping what is asked for" in node.stderr.read(100_000)
+
+
+def test_an_agent_whose_socket_was_taken_away_is_one_to_be_replaced(aws: None, cache: NodeCache, sidecar: Callable[..., Sidecar]) -> None:
+    node = sidecar("", "--agent")
+    (cache.root / SOCKET).unlink()
+    found = wait_until("that it notices", lambda: (reply := node.get("/healthz")).status == 503 and reply)
+    assert found.json() == {"status": "failed", "error": f"{cache.root / SOCKET} has been taken away, and nobody can ask there any more"}
+    assert node.get("/readyz").status == 503
+    with socket.socket(socket.AF_UNIX) as other:  # another one's
+        other.bind(str(cache.root / SOCKET))
+        node.server.signal(signal.SIGTERM)
+        assert node.server.wait(30) == 0
+        assert (cache.root / SOCKET).is_socket()
+
+
+def test_a_descriptor_that_takes_long_to_close_keeps_no_probe_waiting(aws: None, cache: NodeCache, sidecar: Callable[..., Sidecar]) -> None:
+    node = sidecar("", "--agent", WEIGHTS_RESIDENT_BYTES="1000000")
+    with contextlib.ExitStack() as stack:
+        door = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        slow = stack.enter_context(socket.create_connection(door.getsockname()))
+        peer = stack.enter_context(door.accept()[0])
+        talk = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        talk.connect(str(cache.root / "resident.sock"))
+        slow.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                slow.send(b"x" * 65536)  # which nobody reads
+        slow.setblocking(True)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 300))  # whoever closes it last waits for that
+        message = json.dumps({"do": "keep", "key": "k", "device": "host", "bytes": 1, "uri": "u"}).encode()
+        node.server.signal(signal.SIGSTOP)
+        socket.send_fds(talk, [message], [slow.fileno()])
+        slow.close()
+        node.server.signal(signal.SIGCONT)
+        time.sleep(0.5)  # until it waits
+        assert node.get("/healthz").status == node.get("/readyz").status == 200
+        node.server.signal(signal.SIGTERM)
+        assert node.server.wait(30) == 0
+        peer.close()

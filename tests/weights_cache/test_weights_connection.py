@@ -328,3 +328,22 @@ def test_a_proxy_that_is_not_there_is_an_error(
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
     with pytest.raises(StoreError, match=f"{port}"):
         puller(bucket.uri).run()
+
+
+def test_an_answer_whose_head_comes_a_byte_at_a_time_is_given_up(client: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEAD_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as door:
+
+        def drip() -> None:
+            found, _ = door.accept()
+            with found, contextlib.suppress(OSError):
+                found.sendall(b"HTTP/1.1 200 OK\r\nA: ")
+                while True:
+                    found.sendall(b"b")
+                    time.sleep(0.01)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        with pytest.raises(StoreUnavailable, match=r"an answer of which the head is not there after 0.1 s"):
+            client.get(f"http://127.0.0.1:{door.getsockname()[1]}/a?b", {})
+        thread.join()

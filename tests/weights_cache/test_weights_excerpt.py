@@ -131,7 +131,7 @@ def test_a_traceback_is_marked_as_one_and_tells_no_secret(logger: logging.Logger
 def test_another_handler_sees_the_record_as_it_was(logger: logging.Logger, log: io.StringIO) -> None:
     seen: list[logging.LogRecord] = []
     other = logging.Handler()
-    other.emit = seen.append  # type: ignore[method-assign]
+    other.emit = seen.append  # type: ignore[method-assign,assignment]
     logger.addHandler(other)
     logger.info("%s", "a\nb")
     assert [(record.msg, record.args) for record in seen] == [("%s", ("a\nb",))]

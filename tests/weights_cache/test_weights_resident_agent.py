@@ -218,3 +218,20 @@ class TierMachine(RuleBasedStateMachine):
 
 TierMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 test_whatever_functions_do_the_limit_holds_and_leases_are_kept = TierMachine.TestCase
+
+
+def test_a_function_that_reads_no_answer_is_let_go_of(talk: socket.socket, residents: Residents) -> None:
+    talk.setblocking(False)
+    message = json.dumps({"do": "attach", "device": "host", "key": "k"}).encode()
+
+    def is_over() -> bool:
+        try:
+            talk.send(message)
+        except BlockingIOError:
+            return False
+        except (BrokenPipeError, ConnectionResetError):
+            return True
+        return False
+
+    wait_until("its end", is_over)
+    assert residents.counts["missed"] > 1

@@ -207,7 +207,7 @@ def test_where_there_can_be_no_more_threads_those_that_there_are_go_on(
 ) -> None:
     monkeypatch.setattr(transfer, "FIRST_CONNECTIONS", 2)
     found, writer = running()
-    start, started = found._threads.start, []
+    start, started = found._threads.start, list[str]()
 
     def starts(name: str, *arguments: Any) -> None:
         if started:
