@@ -4,10 +4,14 @@ from dataclasses import replace
 
 from knative.local.plain import line
 from knative.local.trouble import Trouble
+from weights_cache.environment import masked
 
 
 class PlatformError(Exception):
-    """Base of every error this package raises on purpose; its text is for the person who has to act."""
+    """Base of every error this package raises on purpose; its text is for the person who has to act, and holds no password of a URL."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(masked(text))
 
 
 class ManifestError(PlatformError):

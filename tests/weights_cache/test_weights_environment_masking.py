@@ -15,6 +15,7 @@ from weights_cache.environment import SettingsError, hiding, masked, read, setti
     [
         pytest.param("http://user:pass@host/x", "http://***@host/x", id="a password"),
         pytest.param("amqp://pass@host", "amqp://***@host", id="a token in its place"),
+        pytest.param("http:/user:pass@host/x", "http:/***@host/x", id="what has become a path"),
         pytest.param("http://:pass@host", "http://***@host", id="no user"),
         pytest.param("https://user:p@ss@host:1/x@y", "https://***@y", id="a sign in it that should be escaped"),
         pytest.param("http://user:pa/ss@host", "http://***@host", id="another one"),
@@ -45,6 +46,8 @@ def test_credentials_are_masked(text: str, expected: str) -> None:
         "https://h/?page=1&tokens=5&max_tokens=7",
         "s3://bucket/prefix#0123",
         "12:30 a://b",
+        "file:/a/b@c",
+        "x:/a@b",
     ],
 )
 def test_what_only_resembles_them_is_left(text: str) -> None:

@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping
 HIDDEN = "***"
 MOST_VALUE = 80  # characters of a value that is repeated
 
-# A user and password before the host of a URL, whatever signs somebody has left unescaped in the password.
-_USER = re.compile(r"""(?<=://)(?:[^\s/?#@"'<>:[]{0,256}:(?!\d{1,5}(?:[/?#]|$))[^\s"'<>]{0,512}|[^\s/?#@"'<>]{1,512})@""")
+# A user and password before the host of a URL, whatever signs somebody has left unescaped in the password; of a path that was a URL, too.
+_USER = re.compile(
+    r"""(?:(?<=://)|(?<=[A-Za-z\d]{2}:/)(?!/))(?:[^\s/?#@"'<>:[]{0,256}:(?!\d{1,5}(?:[/?#]|$))[^\s"'<>]{0,512}|[^\s/?#@"'<>]{1,512})@"""
+)
 _SCHEMELESS = re.compile(r"^[^\s/@:]*:(?!//)\S*@")  # of a value that is to be a URL
 # A value in the query of a URL, or of a form.
 _QUERY = re.compile(
@@ -30,7 +32,7 @@ _SIGNED = re.compile(r"""(\bAWS4-HMAC-SHA256\s+)Credential=[^\r\n'"]+""", re.IGN
 
 def masked(text: str) -> str:
     """The text with `***` in place of passwords in URLs, of secrets in their queries, and of what `Authorization` or `Bearer` begins."""
-    if "://" in text:
+    if ":/" in text:
         text = _USER.sub(f"{HIDDEN}@", text)
     if "=" in text:
         text = _QUERY.sub(rf"\1{HIDDEN}", text)

@@ -1,6 +1,8 @@
 """What is wrong with a manifest is told without a value that may be somebody's secret."""
 
 import copy
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from knative.local.launch import check_references
 from knative.local.manifest import read_manifests
 from tests.knative.local.test_local_launch import env, plan
 from tests.knative.local.test_local_manifest import FILE, FUNCTION, HELLO, mistake, put, secret
+from tests.support import BIN, clean_environment
 
 SOURCE = {
     "apiVersion": "sources.knative.dev/v1",
@@ -91,3 +94,21 @@ def test_what_no_process_can_be_told_is_told_at_once_and_not_repeated(container:
 def test_what_is_written_of_a_process_or_of_manifests_by_mistake_holds_no_value() -> None:
     planned = plan({"env": env(KEY="geheim"), "args": ["geheim"]}, objects=[secret(stringData={"K": "geheim"})])
     assert "geheim" not in repr(planned)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "x.yaml", "--seed", "w=s3:/u:geheim@b/x"], "must be DIR=s3://bucket/prefix"),
+        (["run", "x.yaml", "--seed", "none=s3://u:geheim@b/x"], "there is no directory 'none'"),
+        (["status", "--admin", "http://u:geheim@127.0.0.1:9"], "no platform answers at http://***@127.0.0.1:9"),
+        (["run", "http://u:geheim@127.0.0.1:9/x.yaml"], "cannot be read"),
+    ],
+)
+def test_no_command_repeats_a_password_of_a_url(words: list[str], said: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [str(BIN / "relight"), *words], cwd=tmp_path, capture_output=True, text=True, env=clean_environment(), check=False
+    )
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "geheim@" not in done.stderr
