@@ -197,7 +197,7 @@ def check(platform: Platform, name: str, answers: list[tuple[str, int, bytes]], 
         if status == 200:
             assert (body.decode(), got[path]) == (path, 1)
         else:
-            assert status in (502, 503, 504), (path, status, body)
+            assert status == 502, (path, status, body)  # a pod had it that died: nobody is refused, nor waits in vain
             error = json.loads(body)["error"]
             # A pod that dies with a request is the one reason that there may be: who reached none is held until there is another.
             assert error["type"] == "bad_gateway", (path, error)
@@ -223,6 +223,6 @@ def test_no_caller_is_lost_while_everything_dies_and_rolls(tmp_path: Path) -> No
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [1, 2])
-def test_no_caller_is_lost_in_two_minutes_in_which_everything_dies_and_rolls(tmp_path: Path, seed: int) -> None:
-    done = run(tmp_path, seed, seconds=120)
+def test_no_caller_is_lost_in_a_minute_in_which_everything_dies_and_rolls(tmp_path: Path, seed: int) -> None:
+    done = run(tmp_path, seed, seconds=60)
     assert done.keys() >= {FUNCTION, SIDECAR, STORE, "new", "split", "broken", "not YAML"}
