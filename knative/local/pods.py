@@ -89,8 +89,10 @@ class PodSet:
     async def _end(self, pod: Pod, patience_s: float) -> None:
         try:
             await pod.drain(patience_s)
-        finally:
+        except Exception:
             self._pods.remove(pod)
+            raise
+        self._pods.remove(pod)  # not if we are cancelled: then `stop` has yet to end it
         self._gone()
 
     async def stop(self) -> None:

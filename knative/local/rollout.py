@@ -39,7 +39,7 @@ class Rollout:
         self._check_names(service)
         self.latest = self._create(service)  # the latest that was ready, or the first
         self.next: Revision | None = None  # what is to become the latest
-        self.next_failed = False
+        self.next_failure: Trouble | None = None  # why it will not
         self.route = resolve(service.traffic, self.latest.name)
 
     @property
@@ -68,7 +68,7 @@ class Rollout:
         if same:
             same.configure(service)
         if (
-            same is None or same is not self._newest or self.next_failed
+            same is None or same is not self._newest or self.next_failure
         ):  # one that failed is tried again: what it refers to may have changed
             self._roll_out(same or self._create(service))
         self._reroute()
@@ -111,7 +111,7 @@ class Rollout:
         if revision is self.latest:  # back to what it was, before anything else was ready
             self.next = None
             return
-        self.next, self.next_failed = revision, False
+        self.next, self.next_failure = revision, None
         revision.set_reachable(reachable=True)
         if self.service.recreate:
             self._tell(f"{revision.name} starts when {self.latest.name} is gone ({ROLLOUT}: {RECREATE})")
@@ -136,19 +136,19 @@ class Rollout:
 
     def _changed(self, revision: Revision) -> None:
         """Called when a revision has become what it was started to be, or has failed."""
-        if revision is not self.next or self.next_failed:
+        if revision is not self.next or self.next_failure:
             return
         if revision.scaling.scaler.settled:
             self.latest, self.next = revision, None
             self._reroute()
-        elif revision.failures.present:
-            self.next_failed = True
+        elif failure := revision.failures.present:
+            self.next_failure = failure
             self._tell(f"{revision.name} failed; traffic stays on {self.latest.name}")
             self._reroute()
 
     def _reroute(self) -> None:
         """Send requests where the manifest says, as far as that is ready; who gets none any more goes to zero."""
-        going = self.next if self.next and not self.next_failed else None
+        going = self.next if self.next and not self.next_failure else None
         follows = going if going and self.service.recreate else self.latest
         route = resolve(self.service.traffic, follows.name)
         for name in route.names - self.route.names - {follows.name}:
@@ -183,19 +183,17 @@ class Rollout:
     @property
     def failure(self) -> Trouble | None:
         """What is wrong with those who get requests, or with the one that was to get them."""
-        if self.next and self.next_failed:
-            trouble = self.next.trouble
-            reason = f"{self.next.name} failed; traffic stays on {self.latest.name}. {trouble.reason if trouble else ''}".rstrip()
-            return replace(trouble, reason=reason) if trouble else Trouble(reason)
+        if self.next and (failure := self.next_failure):
+            return replace(failure, reason=f"{self.next.name} failed; traffic stays on {self.latest.name}. {failure.reason}")
         return next((found for name in self.route.names if (found := self.revisions[name].failures.present)), None)
 
     def status(self) -> dict[str, Any] | None:
         """The entry `rollout` of `/api/status`: what is to become the latest revision, if one is."""
         if not self.next:
             return None
-        trouble = self.next.trouble
+        trouble = self.next_failure or self.next.trouble
         return {
             "revision": self.next.name,
-            "state": "failed" if self.next_failed else "waiting" if self.next.scaling.held else "starting",
+            "state": "failed" if self.next_failure else "waiting" if self.next.scaling.held else "starting",
             "trouble": trouble and trouble.reason,
         }

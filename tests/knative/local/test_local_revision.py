@@ -572,13 +572,27 @@ def test_who_comes_to_zero_again_pokes_again_and_what_was_poked_is_counted_once(
     asyncio.run(main())
 
 
-def test_a_revision_that_is_stopped_leaves_no_task_behind() -> None:
+def test_a_revision_that_is_stopped_ends_its_pods_also_those_that_were_going_and_leaves_no_task_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    patience: list[float] = []
+    drain = FakePod.drain
+
+    async def drained(pod: FakePod, patience_s: float) -> None:
+        patience.append(patience_s)
+        await drain(pod, patience_s)
+
+    monkeypatch.setattr(FakePod, "drain", drained)
+
     async def main() -> None:
         revision, _ = fake_revision(scale={"initial-scale": "2"})
         revision.start()
         await settle()
         revision.scaling.scale_to(0)
+        await settle()
+        assert patience == [300, 300]
         await revision.stop()
+        assert patience == [300, 300, 0, 0]
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(main())

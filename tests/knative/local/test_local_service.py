@@ -3,13 +3,17 @@
 import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from knative.local import troubles as troubles_module
 from knative.local.errors import ManifestError
+from knative.local.launch import Process
 from knative.local.manifest import Service, read_manifests
+from knative.local.process import ContainerProcess
 from knative.local.revision import Revision
 from knative.local.rollout import KEPT
 from knative.local.router import Router
@@ -241,6 +245,31 @@ def test_what_a_secret_or_the_cluster_says_is_taken_without_a_new_revision_for_w
             assert revision.service.manifests.secrets == {("default", "key"): {"A": "b"}}
             assert revision.scaling.scaler.spec.max_scale == 7
             assert [pod.phase for pod in pods(live, OLD)] == ["ready"]
+
+    asyncio.run(main())
+
+
+def test_a_new_revision_that_is_stuck_leaves_the_traffic_where_it_is_and_its_reason_outlives_its_pods(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(troubles_module, "STUCK_S", 0.0)
+
+    async def main() -> None:
+        async with running(version(1)) as (live, events):
+            change(live, version(2))
+            await settle()
+            (pod,) = pods(live, NEW)
+            sidecar = ContainerProcess(Process("cache", False, ("true",), {}, None, (), Path("/no/log"), None, None), lambda _: None)
+            pod.troubles.complained(sidecar, "no objects below s3://models/flowerz/")
+            pod.troubled()
+            pod.gone.set()
+            await settle()
+            assert (shares(live), pods(live, NEW)) == ({OLD: 100}, [])
+            status = live.status("", "")
+            assert status["rollout"]["state"] == "failed"
+            for said in (status["failure"], status["rollout"]["trouble"]):
+                assert "no objects below s3://models/flowerz/" in said
+            assert f"{NEW} failed; traffic stays on {OLD}" in events.told
 
     asyncio.run(main())
 
