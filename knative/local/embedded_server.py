@@ -22,6 +22,7 @@ from xml.sax.saxutils import escape
 os.environ["MOTO_DISABLE_GLOBAL_CORS"] = "true"  # read when moto is imported: no page of another site is answered
 
 from aiohttp import web
+from botocore.model import OperationNotFoundError
 from moto.core.common_models import BaseModel
 from moto.core.request import (
     PRESERVED_HEADER_NAMES_ENVIRON_KEY,
@@ -48,21 +49,13 @@ LONGEST_BODY = {"s3": 5 << 30, "sqs": 8 << 20}  # what S3 takes in one request; 
 BODIES_BYTES = 256 << 20  # on their way at a time; a larger one comes alone
 BODY_S, BODY_RATE = 30.0, 64 << 10  # for a body to come, and a second more for so many bytes
 THREADS, POLLS = 16, 256  # requests that are worked on, and long polls, at a time
+_ITS_MISTAKES = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
 ADMIN = "moto-api"  # of the emulator's own routes, which reset it and read all of it
 
 # Guards all queues: moto's are not made for threads. A message that is sent while another one is deleted would be lost, and one that two
 # ask for would be given to both.
 _turn = threading.Lock()
-_wait_for_messages = Queue.wait_for_messages
-
-
-def _wait(queue: Queue, timeout: int) -> None:
-    """Of a long poll, which must not keep the others from sending what it waits for."""
-    _turn.release()
-    try:
-        _wait_for_messages(queue, timeout)
-    finally:
-        _turn.acquire()
+_present = threading.local()  # `asked`: what this thread works on
 
 
 class Refused(Exception):
@@ -72,6 +65,42 @@ class Refused(Exception):
         super().__init__(message)
         self.status = status
         self.code = code
+
+
+class Asked:
+    """A request that is worked on in a thread, while its caller may leave: nobody else is to miss the messages that it waits for."""
+
+    def __init__(self) -> None:
+        self._is_left = False
+        self._queue: Any = None  # that it waits for
+
+    def leave(self) -> None:
+        """Its caller has."""
+        self._is_left = True
+        if (queue := self._queue) is not None:
+            with queue._messages_lock:  # noqa: SLF001
+                queue._messages_lock.notify_all()  # noqa: SLF001
+
+    def check(self) -> None:
+        """Raises Refused if its caller has left."""
+        if self._is_left:
+            raise Refused(499, "Gone", "the caller has left")
+
+    def wait(self, queue: Any, timeout: int) -> None:
+        """Until there are messages. Raises Refused."""
+        self._queue = queue
+        with queue._messages_lock:  # noqa: SLF001
+            queue._messages_lock.wait_for(lambda: self._is_left or queue.messages, timeout)  # noqa: SLF001
+        self.check()
+
+
+def _wait(queue: Queue, timeout: int) -> None:
+    """Of a long poll, which must not keep the others from sending what it waits for."""
+    _turn.release()
+    try:
+        _present.asked.wait(queue, timeout)
+    finally:
+        _turn.acquire()
 
 
 class Bodies:
@@ -151,18 +180,32 @@ class Server:
             raise Refused(503, "ServiceUnavailable", f"{POLLS} are waiting for messages already")
         self._polls += is_poll
         threads = self._poll_threads if is_poll else self._threads
-        asked = asyncio.get_running_loop().run_in_executor(threads, self._call, service, _environ(request, body))
-        asked.add_done_callback(lambda _: self._answered(is_poll=is_poll))
-        return await asyncio.shield(asked)  # what is begun is done, whether or not its caller waits for it
+        asked = Asked()
+        done = asyncio.get_running_loop().run_in_executor(threads, self._call, service, _environ(request, body), asked)
+        done.add_done_callback(lambda _: self._answered(done, is_poll=is_poll))
+        try:
+            return await asyncio.shield(done)  # what is begun is done, whether or not its caller waits for it, but for waiting
+        except asyncio.CancelledError:
+            asked.leave()
+            raise
 
-    def _answered(self, *, is_poll: bool) -> None:
+    def _answered(self, done: asyncio.Future[web.Response], *, is_poll: bool) -> None:
         self._polls -= is_poll
+        if not done.cancelled():
+            done.exception()  # whoever asked is told; if nobody does any more, there is nobody to be told
 
-    def _call(self, service: str, environ: dict[str, Any]) -> web.Response:
+    def _call(self, service: str, environ: dict[str, Any], asked: Asked) -> web.Response:
         if service == "s3":
             return _answer(self._apps[service], environ)
         with _turn:
-            return _answer(self._apps[service], environ)
+            asked.check()
+            _present.asked = asked
+            try:
+                return _answer(self._apps[service], environ)
+            except _ITS_MISTAKES as error:  # of a request that has not what it should, which moto does not check
+                raise Refused(400, "InvalidParameterValue", f"{type(error).__name__}: {error!s:.200}") from error
+            except OperationNotFoundError as error:
+                raise Refused(400, "UnknownOperationException", f"SQS has no {error!s:.80}") from error
 
 
 def _service(request: web.BaseRequest) -> str:

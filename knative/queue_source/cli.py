@@ -13,7 +13,7 @@ import click
 
 from knative.queue_source.errors import QueueSourceError
 from knative.queue_source.log import configure, line
-from knative.queue_source.settings import QueueSourceSettings, from_environment
+from knative.queue_source.settings import QueueSourceSettings, address, from_environment
 from knative.queue_source.threads import Threads
 from weights_cache.environment import SettingsError
 
@@ -65,19 +65,19 @@ def run(settings: QueueSourceSettings, told_to_stop: threading.Event, threads: T
                 metrics=source.metrics.text,
             )
             started.callback(monitor.close)
-        if not open_until(messages.open, settings.url, told_to_stop, threads):
+        if not open_until(messages.open, address(settings.url), told_to_stop, threads):
             return 0
-        if results and not open_until(results.open, settings.results_url or "", told_to_stop, threads):
+        if results and not open_until(results.open, address(settings.results_url or ""), told_to_stop, threads):
             return 0
         if messages.dead_letters is False:
             log.warning(
                 "%s has no redrive policy: a message that can never succeed is delivered again and again, at last every %.0f s, until "
                 "it is too old for the queue; give it a dead-letter queue",
-                settings.url,
+                address(settings.url),
                 settings.backoff_max_s,
             )
         source.start()
-        log.info("posting messages of %s to %s, %d at a time", messages.source, settings.sink, settings.concurrency)
+        log.info("posting messages of %s to %s, %d at a time", messages.source, address(settings.sink), settings.concurrency)
         while not told_to_stop.wait(1.0):
             if threads.failure:
                 log.error("ends, as a thread has failed: %s", threads.failure)

@@ -293,9 +293,13 @@ class RabbitResults:
 
     def _connect(self) -> None:
         connection = pika.BlockingConnection(self._parameters)
-        channel = connection.channel()
-        channel.confirm_delivery()
-        channel.queue_declare(self._name, passive=True)
+        try:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            channel.queue_declare(self._name, passive=True)
+        except _ERRORS:
+            _end(connection)
+            raise
         self._connection, self._channel = connection, channel
 
 

@@ -96,6 +96,19 @@ def from_environment(environ: Mapping[str, str]) -> QueueSourceSettings:
     return settings
 
 
+def address(url: str) -> str:
+    """Where a URL leads to, for the log: without its user, and without its query, which may be a key by another name."""
+    scheme, _, rest = url.partition("://")
+    where, query, _ = rest.rpartition("@")[2].partition("?")
+    return f"{scheme}://{where}{'?…' if query else ''}"
+
+
+def _told_url(url: str) -> str:
+    """As an error repeats it; a password may have signs in it that end the host's part of a URL."""
+    head, at, tail = url.rpartition("@")
+    return told(f"{head.partition('://')[0]}://***@{tail}" if at and "://" in head else f"***@{tail}" if at else url)
+
+
 def _check_url(name: str, url: str, schemes: tuple[str, ...]) -> None:
     """Raises SettingsError."""
     try:
@@ -113,4 +126,4 @@ def _check_url(name: str, url: str, schemes: tuple[str, ...]) -> None:
     if not fine or (name != "K_SINK" and len(parts.path) < 2):
         ways = " or ".join(f"{scheme}://" for scheme in schemes)
         wanted = f"a URL that begins with {ways}, with a host" + ("" if name == "K_SINK" else " and a queue's name")
-        raise SettingsError(f"{name}={told(url)}: must be {wanted}")
+        raise SettingsError(f"{name}={_told_url(url)}: must be {wanted}")

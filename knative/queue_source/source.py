@@ -108,6 +108,9 @@ class Source:
                 log.warning("%d messages could not be given back; they come back when their visibility runs out", len(self._holding.all()))
         for part in (self._workers, self._deletes, self._releases, self._keeper):
             part.stop()
+        self.threads.start("close", self._close).join(LAST_S)  # which a service that stalls does not answer
+
+    def _close(self) -> None:
         self._sink.close()
         self._queue.close()
         if self._results:

@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,41 @@ def test_what_was_deleted_is_forgotten(tmp_path: Path) -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]).stdout
     assert said.split() == ["10000", "10000", "False", "0"]
+
+
+SQS = {"Authorization": "AWS4-HMAC-SHA256 Credential=x/20170220/us-east-1/sqs/aws4_request"}
+
+
+def test_a_poller_that_has_left_takes_no_message_with_it(store: Server) -> None:
+    sqs = client(store, "sqs")
+    url = sqs.create_queue(QueueName="left", Attributes={"VisibilityTimeout": "3600"})["QueueUrl"]
+    asked = json.dumps({"QueueUrl": url, "WaitTimeSeconds": 20})
+    for _ in range(3):
+        poll = http.client.HTTPConnection("127.0.0.1", store.port, timeout=60)
+        poll.request("POST", "/", asked, SQS | {"X-Amz-Target": "AmazonSQS.ReceiveMessage"})
+        time.sleep(0.2)  # it waits for a message by now
+        poll.close()
+        sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])  # which is asked after it has left
+    time.sleep(0.2)
+    sqs.send_message(QueueUrl=url, MessageBody="a")
+    assert [one["Body"] for one in sqs.receive_message(QueueUrl=url, WaitTimeSeconds=20)["Messages"]] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("Nope", b"{}"),
+        ("SendMessage", b"{"),
+        ("SendMessage", b"[]"),
+        ("SendMessage", b"\xff"),
+        ("SendMessage", b"[" * 100_000),
+        ("SendMessage", b'{"QueueUrl": "http://localhost/000000000000/right"}'),
+        ("ReceiveMessage", b'{"QueueUrl": "http://localhost/000000000000/right", "WaitTimeSeconds": "abc"}'),
+        ("ReceiveMessage", b'{"QueueUrl": 7}'),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_its_senders_mistake(store: Server, name: str, body: bytes) -> None:
+    client(store, "sqs").create_queue(QueueName="right")
+    reply = request(store.port, "POST", "/", body, SQS | {"X-Amz-Target": f"AmazonSQS.{name}"})
+    assert reply.status == 400
+    assert reply.json()["__type"]

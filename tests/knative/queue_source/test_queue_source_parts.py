@@ -1,6 +1,7 @@
 """The queue source's parts that decide: settings, verdicts, events, wrappings, claims, replies, and what is held."""
 
 import json
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from knative.queue_source.claim import reference
 from knative.queue_source.errors import ResultRefused, Unacceptable
 from knative.queue_source.holding import Holding, Lease
 from knative.queue_source.queue import Message
-from knative.queue_source.settings import from_environment
+from knative.queue_source.settings import address, from_environment
 from knative.queue_source.settler import Settler
 from knative.queue_source.sqs import arn_of, client, traceparent
 from knative.queue_source.verdict import Verdict
@@ -68,6 +69,29 @@ def test_a_password_is_not_told() -> None:
         from_environment({**NEEDED, "QUEUE_SOURCE_URL": "ampq://user:secret@rabbit/vhost/queue"})
     assert "rabbit" in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "password", ["hunter2", "hun#ter2", "hun?ter2", "12?hunter2", "hun ter2", "hun/ter2", "hun@ter2", "hun[ter2", "hunter2\n"]
+)
+@pytest.mark.parametrize("name", ["QUEUE_SOURCE_URL", "K_SINK", "QUEUE_SOURCE_RESULTS_URL"])
+def test_whatever_signs_a_password_has_no_error_tells_a_part_of_it(name: str, password: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        from_environment({**NEEDED, name: f"xmpp://user:{password}@rabbit/vhost/queue"})
+    assert name in str(caught.value)
+    assert not {"hun", "ter2", "user"} & set(re.findall("[a-z0-9]+", str(caught.value)))
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://user:pass@sink:80/a?code=key", "http://sink:80/a?…"),
+        ("amqp://host/vhost/queue", "amqp://host/vhost/queue"),
+        ("https://sqs.eu-west-1.amazonaws.com/1/work", "https://sqs.eu-west-1.amazonaws.com/1/work"),
+    ],
+)
+def test_the_log_tells_of_a_url_where_it_leads_to(url: str, shown: str) -> None:
+    assert address(url) == shown
 
 
 # Verdicts

@@ -377,3 +377,85 @@ def test_a_message_without_an_id_gets_one_that_a_second_delivery_has_too() -> No
     assert first.key != again.key
     assert (first.receives, again.receives) == (1, 2)
     assert first.id != delivery(3, b"y", a=1).id
+
+
+# A broker that says nothing any more
+
+
+class Stalling:
+    """A way to the broker on which nothing comes through from some time on."""
+
+    def __init__(self, port: int) -> None:
+        self._stalls = threading.Event()
+        self._target = port
+        self._threads = Threads()
+        self._ends: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._threads.start("accept", self._accept)
+
+    def stall(self) -> None:
+        self._stalls.set()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for end in [self._listener, *self._ends]:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        assert self._threads.join(60) == []
+        for end in [self._listener, *self._ends]:
+            end.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._target))
+                self._ends += [near, far]
+                self._threads.start("there", lambda near=near, far=far: self._copy(near, far))  # type: ignore[misc]
+                self._threads.start("back", lambda near=near, far=far: self._copy(far, near))  # type: ignore[misc]
+
+    def _copy(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if not self._stalls.is_set():
+                    target.sendall(data)
+
+
+def test_it_ends_in_bounded_time_though_the_broker_says_nothing_any_more(broker: Broker, sink: Sink, tmp_path: Path) -> None:
+    url, results = broker.queue("stalling"), broker.queue("stalling-results")
+    way = Stalling(broker.port)
+    env = settings(url.replace(str(broker.port), str(way.port)), sink.url, QUEUE_SOURCE_DRAIN_S="0")
+    env["QUEUE_SOURCE_RESULTS_URL"] = results.replace(str(broker.port), str(way.port))
+    sink.answer = lambda _: Reply(200, {"ce-id": "1", "ce-source": "s", "ce-specversion": "1.0", "ce-type": "t"})
+    try:
+        with source_running(tmp_path, env) as server:
+            broker.send("stalling", 1)
+            broker.take("stalling-results", 1)
+            way.stall()
+            broker.send("stalling", 2)
+            server.process.terminate()
+            assert server.process.wait(45) == 0  # less than the heartbeats of a connection take
+    finally:
+        way.close()
+
+
+def test_a_connection_that_is_made_while_the_queue_is_closed_ends(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = Threads()
+    messages = RabbitQueue(broker.queue("closed"), prefetch=1, threads=threads)
+    messages.open()
+    connected = pika.BlockingConnection
+    made: list[Any] = []
+
+    def connect(parameters: Any) -> Any:
+        found = connected(parameters)
+        made.append(found)
+        messages.close()  # by another thread, just now
+        return found
+
+    monkeypatch.setattr(pika, "BlockingConnection", connect)
+    with messages._lock:
+        old = messages._connection
+    old.add_callback_threadsafe(old.close)  # as if the broker had done it
+    assert threads.join(60) == []
+    assert (threads.failure, [one.is_open for one in made]) == ("", [False])
