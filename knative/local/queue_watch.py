@@ -42,13 +42,13 @@ class QueueWatch:
 
     def status(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The entries `queue_sources` and `queues` of `/api/status`."""
-        sources = [live.status() | self._describe(live.queue_url, live.oldest_held_s) for live in self._sources()]
+        sources = [live.status() | self._describe(live.queue_url, live.oldest_held_s, live.problem) for live in self._sources()]
         return sources, [
             {"name": queue_name(url), "url": masked(url)} | self._describe(url) for url in sorted(self._wanted(), key=queue_name)
         ]
 
-    def _describe(self, url: str | None, oldest_s: float | None = None) -> dict[str, Any]:
-        """oldest_s: the age of the oldest message as far as that is known, where the queue is not embedded."""
+    def _describe(self, url: str | None, oldest_s: float | None = None, problem: str | None = None) -> dict[str, Any]:
+        """oldest_s: the age of the oldest message as far as that is known, where the queue is not embedded. problem: its source's own."""
         found = self._found.get(url or "")
         depth = found if isinstance(found, Depth) else None
         if url and self._is_embedded(url):
@@ -59,7 +59,7 @@ class QueueWatch:
             "in_flight": depth and depth.in_flight,
             "oldest_age_s": None if oldest_s is None else round(oldest_s, 1),
             "dead": depth and depth.dead,
-            "problem": found if isinstance(found, str) else None,
+            "problem": problem or (found if isinstance(found, str) else None),
         }
 
     def _is_embedded(self, url: str) -> bool:

@@ -46,6 +46,12 @@ class LiveSource:
         url = self.env.get(QUEUE_URL, "")
         return url if is_queue_url(url) else None
 
+    @property
+    def problem(self) -> str | None:
+        """Why it does not run, where that is not how its program ended, which `exits` says."""
+        trouble = self.pod.trouble
+        return trouble.reason if trouble and not self.pod.status()["exits"] else None
+
     def start(self) -> None:
         """Begin; a program that does not start is started again."""
         self._starting = self._tasks.start(self.pod.start(), f"starting the queue source {self.source.name}")

@@ -5,15 +5,19 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import aiohttp
 import pytest
 
 from knative.local import queue_watch
+from knative.local.launch import PodPlan, Process
 from knative.local.queue_watch import QueueWatch
 from knative.local.queues import EMBEDDED, Depth, Queue, QueueError
 from knative.local.source import LiveSource
+from knative.local.trouble import Trouble
 
 
 class Sqs:
@@ -58,7 +62,7 @@ def sqs() -> Iterator[Sqs]:
 class Source:
     """A queue source that runs, as far as the watch looks at it."""
 
-    oldest_held_s = None
+    oldest_held_s = problem = None
 
     def __init__(self, url: str) -> None:
         self.queue_url, self.env = url, EMBEDDED
@@ -142,5 +146,50 @@ def test_no_thread_outlives_it_though_a_queue_says_nothing(sqs: Sqs, monkeypatch
             asked = list(watch._threads._threads)
             await watch.stop()
             assert not [thread for thread in asked if thread.is_alive()]
+
+    asyncio.run(main())
+
+
+class Pod:
+    """Cannot be started."""
+
+    def __init__(self, plan: PodPlan) -> None:
+        self.plan = plan
+        self.trouble: Trouble | None = None
+        self.is_drained = False
+
+    async def start(self) -> None:
+        raise NotADirectoryError(20, "Not a directory", "volumes/c")
+
+    async def drain(self, patience_s: float) -> None:
+        self.is_drained = True
+
+    def fail(self, trouble: Trouble) -> None:
+        self.trouble = trouble
+
+    def status(self) -> dict[str, Any]:
+        return {"name": "pod", "phase": "starting", "started_at": 0.0, "restarts": {}, "exits": {}}
+
+
+def test_a_source_that_cannot_be_started_says_why_and_stops_as_any_other() -> None:
+    url = "https://user:hunter2@127.0.0.1/000000000000/work"
+    process = Process("source", True, (), {"QUEUE_SOURCE_URL": url}, None, (), Path("log"), None, None)
+    pod = Pod(PodPlan(0, (process,)))
+    declared: Any = SimpleNamespace(name="events", namespace="default", sink=(None, "http://user:hunter2@sink/"))
+
+    async def main() -> None:
+        live = LiveSource(declared, lambda _: cast(Any, pod))
+        async with aiohttp.ClientSession() as session, asyncio.timeout(60):
+            watch = QueueWatch(lambda: [live], session, print)
+            live.start()
+            while not live.problem:
+                await asyncio.sleep(0.001)
+            (status,), (queue,) = watch.status()
+            assert (status["phase"], status["problem"]) == ("failed", "starting the queue source events failed: volumes/c: Not a directory")
+            assert "hunter2" not in json.dumps([status, queue])
+            assert (status["queue"], queue["url"]) == ("work", "https://***@127.0.0.1/000000000000/work")
+            await live.stop()
+            assert pod.is_drained
+            await watch.stop()
 
     asyncio.run(main())
