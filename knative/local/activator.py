@@ -96,8 +96,6 @@ class Activator:
             async with call.revision.slot(call.body.read_on) as pod:
                 call.handed_to(pod)
                 try:
-                    if not self._ports.has_way():
-                        raise NoDescriptors
                     return await _hand_over(call, pod)
                 except NoDescriptors:
                     call.taken_back(is_short=True)

@@ -10,7 +10,6 @@ from knative.local.errors import PlatformError
 
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # of a call that would have opened one
 MOST = 1 << 20  # Linux's own limit for a process, unless somebody has raised it
-MOST_RESERVED = 256
 STEADY_S = 10.0  # without want, until it is said to be over
 QUIET_S = 60.0  # from then until it is said again
 
@@ -48,19 +47,18 @@ class Descriptors:
         self._say = say
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._limit = limit or (MOST if soft == resource.RLIM_INFINITY else soft)
-        self._reserve = min(MOST_RESERVED, self._limit // 4)
         self._clock = clock
         self._missed_at = self._over_at = float("-inf")  # when one was last missing, and when that was last said to be over
         self._is_told = False
 
-    def has_room(self, left: float = 1.0) -> bool:
-        """Whether one may be used, so that this part of the reserve is left for those who come before."""
+    def has_room(self, share: float) -> bool:
+        """Whether one may be used by those who are to leave the rest of all that there may be to others."""
         try:
             lowest = os.dup(0)  # the lowest number that is free
         except OSError as error:
             return error.errno not in NO_ROOM
         os.close(lowest)
-        return lowest < self._limit - int(self._reserve * left)
+        return lowest < self._limit * share
 
     def missed(self) -> None:
         """One was wanted, and there was none."""

@@ -19,6 +19,8 @@ HOST = "127.0.0.1"
 HEADER_BYTES = 32 << 10  # one of them, as at the function
 CALLS = 10_000  # connections of callers: as many as may wait for a pod
 ADMIN_CALLS = 256
+# Of the file descriptors: callers leave as many for the ways to pods and some for pods and their logs, all of them some for the admin port.
+CALL_SHARE, ADMIN_SHARE = 7 / 16, 15 / 16
 BACKLOG = 1024
 ACCEPT_AT_ONCE = 64
 LOOK_S = 1.0
@@ -39,15 +41,11 @@ class Ports:
 
     def call_port(self, port: int, handle: Handler) -> "Port":
         """Where callers come."""
-        return Port(port, handle, self.calls, self, left=1.0)
+        return Port(port, handle, self.calls, self, CALL_SHARE)
 
     def admin_port(self, port: int, handle: Handler) -> "Port":
         """Where the user looks; it has a part of the descriptors that callers leave."""
-        return Port(port, handle, self.admin, self, left=0.25)
-
-    def has_way(self) -> bool:
-        """Whether there is a descriptor for the way to a pod."""
-        return self.descriptors.has_room(0.5)
+        return Port(port, handle, self.admin, self, ADMIN_SHARE)
 
     def miss_descriptor(self) -> bool:
         """Somebody needs one, and there is none: whoever has been at rest for longest gives way; False if nobody is at rest."""
@@ -58,12 +56,12 @@ class Ports:
 class Port(AbstractAsyncContextManager["Port"]):
     """One that is open as long as it is entered. Raises PlatformError if it cannot be opened."""
 
-    def __init__(self, port: int, handle: Handler, connections: Connections, ports: Ports, left: float) -> None:
+    def __init__(self, port: int, handle: Handler, connections: Connections, ports: Ports, share: float) -> None:
         self._port = port
         self._handle = handle
         self._connections = connections
         self._ports = ports
-        self._left = left  # of the reserve of descriptors
+        self._share = share
         self._tasks = Tasks(lambda _, error: connections.report(error))
         self._is_listening = self._is_closed = False
 
@@ -120,7 +118,7 @@ class Port(AbstractAsyncContextManager["Port"]):
             if not self._connections.make_room():
                 self._wait_for_room()
                 return
-            if not self._ports.descriptors.has_room(self._left):
+            if not self._ports.descriptors.has_room(self._share):
                 self._make_room()
                 return
             try:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import aiohttp
 
+from knative.local.descriptors import as_before
 from knative.local.launch import Probe, Process
 
 DOCUMENT_BYTES = 64 << 10
@@ -85,6 +86,7 @@ async def _run(probe: Probe, process: Process) -> Answer:
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=as_before,
     )
     try:
         status = await child.wait()

@@ -17,7 +17,8 @@ SOFT, HARD = 64, 128
 @pytest.fixture
 def platform(tmp_path: Path) -> Iterator[Platform]:
     told = ["bash", "-c", f'ulimit -Sn > "$NOTES/limit"; exec python {POD}']
-    objects = [service("echo", container={"command": told})]
+    probe = {"exec": {"command": ["bash", "-c", 'ulimit -Sn > "$NOTES/probe-limit"']}}
+    objects = [service("echo", container={"command": told, "startupProbe": probe})]
     (tmp_path / "manifests.yaml").write_text(manifests(*objects))
     port, admin_port = free_port(), free_port()
     limited = ["bash", "-c", f'ulimit -Sn {SOFT}; ulimit -Hn {HARD}; exec "$@"', "-", *command(tmp_path, port, admin_port)]
@@ -50,7 +51,7 @@ def test_without_descriptors_both_ports_answer_and_the_terminal_has_one_line_and
 
 def test_more_calls_at_once_than_there_are_descriptors_are_all_answered(platform: Platform) -> None:
     with platform.calls("echo", HARD, "/wait/open") as replies:
-        platform.wait_for("echo", "full", lambda found: found["pods"] and found["pods"][0]["concurrency"] >= HARD // 4)
+        platform.wait_for("echo", "full", lambda found: found["pods"] and found["pods"][0]["concurrency"] >= HARD // 8)
         platform.note("echo", "open")
         assert [reply.result().status for reply in replies] == [200] * HARD
     assert platform.pods("echo")[0]["restarts"] == {"function": 0}
@@ -59,4 +60,5 @@ def test_more_calls_at_once_than_there_are_descriptors_are_all_answered(platform
 
 def test_pods_have_the_limit_that_they_would_have_had(platform: Platform) -> None:
     assert platform.call("echo").status == 200
-    assert (platform.volume("echo") / "limit").read_text() == f"{SOFT}\n"
+    for what in ("limit", "probe-limit"):
+        assert (platform.volume("echo") / what).read_text() == f"{SOFT}\n"

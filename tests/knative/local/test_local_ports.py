@@ -316,13 +316,12 @@ def test_a_port_that_is_taken_is_told() -> None:
     play(scene)
 
 
-def test_descriptors_are_short_when_only_the_reserve_is_left_of_which_some_may_have_a_part() -> None:
+def test_each_leaves_a_share_of_the_descriptors_to_others() -> None:
     with socket.socket() as probe:
         lowest = probe.fileno()  # that is free, once more
-    few = next(limit for limit in range(lowest, 2 * lowest + 8) if limit - limit // 4 == lowest)
-    scarce, plenty = Descriptors(lambda _: None, few), Descriptors(lambda _: None, few + 4)
-    assert (scarce.has_room(), scarce.has_room(0.5)) == (False, True)
-    assert plenty.has_room()
+    descriptors = Descriptors(lambda _: None, 2 * lowest)
+    assert not descriptors.has_room(1 / 2)
+    assert descriptors.has_room(7 / 8)
 
 
 def test_the_end_of_descriptors_is_said_once_and_so_is_the_end_of_that() -> None:
