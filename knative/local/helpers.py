@@ -74,7 +74,7 @@ class Helpers:
         containers = [container for workload in manifests.workloads for container in workload.spec.containers]
         if not self._has_limits and any({CPU, MEMORY} & container.resources.limits.keys() for container in containers):
             self._has_limits = True
-            self._maker.limiter = Limiter(delegated())
+            self._maker.limiter = Limiter(delegated(), tell=self._say)
             self._say(f"resources.limits: {self._maker.limiter.explain()}")
 
     def _is_starting(self) -> bool:
@@ -84,7 +84,8 @@ class Helpers:
 
     async def stop(self) -> None:
         """End all of them."""
-        await asyncio.gather(*(helper.stop() for helper in (self.queue_watch, self._maker.fork_server, self._embedded) if helper))
+        helpers = (self.queue_watch, self._maker.fork_server, self._embedded, self._maker.limiter)
+        await asyncio.gather(*(helper.stop() for helper in helpers if helper))
 
     def status(self) -> dict[str, Any]:
         """Their entries in `/api/status`."""
