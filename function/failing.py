@@ -1,6 +1,6 @@
-"""A start that has failed: the reason in one line, for callers and for whoever runs the function; and what the pod's sidecar says of one.
+"""A start that has failed: the reason in one line, for the log and for callers; and what the pod's sidecar says of one.
 
-The log has all of it; who calls is told no more than this line.
+What the agent itself raised is in the log, and not for callers, as with any request; they are told its class.
 """
 
 import http.client
@@ -33,13 +33,20 @@ _WAITING = ("failed", "waiting", "listing")  # phases of the sidecar in which no
 
 
 def reason_of(agent: str, error: BaseException) -> str:
-    """Why an agent could not be brought up, whatever its error does when it is written."""
+    """Why an agent could not be brought up, for the log, whatever its error does when it is written."""
     text = _text(error)
-    if isinstance(error, SettingsError | WeightsError):
+    if says_enough(error):
         return _line(text)
-    kind = type(error).__name__
     said = explain(error) or next((line for line in text.splitlines() if line.strip()), "")
-    return _line(f"the agent {agent} could not be brought up: {kind}{f': {said}' if said else ''}")
+    return _line(f"the agent {agent} could not be brought up: {type(error).__name__}{f': {said}' if said else ''}")
+
+
+def told_of(agent: str, error: BaseException) -> str:
+    """The same for callers."""
+    if says_enough(error):
+        return _line(_text(error))
+    said = explain(error) or "the function's log says why"
+    return _line(f"the agent {agent} could not be brought up: {type(error).__name__}; {said}")
 
 
 def says_enough(error: BaseException) -> bool:
@@ -69,6 +76,7 @@ class Failing:
     def __init__(self, agent: str, tell_s: float, enter: Callable[[], object]) -> None:
         """tell_s: for how long callers are told before the function ends; enter: called once it is clear that it will."""
         self.tells = tell_s > 0
+        self.last_line = ""  # of the log: why
         self._agent = agent
         self._tell_s = tell_s
         self._enter = enter
@@ -79,7 +87,7 @@ class Failing:
 
     @property
     def reason(self) -> str | None:
-        """Why, in one line, as far as that is known."""
+        """Why, in one line and for anybody, as far as that is known."""
         return self._failure or self._problem
 
     def check(self) -> None:
@@ -96,7 +104,8 @@ class Failing:
         with self._lock:
             if self._failure:
                 return
-            self._failure = reason_of(self._agent, error)
+            self._failure = told_of(self._agent, error)
+            self.last_line = reason_of(self._agent, error)
         self._enter()
         if not self._is_over.wait(self._tell_s):
             then(error)

@@ -107,7 +107,7 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
         def on_failure(error: BaseException) -> None:
             nonlocal reason
             if model.failing.tells or not ends_with_reason(error):  # lines of those who were told have come after it
-                reason = model.failing.reason or ""
+                reason = model.failing.last_line
             ending.fail(Master.WORKER_BOOT_ERROR, error)
 
         give_up = (lambda error: model.failing.fail(error, on_failure)) if model.failing.tells else None

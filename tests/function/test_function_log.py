@@ -427,6 +427,7 @@ def test_a_library_that_repeats_what_it_is_given_tells_no_secret(tmp_path: Path)
         found = wait_until("its failure", lambda: (reply := request(port, "GET", "/readyz")).status == 200 and reply.json())
         told = request(port, "POST", "/", 1).body.decode()
         said = server.said()
-    assert found["error"].endswith("RuntimeError: 401 for ***")
+    assert found["error"].endswith("RuntimeError; the function's log says why")
     assert "headers are ***" in said
+    assert "RuntimeError: 401 for ***" in said
     assert "geheim" not in told + said
