@@ -133,8 +133,11 @@ def ask_for(endpoint: str, addresses: int) -> list[str]:
             while agent.ask("POST", "/v1/snapshots", json.dumps({"uri": f"s3://models/m{number}"}).encode()) == 503:
                 refused += 1
                 time.sleep(0.1)
-        ended = lambda: agent.metric("weights_cache_failures_total") + agent.metric("weights_cache_misses_total")  # noqa: E731
-        wait_until("the last pull", lambda: ended() == addresses, 600)
+
+        def is_over() -> bool:
+            return agent.metric("weights_cache_failures_total") + agent.metric("weights_cache_misses_total") == addresses
+
+        wait_until("the last pull", is_over, 600)
         time.sleep(1)
         rows.append((f"after {addresses} addresses, {refused} times refused with 503", *agent.figures()))
     return [f"| {what} | {memory:.1f} | {files} | {threads} | {series} |" for what, memory, files, threads, series in rows]

@@ -131,7 +131,7 @@ def test_an_interruption_of_the_wait_is_raised_after_it() -> None:
 
     def interrupt() -> None:
         time.sleep(0.1)
-        _thread.interrupt_main()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # as a terminal does: it ends the wait for a lock
         time.sleep(0.1)
         go_on.set()
 
