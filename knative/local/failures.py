@@ -30,7 +30,7 @@ class Failures:
         self._tell = tell
         self._until = 0.0
         self._count = 0  # of starts that failed since one succeeded
-        self._is_told = False  # that pods cannot become ready, since one did
+        self._stuck: Trouble | None = None  # what was told of pods that cannot become ready, since one did
         self._hung = 0  # pods in a row that hung while none had ever answered
 
     @property
@@ -40,8 +40,8 @@ class Failures:
 
     @property
     def present(self) -> Trouble | None:
-        """Why the last start failed, or none of the pods there are can become ready."""
-        return self.latest or self._pods.stuck()
+        """Why the last start failed, or none of the pods there are can become ready, or why they could not before they went."""
+        return self.latest or (self._pods.stuck() if self._pods.kept else self._stuck)
 
     def check(self) -> None:
         """Whether there is any use in waiting for a pod. Raises RevisionFailed if not."""
@@ -55,11 +55,11 @@ class Failures:
 
     def succeeded(self) -> None:
         """A pod is ready."""
-        self.latest, self._count, self._is_told = None, 0, False
+        self.latest, self._count, self._stuck = None, 0, None
 
     def forget(self) -> None:
         """The next start may be tried at once."""
-        self.latest = None
+        self.latest = self._stuck = None
 
     def start_failed(self, trouble: Trouble) -> None:
         """A pod will not be ready; it is for the caller to let it go first."""
@@ -70,8 +70,8 @@ class Failures:
         """A pod cannot become ready, and goes on trying."""
         if stuck := self._pods.stuck():
             self._waiting.fail(RevisionFailed(stuck, retry_after_s=STUCK_RETRY_S))
-            if not self._is_told:
-                self._is_told = True
+            is_news, self._stuck = not self._stuck, stuck
+            if is_news:
                 self._tell(stuck)
 
     def pod_hangs(self, pod: Pod, limit_s: float) -> tuple[Trouble, bool]:

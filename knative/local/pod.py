@@ -201,6 +201,7 @@ class Pod:
     def enter(self) -> None:
         """One request more."""
         self.in_flight += 1
+        self.troubles.used()
 
     def leave(self) -> None:
         """One request less."""
@@ -265,10 +266,9 @@ class Pod:
         """A process ended by itself; it will be started again."""
         container = self.containers[number]
         process = container.process
-        # What ends well beside the user container is no failed start.
-        counts = self.phase == "starting" and (process.is_main or not ending.text.endswith("status 0"))
+        is_starting = self.phase == "starting"
         self._health.ended(container)
-        self.troubles.ended(container, ending, counts=counts)
+        self.troubles.ended(container, ending, is_starting=is_starting)
         last = tail(process.log, 1)
         self._on_exit(self, f"{process.container} {ending}" + (f": {last[0].strip()}" if last else ""))
         if self.phase == "starting":

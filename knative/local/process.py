@@ -18,10 +18,10 @@ from knative.local.limits import Confinement, Limiter
 from knative.local.procfs import MARK, end_marked
 from knative.local.tasks import Tasks
 
-# As the kubelet has them: the first restart is at once, the next after 10 s, doubling. But whoever was well since it started begins again
-# at once, and so does one that was killed from outside: callers are held for it, and it is not its own fault.
+# As the kubelet has them: the first restart is at once, the next after 10 s, doubling. But one that was well since it started, or that was
+# killed from outside, has short pauses only: callers are held for it, and it can start.
 RESTART_S, RESTART_LIMIT_S = 10.0, 300.0
-KILLED_S = 1.0  # between two starts of one that is killed again and again
+SHORT_RESTART_S = 1.0
 STEADY_S = 600.0  # after so long alive, a crash counts as the first one again
 # A log that has become so long is put aside, in the place of the one that was put aside before (the kubelet's default size).
 LOG_BYTES = 10 << 20
@@ -87,7 +87,6 @@ class ContainerProcess:
 
     async def start(self) -> None:
         """Start the process for the first time; a command that cannot be started is treated like one that ends at once."""
-        self.process.log.parent.mkdir(parents=True, exist_ok=True)
         self._confinement = self._limiter.confine(self.process.env.get(MARK, self.process.container), self.process.limits)
         await self._spawn()
         name = self.process.container
@@ -131,10 +130,12 @@ class ContainerProcess:
             self.last_exit = ending.text
             self._on_exit(ending)
             await self._end_rest()
-            if self._was_well or time.monotonic() - began > STEADY_S:
-                pause_s = 0.0
+            is_steady, was_well = time.monotonic() - began > STEADY_S, self._was_well
+            if is_steady or was_well:
+                pause_s = 0.0 if is_steady else min(pause_s, SHORT_RESTART_S)
             await asyncio.sleep(pause_s)
-            pause_s = min(RESTART_LIMIT_S, pause_s * 2 or RESTART_S) if ending.is_own else max(pause_s, KILLED_S)
+            is_failed_start = ending.is_own and not was_well
+            pause_s = min(RESTART_LIMIT_S, max(RESTART_S, pause_s * 2)) if is_failed_start else max(pause_s, SHORT_RESTART_S)
             self.restarts += 1
             await self._spawn()
 
@@ -163,6 +164,7 @@ class ContainerProcess:
         self._child, self._was_well = None, False
         self._oom_kills = _oom_kills()
         try:
+            self.process.log.parent.mkdir(parents=True, exist_ok=True)  # somebody may tidy up while we run
             with self.process.log.open("ab") as log:
                 self._child = await self._begin(log)
         except OSError as error:

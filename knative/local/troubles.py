@@ -9,6 +9,7 @@ from knative.local.trouble import Trouble
 
 STUCK_S = 5.0  # of a complaint, until it counts as one that stays
 SAME_ENDS, ENDS = 2, 3  # a start that ends so often in the same way, or in any, has failed
+YOUNG_S = 5.0  # what ends so soon after it was ready, and never had a request, was not: its port was open for a moment, say
 LINES = 12  # of a log
 
 
@@ -18,7 +19,8 @@ class Troubles:
     def __init__(self, containers: Sequence[ContainerProcess]) -> None:
         self._containers = containers
         self._final: Trouble | None = None  # it will not be ready
-        self._ends: list[tuple[str, str]] = []  # of containers since the pod was asked for, or was ready last
+        self._ends: list[tuple[str, str]] = []  # of containers since the pod was asked for, or was of use last
+        self._ready_at: float | None = None  # until it is of use, or one of its processes ends
         self._ended: Trouble | None = None
         self._complaint: tuple[ContainerProcess, str] | None = None
         self._complains_since = 0.0
@@ -41,17 +43,28 @@ class Troubles:
 
     def over(self) -> None:
         """The pod is ready."""
-        self._ends.clear()
+        self._ready_at = time.monotonic()
         self._unready.clear()
         self._ended = self._complaint = None
 
-    def ended(self, container: ContainerProcess, ending: Ending, *, counts: bool) -> None:
-        """A container ended by itself. counts: as a start that ended; one that was killed from outside never does."""
+    def used(self) -> None:
+        """The pod has a request: it did start."""
+        self._ready_at = None
+        self._ends.clear()
+
+    def ended(self, container: ContainerProcess, ending: Ending, *, is_starting: bool) -> None:
+        """A container ended by itself. is_starting: before the pod was ready. One that was killed from outside is no start that ended."""
+        ready_at, self._ready_at = self._ready_at, None
+        is_young = ready_at is not None and time.monotonic() - ready_at < YOUNG_S
+        if ready_at is not None and not is_young:
+            self._ends.clear()
+        # What ends well beside the user container has done what it was for.
+        counts = ending.is_own and (container.process.is_main or not ending.text.endswith("status 0")) and (is_starting or is_young)
         name = container.process.container
         said = self._complaint[1] if self._complaint and self._complaint[0] is container else ""
         self._complaint = None
         why = f"its container {name} {ending.text}{f': {said}' if said else ''}"
-        if counts and ending.is_own:
+        if counts:
             self._ends.append((name, ending.text))
         same = self._ends.count((name, ending.text))
         if same >= SAME_ENDS or len(self._ends) >= ENDS:

@@ -487,7 +487,7 @@ def test_a_start_that_ends_in_another_way_each_time_has_failed_too(tmp_path: Pat
 
 @pytest.mark.parametrize("signal_name", ["KILL", "TERM"])
 def test_a_start_that_is_killed_from_outside_has_not_failed(tmp_path: Path, signal_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_module, "KILLED_S", 0.01)
+    monkeypatch.setattr(process_module, "SHORT_RESTART_S", 0.01)
 
     async def scene(stage: Stage) -> None:
         stage.function.status = 503
@@ -616,5 +616,46 @@ def test_a_pod_that_is_let_go_has_time_to_end_and_one_of_a_platform_that_stops_h
         (tmp_path / "end").touch()
         await going
         assert (tmp_path / "ended").exists()
+
+    play(tmp_path, scene)
+
+
+def test_what_is_ready_for_a_moment_and_ends_has_failed_to_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "SHORT_RESTART_S", 0.01)
+
+    async def scene(stage: Stage) -> None:
+        script = f"until [ -e {tmp_path}/end ]; do sleep 0.01; done; rm {tmp_path}/end; exit 3"
+        pod = stage.pod(stage.process("function", "sh", "-c", script, readiness=stage.probe()))
+        await pod.start()
+        for _ in range(2):
+            await becomes(pod, "ready")
+            (tmp_path / "end").touch()
+            await until("its end", lambda: pod.phase != "ready")
+        assert pod.troubles.has_failed
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize("young_s", [0.0, 60.0], ids=["old", "of use"])
+def test_what_was_of_use_or_ready_for_long_did_start_however_often_it_ends(
+    tmp_path: Path, young_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_module, "SHORT_RESTART_S", 0.01)
+    monkeypatch.setattr(troubles_module, "YOUNG_S", young_s)
+
+    async def scene(stage: Stage) -> None:
+        script = f"until [ -e {tmp_path}/end ]; do sleep 0.01; done; rm {tmp_path}/end; exit 3"
+        pod = stage.pod(stage.process("function", "sh", "-c", script, readiness=stage.probe()))
+        await pod.start()
+        for _ in range(4):
+            await becomes(pod, "ready")
+            if young_s:
+                pod.enter()
+                pod.leave()
+            (tmp_path / "end").touch()
+            await until("its end", lambda: pod.phase != "ready")
+        assert not pod.troubles.has_failed
+        await pod.drain(0)
 
     play(tmp_path, scene)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 import time
@@ -143,8 +144,9 @@ def test_after_a_long_life_a_crash_counts_as_the_first_one_again(log: Path, monk
     asyncio.run(main())
 
 
-def test_one_that_was_well_is_started_again_at_once_however_often_it_ends(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_was_well_is_started_again_soon_however_often_it_ends(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_module, "RESTART_S", 3600.0)
+    monkeypatch.setattr(process_module, "SHORT_RESTART_S", 0.01)
 
     async def main() -> None:
         function = shell(log, "echo here; exec sleep 600")
@@ -159,9 +161,43 @@ def test_one_that_was_well_is_started_again_at_once_however_often_it_ends(log: P
     asyncio.run(main())
 
 
+def test_one_that_is_well_for_moments_only_has_short_pauses(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "SHORT_RESTART_S", 0.2)
+    ended, began = [], []
+
+    async def main() -> None:
+        function = shell(log, "exit 3", on_exit=lambda _: ended.append(time.monotonic()))
+
+        def begin() -> None:
+            began.append(time.monotonic())
+            function.is_well()
+
+        function._on_start = begin
+        await function.start()
+        await until("a fourth start", lambda: len(began) >= 4)
+        await function.stop(5)
+
+    asyncio.run(main())
+    pauses = [start - end for end, start in zip(ended, began[1:], strict=False)]
+    assert min(pauses[1:3]) >= 0.2
+
+
+def test_logs_may_be_tidied_away_while_it_runs(log: Path) -> None:
+    async def main() -> None:
+        function = shell(log, "echo here; exec sleep 600")
+        await function.start()
+        await until("its start", lambda: lines(log))
+        shutil.rmtree(log.parent)
+        await function.restart("is not well any more")
+        await until("its next start", lambda: lines(log))
+        await function.stop(5)
+
+    asyncio.run(main())
+
+
 def test_one_that_is_killed_from_outside_is_started_again_soon_however_often(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_module, "RESTART_S", 3600.0)
-    monkeypatch.setattr(process_module, "KILLED_S", 0.01)
+    monkeypatch.setattr(process_module, "SHORT_RESTART_S", 0.01)
     endings: list[Ending] = []
 
     async def main() -> None:

@@ -495,9 +495,21 @@ def test_pods_that_are_stuck_go_on_trying_and_callers_are_told_why(monkeypatch: 
         patient = Caller(revision)
         await settle()
         assert (revision.state, queued(revision)) == ("starting", 1)
-        fake(pod).become("ready")
+        complain(pod, sidecar, "no objects, still")
+        with pytest.raises(RevisionFailed):
+            await patient.task
+        fake(pod).gone.set()
+        revision.scaling.scale_to(0)
+        await settle()
+        assert (len(revision.pods), revision.state) == (0, "failed"), "why is forgotten with the pods"
+        revision.scaling.scaler.sample(time.monotonic(), has_pods=False)  # the second of the poke is over
+        patient = Caller(revision)
+        await settle()
+        assert (revision.state, queued(revision)) == ("starting", 1)
+        fake(revision.pods[0]).become("ready")
         await settle()
         await patient.leave()
+        assert revision.state == "ready"
         await revision.stop()
 
     asyncio.run(main())
