@@ -12,8 +12,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
 from io import BytesIO
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -46,7 +48,7 @@ from knative.local.queues import ACCOUNT, CONTENTS, REGION
 log = logging.getLogger("relight.embedded")
 
 LONGEST_BODY = {"s3": 5 << 30, "sqs": 8 << 20}  # what S3 takes in one request; ten messages of 256 KiB, with all they can be escaped to
-BODIES_BYTES = 256 << 20  # on their way at a time; a larger one comes alone
+BODIES_BYTES = 256 << 20  # that have come and are not worked off
 BODY_S, BODY_RATE = 30.0, 64 << 10  # for a body to come, and a second more for so many bytes
 THREADS, POLLS = 16, 256  # requests that are worked on, and long polls, at a time
 _ITS_MISTAKES = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
@@ -104,33 +106,38 @@ def _wait(queue: Queue, timeout: int) -> None:
 
 
 class Bodies:
-    """Reads bodies, and no more bytes of them at a time than there is room for."""
+    """Reads bodies, and keeps no more bytes of them than there is room for: then all but the oldest are held up.
+
+    What has come counts, and not what was announced: who sends slowly keeps nobody from sending.
+    """
 
     def __init__(self, room: int = BODIES_BYTES) -> None:
         self._room = room
         self._taken = 0
+        self._sizes: dict[object, int] = {}  # of what has come of each, the oldest first
         self._changed = asyncio.Condition()
 
-    async def read(self, request: web.BaseRequest, most: int) -> bytes:
-        """All of it. Raises Refused if it is too long or too slow."""
+    @asynccontextmanager
+    async def read(self, request: web.BaseRequest, most: int) -> AsyncIterator[bytes]:
+        """All of a body, which counts until whoever asked for it is done with it. Raises Refused if it is too long or too slow."""
         length = request.content_length
         if length is not None and length > most:
             raise Refused(413, "EntityTooLarge", f"a body of {length} bytes; at most {most} are taken")
-        wanted = most if length is None and request.body_exists else length or 0
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._taken or self._taken + wanted <= self._room)
-            self._taken += wanted
+        mine = object()
+        self._sizes[mine] = 0
         try:
-            async with asyncio.timeout(BODY_S + wanted / BODY_RATE):
-                return await self._read(request, most)
-        except TimeoutError:
-            raise Refused(408, "RequestTimeout", "the body did not come in time") from None
+            try:
+                async with asyncio.timeout(BODY_S + (length or most) / BODY_RATE):
+                    body = await self._read(request, most, mine)
+            except TimeoutError:
+                raise Refused(408, "RequestTimeout", "the body did not come in time") from None
+            yield body
         finally:
+            self._taken -= self._sizes.pop(mine)
             async with self._changed:
-                self._taken -= wanted
                 self._changed.notify_all()
 
-    async def _read(self, request: web.BaseRequest, most: int) -> bytes:
+    async def _read(self, request: web.BaseRequest, most: int, mine: object) -> bytes:
         if request.headers.get("Expect", "").lower() == "100-continue" and request.transport:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = bytearray()
@@ -138,7 +145,15 @@ class Bodies:
             body += piece
             if len(body) > most:
                 raise Refused(413, "EntityTooLarge", f"a body of more than {most} bytes")
+            if self._taken + len(piece) > self._room:
+                async with self._changed:
+                    await self._changed.wait_for(partial(self._may_go_on, len(piece), mine))
+            self._taken += len(piece)
+            self._sizes[mine] += len(piece)
         return bytes(body)
+
+    def _may_go_on(self, more: int, mine: object) -> bool:
+        return self._taken + more <= self._room or next(iter(self._sizes)) is mine
 
 
 class Server:
@@ -159,8 +174,8 @@ class Server:
             if request.path == CONTENTS:
                 return web.json_response(await asyncio.to_thread(contents, request.query.getall("below", [])))
             service = _service(request)
-            body = await self._bodies.read(request, LONGEST_BODY[service])
-            return await self._ask(request, service, body)
+            async with self._bodies.read(request, LONGEST_BODY[service]) as body:
+                return await self._ask(request, service, body)
         except origin.Forbidden as error:
             return _refusal(request, 403, "AccessDenied", str(error))
         except Refused as refused:

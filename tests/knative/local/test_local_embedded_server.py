@@ -1,5 +1,6 @@
 """The embedded object store and queues: who is answered, what is served, and what holds whatever some clients do."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -7,9 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.request import urlopen
 
 import boto3
@@ -17,6 +18,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
+from knative.local import embedded_server
 from tests.support import Server, clean_environment, free_port, request, running, wait_until
 
 KEYS = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "region_name": "us-east-1"}
@@ -240,3 +242,66 @@ def test_a_request_that_makes_no_sense_is_its_senders_mistake(store: Server, nam
     reply = request(store.port, "POST", "/", body, SQS | {"X-Amz-Target": f"AmazonSQS.{name}"})
     assert reply.status == 400
     assert reply.json()["__type"]
+
+
+class Incoming:
+    """A request whose body comes when it is told to."""
+
+    headers: dict[str, str] = {}  # noqa: RUF012
+    transport = None
+    content_length = None
+
+    def __init__(self) -> None:
+        self.pieces: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.content = self
+
+    async def iter_any(self) -> AsyncIterator[bytes]:
+        while piece := await self.pieces.get():
+            yield piece
+
+
+def test_bodies_beyond_the_bound_wait_and_the_oldest_goes_on() -> None:
+    async def main() -> None:
+        bodies = embedded_server.Bodies(room=100)
+        requests = [Incoming() for _ in range(3)]
+        done: list[int] = []
+        go = asyncio.Event()
+
+        async def read(number: int) -> None:
+            async with bodies.read(cast(Any, requests[number]), 1000) as body:
+                done.append(len(body))
+                await go.wait()
+
+        tasks = [asyncio.create_task(read(number)) for number in range(3)]
+        await asyncio.sleep(0)
+        for incoming, size in zip(requests, (10, 60, 60), strict=True):  # the first one is slow, and keeps nobody from sending
+            incoming.pieces.put_nowait(bytes(size))
+            await asyncio.sleep(0.01)
+        for incoming in requests[1:]:
+            incoming.pieces.put_nowait(None)
+        await asyncio.sleep(0.01)
+        assert (done, bodies._taken) == ([60], 70)
+        requests[0].pieces.put_nowait(bytes(500))  # the oldest one has its turn, however large it is
+        requests[0].pieces.put_nowait(None)
+        await asyncio.sleep(0.01)
+        assert (done, bodies._taken) == ([60, 510], 570)
+        go.set()
+        async with asyncio.timeout(60):
+            await asyncio.gather(*tasks)
+        assert (done, bodies._taken, bodies._sizes) == ([60, 510, 60], 0, {})
+
+    asyncio.run(main())
+
+
+def test_a_body_that_does_not_come_in_time_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded_server, "BODY_S", 0.01)
+
+    async def main() -> None:
+        bodies, incoming = embedded_server.Bodies(), Incoming()
+        incoming.pieces.put_nowait(b"a")
+        with pytest.raises(embedded_server.Refused, match="in time") as raised:
+            async with bodies.read(cast(Any, incoming), 10):
+                pass
+        assert (raised.value.status, bodies._taken) == (408, 0)
+
+    asyncio.run(main())
