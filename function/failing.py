@@ -20,6 +20,7 @@ from weights_cache.errors import WeightsError
 from weights_cache.settings import WeightsSettings
 
 RESTART_S = 10.0  # until a function that could not start is started again, or longer
+MOMENT_S = 0.1  # in which a probe can see why, even if callers are told nothing
 MOST_REASON = 300  # characters
 PATIENCE_S = 30.0  # for which the sidecar may say that the weights cannot be had; it goes on trying, and stores have bad moments
 ASK_EVERY_S = 1.0
@@ -107,7 +108,7 @@ class Failing:
             self._failure = told_of(self._agent, error)
             self.last_line = reason_of(self._agent, error)
         self._enter()
-        if not self._is_over.wait(self._tell_s):
+        if not self._is_over.wait(max(self._tell_s, MOMENT_S)):
             then(error)
 
     def stop(self) -> None:

@@ -298,6 +298,19 @@ def test_of_two_failures_the_first_one_counts_and_the_end_comes_once() -> None:
         failing.check()
 
 
+def test_a_probe_has_a_moment_to_see_why_even_if_callers_are_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("function.failing.MOMENT_S", 60.0)
+    ended: list[BaseException] = []
+    failing = Failing("a:A", 0.0, lambda: None)
+    thread = threading.Thread(target=failing.fail, args=(WeightsError("x"), ended.append))
+    thread.start()
+    wait_until("the reason", lambda: failing.reason == "x")
+    assert (thread.is_alive(), ended) == (True, [])
+    failing.stop()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
 def test_who_is_told_to_end_meanwhile_ends_as_told() -> None:
     ended: list[BaseException] = []
     failing = Failing("a:A", 60.0, lambda: None)
