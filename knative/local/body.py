@@ -79,11 +79,13 @@ class Body:
         """From its beginning; a second time only if no more than what was kept has been handed on. Raises ConnectionError otherwise."""
         if self._is_passing:
             raise ConnectionError("a part of the body is gone, and it cannot be sent again")
+        has_begun = bool(self._early)
         for begin in range(0, len(self._early), PIECE_BYTES):
             yield bytes(self._early[begin : begin + PIECE_BYTES])
         self._is_passing = True
         self.close()
-        yield self._content.read_nowait(PIECE_BYTES)  # if nothing is there yet, the head goes on nevertheless
+        if not has_begun:
+            yield self._content.read_nowait(PIECE_BYTES)  # if nothing is there yet, the head goes on nevertheless
         clock = asyncio.get_running_loop().time
         self.awaited = True
         try:
