@@ -8,6 +8,7 @@ import pytest
 
 from knative.local import client
 from knative.local.client import Client, NoPlatform
+from knative.local.errors import PlatformError
 
 BEGUN = b"HTTP/1.1 200 OK\r\nX-Relight: admin\r\nContent-Length: 100\r\n\r\n"
 
@@ -25,7 +26,7 @@ def test_who_does_not_answer_in_time_is_no_platform(monkeypatch: pytest.MonkeyPa
 
         answering = threading.Thread(target=answer)
         answering.start()
-        with pytest.raises(client.PlatformError) as told:
+        with pytest.raises(PlatformError) as told:
             ask(f"http://127.0.0.1:{server.getsockname()[1]}")
         assert isinstance(told.value, NoPlatform) or "has ended" in str(told.value)
         answering.join()

@@ -13,9 +13,10 @@ from unittest.mock import Mock
 import pytest
 from aiohttp import web
 
-from knative.local import connections, ports
+from knative.local import connections
 from knative.local.connections import HEAD_BYTES, HEAD_S, KEEP_S, READ_S, Connections, State
 from knative.local.descriptors import QUIET_S, STEADY_S, Descriptors
+from knative.local.errors import PlatformError
 from knative.local.ports import Ports
 from tests.support import free_port
 
@@ -152,8 +153,7 @@ def test_a_request_that_is_worked_on_never_gives_way_and_a_new_one_waits_for_the
         assert found.asked == 2
         found.open_gate.set()
         assert await new.answer() == (200, b"here")
-        answers = [await asyncio.gather(client.answer(), return_exceptions=True) for client in busy]
-        assert [answer for answer in answers if answer == [(200, b"here")]]
+        assert (200, b"here") in await asyncio.gather(*(client.answer() for client in busy), return_exceptions=True)
 
     play(scene, limit=2)
 
@@ -307,9 +307,7 @@ def test_a_mistake_is_a_500_that_tells_nothing_and_the_log_has_it_now_and_then(c
 
 def test_a_port_that_is_taken_is_told() -> None:
     async def scene(found: Scene) -> None:
-        with pytest.raises(
-            ports.PlatformError, match=rf"^port {found.port} on 127\.0\.0\.1 cannot be opened: Address already in use; choose"
-        ):
+        with pytest.raises(PlatformError, match=rf"^port {found.port} on 127\.0\.0\.1 cannot be opened: Address already in use; choose"):
             async with found.ports.call_port(found.port, found.handle):
                 pass
 
