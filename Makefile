@@ -42,7 +42,7 @@ FORCE:
 
 run: ENV = local
 run: setup ## Run the demo on this machine: a function at zero, its object store and queue, and what brings it up (PORT=, ADMIN_PORT=, STATE_DIR=, OPTIONS=)
-	@mkdir -p $(STATE_DIR)
+	@mkdir -m 700 -p $(STATE_DIR)
 	@$(BIN)/kubectl kustomize knative/manifests/overlays/$(ENV) > $(STATE_DIR)/manifests.yaml
 	@exec $(BIN)/relight run $(STATE_DIR)/manifests.yaml --port $(PORT) --admin-port $(ADMIN_PORT) --state-dir $(STATE_DIR) --seed "$(SEED)" $(OPTIONS)
 

@@ -205,7 +205,7 @@ class Platform:
     def _lock_state_dir(self, started: AsyncExitStack) -> None:
         folder = self._settings.state_dir
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # logs, and manifests with their Secrets, are its user's alone
             lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise PlatformError(f"--state-dir {folder}: {error.strerror or error}") from error

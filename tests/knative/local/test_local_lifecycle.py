@@ -233,3 +233,13 @@ def test_another_service_can_be_the_default(tmp_path: Path) -> None:
     with platform_running(tmp_path, services, "--default-service", "second") as platform:
         assert platform.call("whatever", "/here").status == 200
         assert (platform.seen("first"), platform.seen("second")) == ([], ["/here"])
+
+
+def test_a_new_state_directory_is_its_users_alone(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    manifest = tmp_path / "hello.yaml"
+    manifest.write_text(manifests(service("hello")))
+    port, admin_port = free_port(), free_port()
+    with running(command(state, port, admin_port, file=str(manifest)), tmp_path / "run.log", clean_environment()):
+        wait_until("its state directory", state.exists)
+        assert state.stat().st_mode & 0o777 == 0o700
