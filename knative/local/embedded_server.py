@@ -5,6 +5,8 @@ much they send, and how many wait. Nothing is answered but S3 and SQS, and nobod
 """
 
 import asyncio
+import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -14,7 +16,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from functools import partial
 from io import BytesIO
 from typing import Any
@@ -51,6 +52,8 @@ LONGEST_BODY = {"s3": 5 << 30, "sqs": 8 << 20}  # what S3 takes in one request; 
 BODIES_BYTES = 256 << 20  # that have come and are not worked off
 BODY_S, BODY_RATE = 30.0, 64 << 10  # for a body to come, and a second more for so many bytes
 THREADS, POLLS = 16, 256  # requests that are worked on, and long polls, at a time
+GIVEN_BACK = 1 << 20  # bytes of a block of memory that goes back to the machine once it is not used any more
+_M_MMAP_THRESHOLD = -3
 _ITS_MISTAKES = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
 ADMIN = "moto-api"  # of the emulator's own routes, which reset it and read all of it
 
@@ -117,7 +120,7 @@ class Bodies:
         self._sizes: dict[object, int] = {}  # of what has come of each, the oldest first
         self._changed = asyncio.Condition()
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def read(self, request: web.BaseRequest, most: int) -> AsyncIterator[bytes]:
         """All of a body, which counts until whoever asked for it is done with it. Raises Refused if it is too long or too slow."""
         length = request.content_length
@@ -374,6 +377,8 @@ def main() -> None:
     os.environ["MOTO_ACCOUNT_ID"] = ACCOUNT  # read by moto at each request
     _keep_nothing()
     raise_limit()
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, GIVEN_BACK)
     try:
         asyncio.run(_serve_and_leave(int(sys.argv[1])))
     except PlatformError as error:
