@@ -27,6 +27,7 @@ READ_S = 60.0  # in which a client must take something of its answer
 UNSENT_BYTES = 256 << 20  # of all connections; beyond it those go that have not read for longest
 HEAD_BYTES = 64 << 10
 YOUNG_S = 1.0  # for which one at rest, or a request on its way, is taken to go on at once
+FRESH_S = 0.05  # and for which it is left alone
 PIECE_BYTES = 64 << 10  # read at a time
 MESSAGE_CHARACTERS = 300
 ERRORS_S = 10.0  # between two tracebacks
@@ -212,15 +213,20 @@ class Connections:
         self.remove(conn)
         conn.wire.abort()
 
-    def make_room(self) -> bool:
-        """Whether there is, or one has given way."""
-        return len(self) < self.limit or self.evict()
+    def evict(self, *, is_last_resort: bool = False) -> bool:
+        """Close the one that is missed least; False if there is none, as all are being worked on or have just come.
 
-    def evict(self) -> bool:
-        """Close the one that is missed least; False if there is none, as all are being worked on or have just come."""
-        young = self._clock() - YOUNG_S
-        # One that has just come is waited for: its request is on its way.
-        for state, since in ((State.ENDING, math.inf), (State.RESTING, young), (State.RECEIVING, young), (State.RESTING, math.inf)):
+        Who asks for something all the time is missed more than who has been about to ask for a while. is_last_resort: however fresh it is.
+        """
+        now = self._clock()
+        young, fresh = now - YOUNG_S, math.inf if is_last_resort else now - FRESH_S
+        for state, since in (
+            (State.ENDING, math.inf),
+            (State.RESTING, young),
+            (State.RECEIVING, young),
+            (State.RECEIVING, fresh),
+            (State.RESTING, fresh),
+        ):
             if found := self._oldest(state, since):
                 self.drop(found)
                 return True

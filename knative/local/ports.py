@@ -10,7 +10,7 @@ from types import TracebackType
 
 from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
 
-from knative.local.connections import Connection, Connections
+from knative.local.connections import FRESH_S, Connection, Connections
 from knative.local.descriptors import NO_ROOM, Descriptors
 from knative.local.errors import PlatformError
 from knative.local.tasks import Tasks
@@ -24,6 +24,7 @@ CALL_SHARE, ADMIN_SHARE = 7 / 16, 15 / 16
 BACKLOG = 1024
 ACCEPT_AT_ONCE = 64
 LOOK_S = 1.0
+WAIT_S = FRESH_S  # until it is looked whether somebody gives way by now
 STOP_S = 2.0  # for answers that are on their way
 READ_BYTES = 32 << 10  # of a body, that wait for whoever reads it; the double before its sender is held up
 
@@ -64,6 +65,7 @@ class Port(AbstractAsyncContextManager["Port"]):
         self._share = share
         self._tasks = Tasks(lambda _, error: connections.report(error))
         self._is_listening = self._is_closed = False
+        self._waits_since: float | None = None  # that nobody was let in although somebody was there, on the loop's clock
 
     async def __aenter__(self) -> "Port":
         self._loop = asyncio.get_running_loop()
@@ -114,12 +116,10 @@ class Port(AbstractAsyncContextManager["Port"]):
 
     def _accept(self) -> None:
         """Take in who has come; called again soon if there are more, or if one has to go first."""
-        for _ in range(ACCEPT_AT_ONCE):
-            if not self._connections.make_room():
-                self._wait_for_room()
-                return
-            if not self._ports.descriptors.has_room(self._share):
-                self._make_room()
+        for number in range(ACCEPT_AT_ONCE):
+            if not self._has_room():
+                if not number:  # so that somebody waits, which is not known of those behind the first
+                    self._make_room()
                 return
             try:
                 raw, _ = self._sock.accept()
@@ -131,17 +131,21 @@ class Port(AbstractAsyncContextManager["Port"]):
                 else:
                     self._pause()
                 return
+            self._waits_since = None
             raw.setblocking(False)
             self._tasks.start(self._take_in(raw), "a connection")
 
-    def _make_room(self) -> None:
-        """The descriptor of one that gives way is free in the loop's next turn."""
-        if not self._ports.miss_descriptor():
-            self._wait_for_room()
+    def _has_room(self) -> bool:
+        return len(self._connections) < self._connections.limit and self._ports.descriptors.has_room(self._share)
 
-    def _wait_for_room(self) -> None:
-        self._pause()
-        self._connections.await_room(self._listen)
+    def _make_room(self) -> None:
+        """Have one give way, whose place is free in the loop's next turn; if there is none, look again soon."""
+        is_full = len(self._connections) >= self._connections.limit
+        if not (self._connections.evict() if is_full else self._ports.miss_descriptor()):
+            self._pause()
+            self._waits_since = self._waits_since or self._loop.time()
+            self._connections.await_room(self._listen)
+            self._loop.call_later(WAIT_S, self._listen)
 
     async def _take_in(self, raw: socket.socket) -> None:
         def protocol() -> Connection:
@@ -166,6 +170,8 @@ class Port(AbstractAsyncContextManager["Port"]):
         self._looking = self._loop.call_later(LOOK_S, self._look)
         self._connections.look()
         self._ports.descriptors.look()
+        if self._waits_since and self._loop.time() - self._waits_since > LOOK_S:
+            self._connections.evict(is_last_resort=True)  # those who wait are to have their turn, too
         self._listen()
 
 

@@ -14,10 +14,10 @@ import pytest
 from aiohttp import web
 
 from knative.local import connections
-from knative.local.connections import HEAD_BYTES, HEAD_S, KEEP_S, READ_S, Connections, State
+from knative.local.connections import FRESH_S, HEAD_BYTES, HEAD_S, KEEP_S, READ_S, Connections, State
 from knative.local.descriptors import QUIET_S, STEADY_S, Descriptors
 from knative.local.errors import PlatformError
-from knative.local.ports import Ports
+from knative.local.ports import Port, Ports
 from tests.support import free_port
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -60,6 +60,7 @@ class Scene:
     connections: Connections
     clock: list[float]
     said: list[str]
+    listening: Port = field(init=False)
     clients: list[Client] = field(default_factory=list)
     asked: int = 0
     open_gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -107,7 +108,7 @@ async def opened(limit: int) -> AsyncIterator[Scene]:
     platform = Ports(said.append)
     platform.calls = Connections(limit, lambda: clock[0])
     found = Scene(port, platform, platform.calls, clock, said)
-    async with platform.call_port(port, lambda request: found.handle(request)):
+    async with platform.call_port(port, lambda request: found.handle(request)) as found.listening:
         yield found
         for client in found.clients:
             client.writer.transport.abort()
@@ -118,6 +119,7 @@ def test_the_connection_that_has_been_at_rest_for_longest_gives_way_to_a_new_one
         old, young = await found.client(), await found.client()
         for client in (old, young):
             assert await client.ask() == (200, b"here")
+        found.clock[0] += FRESH_S * 2
         new = await found.client()
         assert await new.ask() == (200, b"here")
         assert await old.is_closed()
@@ -131,12 +133,42 @@ def test_one_whose_next_request_is_there_already_does_not_give_way(monkeypatch: 
         old, young = await found.client(), await found.client()
         for client in (old, young):
             assert await client.ask() == (200, b"here")
+        found.clock[0] += FRESH_S * 2
         raw = old.writer.get_extra_info("socket")
         new = socket.create_connection(("127.0.0.1", found.port))  # both come while nobody looks
         assert os.write(raw.fileno(), REQUEST) == len(REQUEST)
         assert await old.answer() == (200, b"here")
         assert await young.is_closed()
         new.close()
+
+    play(scene, limit=2)
+
+
+def test_half_open_connections_give_way_before_callers_who_ask_all_the_time_do() -> None:
+    async def scene(found: Scene) -> None:
+        caller, half = await found.client(), await found.client()
+        half.writer.write(b"GET / HT")
+        await found.at(State.RECEIVING, 2)
+        found.clock[0] += FRESH_S * 2
+        assert await caller.ask() == (200, b"here")
+        for _ in range(3):
+            half, before = await found.client(), half
+            half.writer.write(b"GET / HT")
+            assert await before.is_closed()
+            assert await caller.ask() == (200, b"here")
+            await found.at(State.RECEIVING, 1)
+            found.clock[0] += FRESH_S * 2
+
+    play(scene, limit=2)
+
+
+def test_if_all_have_asked_just_now_somebody_has_to_go_in_the_end() -> None:
+    async def scene(found: Scene) -> None:
+        for _ in range(2):
+            assert await (await found.client()).ask() == (200, b"here")
+        new = await found.client()  # the clock of the others stands still
+        assert await new.ask() == (200, b"here")
+        assert await found.clients[0].is_closed()
 
     play(scene, limit=2)
 
@@ -149,7 +181,8 @@ def test_a_request_that_is_worked_on_never_gives_way_and_a_new_one_waits_for_the
         await found.at(State.WORKING, 2)
         new = await found.client()  # connected by the kernel, and taken in by nobody
         new.writer.write(REQUEST)
-        await asyncio.sleep(0.05)
+        while found.listening._is_listening:
+            await asyncio.sleep(0)  # it does not ask all the time
         assert found.asked == 2
         found.open_gate.set()
         assert await new.answer() == (200, b"here")
