@@ -25,7 +25,7 @@ from knative.queue_source.connection import KEPT_BYTES
 from knative.queue_source.errors import QueueSourceError
 from knative.queue_source.event import Event
 from knative.queue_source.holding import Held, Holding, Lease
-from knative.queue_source.log import LineFormatter, line
+from knative.queue_source.log import LineFormatter, Seldom, line
 from knative.queue_source.monitor import Monitor
 from knative.queue_source.queue import Message, Outcome
 from knative.queue_source.settings import from_environment
@@ -478,6 +478,32 @@ def test_a_line_of_the_log_is_one_line_without_control_characters_of_bounded_len
     assert [text for text in lines[1:] if text and not text.startswith(("    ", "ERROR failed"))] == []
     assert max(map(len, lines)) < 9000
     assert len(line("\n" * 100_000)) <= 4 * 2000 + 1
+
+
+def test_an_outage_of_hours_is_told_now_and_then_and_each_poisonous_message_once() -> None:
+    now = [0.0]
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.addFilter(Seldom(most=3, clock=lambda: now[0]))
+    handler.setFormatter(LineFormatter("%(levelname)s %(message)s"))
+    logger = logging.Logger("away")
+    logger.addHandler(handler)
+    for second in range(121):
+        now[0] = second
+        logger.warning("%s: away", f"id{second}")
+        logger.error("%s: poison", f"id{second}")
+    lines = stream.getvalue().splitlines()
+    assert sum(text.endswith("poison") for text in lines) == 121
+    assert [text for text in lines if "away" in text] == [
+        *(f"WARNING id{second}: away" for second in (0, 1, 2)),
+        "WARNING id60: away (57 more like it were left out)",
+        *(f"WARNING id{second}: away" for second in (61, 62)),
+        "WARNING id120: away (57 more like it were left out)",
+    ]
+    for number in range(5000):  # a text that is never the same
+        now[0] += 1
+        logger.warning(f"text {number}")
+    assert len(handler.filters[0]._kinds) <= 200  # type: ignore[union-attr]
 
 
 # The monitor
