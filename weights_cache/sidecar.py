@@ -311,7 +311,8 @@ class _Server:
         """Serve until `loop.stop`."""
         for routes in self._routes:
             self._threads.start("answers", routes.serve)
-        self._threads.start("resident", self._tier.run)
+        if any(path.name == resident.SOCKET for path in self._paths):
+            self._threads.start("resident", self._tier.run)
         self.loop.run()
 
     def close(self) -> bool:
