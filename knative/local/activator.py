@@ -264,9 +264,11 @@ def _target(request: web.BaseRequest, pod: Pod) -> URL:
 
 def _end_to_end(headers: MultiMapping[str]) -> CIMultiDict[str]:
     """The headers that are for the other end."""
-    dropped = _HOP_BY_HOP | _options(headers)
-    kept = ((name, value) for name, value in headers.items() if name.lower() not in dropped)
-    return CIMultiDict((name, value if value.isascii() else _text(value)) for name, value in kept)
+    options = _options(headers)
+    dropped = _HOP_BY_HOP | options if options else _HOP_BY_HOP
+    return CIMultiDict(
+        [(name, value if value.isascii() else _text(value)) for name, value in headers.items() if name.lower() not in dropped]
+    )
 
 
 def _text(value: str) -> str:

@@ -175,13 +175,17 @@ class Port(AbstractAsyncContextManager["Port"]):
         self._listen()
 
 
+def _coding(request: web.BaseRequest) -> str:
+    return ",".join(request.headers.getall(hdrs.TRANSFER_ENCODING)).lower()
+
+
 def _refusal(request: web.BaseRequest) -> web.Response | None:
     """What no port does."""
     if request.version not in (HttpVersion10, HttpVersion11):
         status, kind, message = 505, "bad_request", "HTTP/1.1 and HTTP/1.0 are spoken here"
     elif request.method == hdrs.METH_CONNECT:
         status, kind, message = 405, "method_not_allowed", "CONNECT is for proxies, and this is none"
-    elif (coding := ",".join(request.headers.getall(hdrs.TRANSFER_ENCODING, ("chunked",)))).lower() != "chunked":
+    elif hdrs.TRANSFER_ENCODING in request.headers and (coding := _coding(request)) != "chunked":
         status, kind, message = 501, "not_implemented", f"Transfer-Encoding: found {coding[:100]!r}; known is chunked"
     else:
         return None
