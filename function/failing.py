@@ -1,36 +1,29 @@
-"""A start that has failed: the reason in one line, for the log and for callers; and what the pod's sidecar says of one.
+"""A start that has failed: the reason in one line, for the log and for callers; and weights that do not come.
 
 What the agent itself raised is in the log, and not for callers, as with any request; they are told its class.
 """
 
-import http.client
-import json
 import logging
 import os
 import re
 import threading
 import time
 from collections.abc import Callable
-from urllib.parse import quote
 
 from function.errors import Unavailable, bounded
 from function.process import explain
 from weights_cache.environment import SettingsError, hiding
 from weights_cache.errors import WeightsError
-from weights_cache.settings import WeightsSettings
 
 RESTART_S = 10.0  # until a function that could not start is started again, or longer
 MOMENT_S = 0.1  # in which a probe can see why, even if callers are told nothing
 MOST_REASON = 300  # characters
-PATIENCE_S = 30.0  # for which the sidecar may say that the weights cannot be had; it goes on trying, and stores have bad moments
-ASK_EVERY_S = 1.0
-ASK_S = 1.0  # for each step of an answer
-MOST_ANSWER = 1 << 20
+PATIENCE_S = 30.0  # for which something may keep the weights from coming; the sidecar goes on trying, and stores have bad moments
+LOOK_S = 1.0
 
 log = logging.getLogger("relight.function")
 
 _UNPRINTABLE = re.compile(r"[^\S ]+|[^\x20-\U0010ffff]|[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-_WAITING = ("failed", "waiting", "listing")  # phases of the sidecar in which nothing comes
 
 
 def reason_of(agent: str, error: BaseException) -> str:
@@ -74,8 +67,11 @@ def _line(text: str) -> str:
 class Failing:
     """Why one function cannot start, and how its callers learn of it."""
 
-    def __init__(self, agent: str, tell_s: float, enter: Callable[[], object]) -> None:
-        """tell_s: for how long callers are told before the function ends; enter: called once it is clear that it will."""
+    def __init__(self, agent: str, tell_s: float, enter: Callable[[], object], problem: Callable[[], str | None] = lambda: None) -> None:
+        """tell_s: for how long callers are told before the function ends; enter: called once it is clear that it will.
+
+        problem: what keeps the weights from coming, which may pass.
+        """
         self.tells = tell_s > 0
         self.last_line = ""  # of the log: why
         self._agent = agent
@@ -83,22 +79,18 @@ class Failing:
         self._enter = enter
         self._lock = threading.Lock()  # guards _failure: the model's thread may fail while the start is given up
         self._failure: str | None = None
-        self._problem: str | None = None  # what the sidecar says, which may pass
+        self.problem = problem
         self._is_over = threading.Event()
 
     @property
     def reason(self) -> str | None:
         """Why, in one line and for anybody, as far as that is known."""
-        return self._failure or self._problem
+        return self._failure or ((problem := self.problem()) and _line(problem)) or None
 
     def check(self) -> None:
         """Raises Unavailable for a caller of one that will not start."""
         if self._failure:
             raise Unavailable(f"the function cannot start: {self._failure}", retry_after_s=RESTART_S)
-
-    def note(self, problem: str | None) -> None:
-        """What the sidecar says of the weights now."""
-        self._problem = problem
 
     def fail(self, error: BaseException, then: Callable[[BaseException], object]) -> None:
         """It will not start. `then` is called, here, once callers have been told for long enough, unless it is ending anyway."""
@@ -116,59 +108,39 @@ class Failing:
         self._is_over.set()
 
 
-class SidecarWatch:
-    """Asks the pod's sidecar what is wrong, for as long as a function waits for its weights, in a thread of its own."""
+class Patience:
+    """Gives a function up whose weights do not come, in a thread of its own."""
 
     def __init__(
-        self,
-        settings: WeightsSettings,
-        is_waiting: Callable[[], bool],
-        note: Callable[[str | None], object],
-        give_up: Callable[[WeightsError], object] | None = None,
+        self, problem: Callable[[], str | None], is_waiting: Callable[[], bool], give_up: Callable[[WeightsError], object]
     ) -> None:
-        """is_waiting: asked before each look; the first no ends it. note: what is wrong, if anything is.
+        """problem: what keeps the weights from coming. is_waiting: asked before each look; the first no ends it.
 
-        give_up: called when that has lasted for PATIENCE_S; without it, it may last.
+        give_up: called when there has been a problem for PATIENCE_S.
         """
-        self._uri, self._port = settings.uri, settings.port
+        self._problem = problem
         self._is_waiting = is_waiting
-        self._note = note
         self._give_up = give_up
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="sidecar", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="patience", daemon=True)
 
     def start(self) -> None:
-        """Begin; nothing is to be done without weights."""
-        if self._uri:
-            self._thread.start()
+        """Begin to look."""
+        self._thread.start()
 
     def stop(self) -> None:
         """End it."""
         self._stop.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(2 * ASK_S)
+            self._thread.join()
 
     def _run(self) -> None:
         since: float | None = None
-        while not self._stop.wait(ASK_EVERY_S) and self._is_waiting():
-            problem = self._ask()
+        while not self._stop.wait(LOOK_S) and self._is_waiting():
+            problem = self._problem()
             now = time.monotonic()
             since = (now if since is None else since) if problem else None
-            self._note(problem)
-            if problem and since is not None and now - since >= PATIENCE_S and self._give_up:
+            if problem and since is not None and now - since >= PATIENCE_S:
                 log.error("%s; for %.0f s now, so the start is given up", problem, now - since)
                 self._give_up(WeightsError(problem))
                 return
-
-    def _ask(self) -> str | None:
-        """What the sidecar says of our weights; None if that is nothing bad, or it says nothing, or is another one's."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=ASK_S)
-        try:
-            connection.request("GET", f"/v1/snapshots?uri={quote(self._uri or '', safe='')}")
-            document = json.loads(connection.getresponse().read(MOST_ANSWER))
-            found = next(row for row in document["snapshots"] if row["uri"] == self._uri)
-            return _line(str(found["error"])) if found["error"] and found["phase"] in _WAITING else None
-        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, RecursionError, StopIteration):
-            return None
-        finally:
-            connection.close()

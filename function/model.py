@@ -36,7 +36,7 @@ class Model:
         self._weights = weights
         self._runner = Runner(settings, weights, self.batcher, self._progress)
         self._is_lost = False
-        self.failing = Failing(settings.agent, settings.tell_failure_s, lambda: self._progress.enter("failed"))
+        self.failing = Failing(settings.agent, settings.tell_failure_s, lambda: self._progress.enter("failed"), lambda: weights.restored().error)
 
     def start(self, on_failure: Callable[[BaseException], object]) -> None:
         """Begin to load in the model's thread; `on_failure` is called there with what keeps the agent from being brought up, or ended the
@@ -111,6 +111,7 @@ class Model:
 
     def close(self, timeout_s: float) -> bool:
         """Have the agent closed, after the last answer; whether it was, within the time."""
+        self._weights.close()
         return self._runner.close(timeout_s)
 
     # Calls

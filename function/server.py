@@ -20,7 +20,7 @@ from function import children, process, tracing
 from function.app import create
 from function.cors import Cors
 from function.ending import Ending
-from function.failing import SidecarWatch, ends_with_reason
+from function.failing import Patience, ends_with_reason
 from function.keys import Keys
 from function.log import STDERR, install
 from function.master import ENDING_SIGNALS, Master
@@ -101,7 +101,8 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
         reason = ""  # what the log is to end with
 
         def close(timeout_s: float) -> bool:
-            watch.stop()
+            if patience:
+                patience.stop()
             return model.close(timeout_s)
 
         def on_failure(error: BaseException) -> None:
@@ -110,8 +111,9 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
                 reason = model.failing.last_line
             ending.fail(Master.WORKER_BOOT_ERROR, error)
 
-        give_up = (lambda error: model.failing.fail(error, on_failure)) if model.failing.tells else None
-        watch = SidecarWatch(self._weights, model.is_waiting, model.failing.note, give_up)
+        patience = None
+        if model.failing.tells:
+            patience = Patience(model.failing.problem, model.is_waiting, lambda error: model.failing.fail(error, on_failure))
 
         ending = self._ending = Ending(
             close, drain_s=settings.drain_s, ports=ports, on_failure=lambda: _explained(worker, reason), flush=STDERR.flush
@@ -133,7 +135,8 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
         children.make_plain(self._plain, lambda: [*_descriptors(worker), *worker.descriptors()], ports)
         self._equip(worker, model)
         model.start(on_failure=on_failure)
-        watch.start()
+        if patience:
+            patience.start()
 
     def _equip(self, worker: FunctionWorker, model: Model) -> None:
         """Give the worker what it asks."""

@@ -38,6 +38,7 @@ MAX_ANSWER_BYTES = 4 << 20
 log = logging.getLogger("relight.weights")
 
 _SNAPSHOT = re.compile("[0-9a-f]{32}")
+_WAITING = ("failed", "waiting", "listing")  # phases of the sidecar in which nothing comes
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,8 @@ class Snapshot:
             row = _sidecars_row(self._settings.port, self.uri)
             self._hear_at = time.monotonic() + HEAR_S
             if row is not None:
-                self._note(heard=told(f"the sidecar says: {row['error']}") if row.get("error") else None)
+                is_wrong = row.get("error") and row.get("phase") in _WAITING  # else they come all the same
+                self._note(heard=told(f"the sidecar says: {row['error']}") if is_wrong else None)
 
     def _note(self, **errors: str | None) -> None:
         """seen: by us; heard: of the sidecar. None: nothing is wrong by now."""

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from function.errors import Unavailable
-from function.failing import MOST_REASON, Failing, SidecarWatch, ends_with_reason, reason_of, told_of
+from function.failing import MOST_REASON, Failing, Patience, ends_with_reason, reason_of, told_of
 from tests.support import BIN, Server, clean_environment, free_port, request, running, wait_until
 from weights_cache.environment import SettingsError
 from weights_cache.errors import WeightsError
-from weights_cache.settings import WeightsSettings
 
 AGENTS = """
 import signal
@@ -202,73 +201,32 @@ URI = "s3://models/flowerz"
 NONE_THERE = f"no objects below {URI}; is the prefix right?"
 
 
-@pytest.mark.parametrize(
-    ("row", "told"),
-    [
-        pytest.param({"uri": URI, "phase": "failed", "error": NONE_THERE}, NONE_THERE, id="it cannot be had"),
-        pytest.param({"uri": URI, "phase": "waiting", "error": NONE_THERE}, NONE_THERE, id="it is to be tried again"),
-        pytest.param({"uri": URI, "phase": "fetching", "error": NONE_THERE}, None, id="it comes all the same"),
-        pytest.param({"uri": URI, "phase": "failed", "error": None}, None, id="nothing is said"),
-        pytest.param({"uri": "s3://models/other", "phase": "failed", "error": NONE_THERE}, None, id="of other weights"),
-        pytest.param({"uri": URI}, None, id="another program"),
-    ],
-)
-def test_what_the_sidecar_says_is_known(row: dict[str, Any], told: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("function.failing.ASK_EVERY_S", 0.01)
-    notes: list[str | None] = []
-    with Sidecar() as sidecar:
-        sidecar.row = row
-        watch = SidecarWatch(WeightsSettings(uri=URI, port=sidecar.port), lambda: len(notes) < 5, notes.append)
-        watch.start()
-        wait_until("five notes", lambda: len(notes) == 5)
-        watch.stop()
-    assert notes == [told] * 5
-
-
-def test_a_sidecar_that_is_not_there_is_no_problem_and_without_weights_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("function.failing.ASK_EVERY_S", 0.01)
-    notes: list[str | None] = []
-    watch = SidecarWatch(WeightsSettings(uri=URI, port=free_port()), lambda: len(notes) < 3, notes.append)
-    watch.start()
-    wait_until("three notes", lambda: len(notes) == 3)
-    watch.stop()
-    assert notes == [None] * 3
-    with Sidecar() as sidecar:
-        none = SidecarWatch(WeightsSettings(port=sidecar.port), lambda: True, notes.append)
-        none.start()
-        none.stop()
-        assert (sidecar.asked, len(notes)) == (0, 3)
-
-
-@pytest.mark.parametrize("is_given_up", [True, False])
-def test_what_lasts_is_given_up_only_where_somebody_wants_that(is_given_up: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("function.failing.ASK_EVERY_S", 0.01)
+@pytest.mark.parametrize(("is_waiting", "ends"), [(True, [NONE_THERE]), (False, [])], ids=["it waits", "they have come"])
+def test_weights_that_do_not_come_are_given_up_after_a_while(is_waiting: bool, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("function.failing.LOOK_S", 0.01)
     monkeypatch.setattr("function.failing.PATIENCE_S", 0.05)
-    notes: list[str | None] = []
     ended: list[BaseException] = []
-    with Sidecar() as sidecar:
-        sidecar.row = {"uri": URI, "phase": "failed", "error": NONE_THERE}
-        settings = WeightsSettings(uri=URI, port=sidecar.port)
-        watch = SidecarWatch(settings, lambda: len(notes) < 100, notes.append, ended.append if is_given_up else None)
-        watch.start()
-        wait_until("its end", lambda: ended or len(notes) == 100)
-        watch.stop()
-    assert [str(error) for error in ended] == [NONE_THERE] * is_given_up
-    assert (len(notes) < 100) == is_given_up
+    patience = Patience(lambda: NONE_THERE, lambda: is_waiting, ended.append)
+    patience.start()
+    wait_until("its end", lambda: not patience._thread.is_alive())
+    patience.stop()
+    assert [str(error) for error in ended] == ends
 
 
 def test_a_problem_that_passes_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("function.failing.ASK_EVERY_S", 0.0)
-    notes: list[str | None] = []
+    monkeypatch.setattr("function.failing.LOOK_S", 0.0)
     ended: list[BaseException] = []
+    looks: list[int] = []
     clock = iter(range(0, 10_000, 20))  # seconds between two looks: less than the patience, and two of them more
     monkeypatch.setattr("function.failing.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
-    watch = SidecarWatch(WeightsSettings(uri=URI), lambda: len(notes) < 20, notes.append, ended.append)
     said = iter([NONE_THERE, NONE_THERE, None] * 10)
-    monkeypatch.setattr(watch, "_ask", lambda: next(said))
-    watch._run()
-    assert ended == []
-    assert len(notes) == 20
+
+    def problem() -> str | None:
+        looks.append(1)
+        return next(said)
+
+    Patience(problem, lambda: len(looks) < 20, ended.append)._run()
+    assert (ended, len(looks)) == ([], 20)
 
 
 def test_the_function_says_what_the_sidecar_says(start: StartFunction, tmp_path: Path) -> None:
@@ -277,7 +235,7 @@ def test_the_function_says_what_the_sidecar_says(start: StartFunction, tmp_path:
         settings = {"WEIGHTS_URI": URI, "WEIGHTS_PORT": str(sidecar.port), "WEIGHTS_CACHE_DIR": str(tmp_path / "cache")}
         function = start("failing_agents:Waits", **settings)
         found = wait_until("what it says", lambda: (document := request(function.port, "GET", "/readyz").json()).get("error") and document)
-        assert (found["error"], found["phase"]) == (NONE_THERE, "restoring")
+        assert (found["error"], found["phase"]) == (f"the sidecar says: {NONE_THERE}", "restoring")
         assert request(function.port, "GET", "/readyz").status == 503  # it may still come
         sidecar.row = {"uri": URI, "phase": "fetching", "error": NONE_THERE}
         wait_until("no word of it", lambda: "error" not in request(function.port, "GET", "/readyz").json())
@@ -286,9 +244,8 @@ def test_the_function_says_what_the_sidecar_says(start: StartFunction, tmp_path:
 def test_of_two_failures_the_first_one_counts_and_the_end_comes_once() -> None:
     entered: list[str] = []
     ended: list[BaseException] = []
-    failing = Failing("a:A", 0.0, lambda: entered.append("failed"))
+    failing = Failing("a:A", 0.0, lambda: entered.append("failed"), lambda: NONE_THERE)
     failing.check()
-    failing.note(NONE_THERE)
     assert failing.reason == NONE_THERE
     failing.check()  # it may pass
     failing.fail(WeightsError("first"), ended.append)
