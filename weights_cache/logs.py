@@ -5,11 +5,13 @@ A text from outside (a URI that somebody asked for, what a store answered) could
 
 import contextlib
 import logging
+import os
 import queue
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+from weights_cache.environment import hiding
 from weights_cache.excerpt import told
 from weights_cache.threads import Threads
 
@@ -20,21 +22,25 @@ _FORM = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class LineFormatter(logging.Formatter):
-    """Of a traceback, too, each line is marked as one that belongs to the message before."""
+    """Of a traceback, too, each line is marked as one that belongs to the message before.
+
+    What the environment calls a secret is not told, whoever repeats it.
+    """
 
     def __init__(self) -> None:
         super().__init__(_FORM)
+        self._hide = hiding(os.environ)
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line, and those of its traceback indented."""
         first, *rest = super().format(self._plain(record)).split("\n")
         if not record.exc_info and not record.stack_info:
             return first
-        return "\n".join([first, *(f"    {told(line)}" for line in rest[-60:])])
+        return "\n".join([first, *(f"    {told(self._hide(line))}" for line in rest[-60:])])
 
     def _plain(self, record: logging.LogRecord) -> logging.LogRecord:
         plain = logging.makeLogRecord(record.__dict__)
-        plain.msg, plain.args = told(record.getMessage(), MAX_LINE_SIGNS), None
+        plain.msg, plain.args = told(self._hide(record.getMessage()), MAX_LINE_SIGNS), None
         return plain
 
 

@@ -56,6 +56,13 @@ class RevisionFailed(RequestError):
         super().__init__(trouble.reason, retry_after_s=retry_after_s, trouble=trouble)
 
 
+class Forbidden(RequestError):
+    """A request that another site may have made somebody's browser send."""
+
+    status = 403
+    type = "forbidden"
+
+
 class Stopping(RequestError):
     """The platform is shutting down."""
 

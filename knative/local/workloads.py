@@ -8,8 +8,9 @@ from typing import Any
 
 from aiohttp import web
 
+from knative.local import origin
 from knative.local.activator import Activator, error_response
-from knative.local.errors import Stopping
+from knative.local.errors import Forbidden, Stopping
 from knative.local.manifest import Manifests, QueueSource, Service
 from knative.local.pod import Pod
 from knative.local.pod_maker import PodMaker
@@ -115,6 +116,10 @@ class Workloads:
         """A port that leads to one Service alone: not every program knows that `minilm.default.localhost` is this machine."""
 
         async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            try:
+                origin.check(request.host, request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site"))
+            except origin.Forbidden as refused:
+                return error_response(Forbidden(str(refused)))  # sources come here, and no browser
             if live := self.services.get(service):
                 return await self._activator.serve(request, live.choose())
             return error_response(Stopping(f"Service {service[1]} stands in no manifest any more"))

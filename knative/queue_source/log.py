@@ -1,13 +1,14 @@
 """Lines of the log, of which none can be written by somebody else: a message, a sink's answer or a broker's reason holds what it likes."""
 
 import logging
+import os
 import re
 import sys
 import threading
 import time
 from collections.abc import Callable
 
-from weights_cache.environment import masked
+from weights_cache.environment import hiding, masked
 
 MOST = 2000  # characters of a message
 MOST_TRACE = 8000  # and of a traceback below it
@@ -26,15 +27,19 @@ def line(text: str, most: int = MOST) -> str:
 
 
 class LineFormatter(logging.Formatter):
-    """One line for each message; those of a traceback are indented."""
+    """One line for each message; those of a traceback are indented. What the environment calls a secret is not told, whoever repeats it."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__(form)
+        self._hide = hiding(os.environ)
 
     def format(self, record: logging.LogRecord) -> str:
         """Called by logging."""
         plain = logging.makeLogRecord(record.__dict__)
-        plain.msg, plain.args, plain.exc_info, plain.exc_text = line(record.getMessage()), None, None, None
+        plain.msg, plain.args, plain.exc_info, plain.exc_text = line(self._hide(record.getMessage())), None, None, None
         first = super().format(plain)
         trace = self.formatException(record.exc_info)[-MOST_TRACE:] if record.exc_info else ""
-        return "\n".join([first, *(f"    {line(one)}" for one in trace.splitlines())])
+        return "\n".join([first, *(f"    {line(one)}" for one in self._hide(trace).splitlines())])
 
 
 class Seldom(logging.Filter):

@@ -161,3 +161,10 @@ def test_lines_that_nobody_reads_are_lost_and_counted(monkeypatch: pytest.Monkey
     assert lines[0].endswith("line 0")
     assert sum("line " in line for line in lines) + int(re.findall(r"(\d+) lines of the log were lost", written.getvalue())[0]) == 10
     assert lines[-1].endswith("the last")
+
+
+def test_a_line_of_the_log_has_no_secret_of_the_environment_whoever_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "k3y-of-the-store")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "relight")
+    record = logging.makeLogRecord({"msg": "relight: %s", "args": ("the store refused k3y-of-the-store",), "levelname": "ERROR"})
+    assert LineFormatter().format(record).endswith("relight: the store refused ***")

@@ -45,7 +45,7 @@ def hiding(environ: Mapping[str, str]) -> Callable[[str], str]:
     """`masked` that also hides the values of variables whose names say that they are secrets: libraries repeat what they are given."""
     secrets: set[str] = set()
     for name, value in environ.items():
-        if _SECRET_NAME.search(name) and not name.endswith(("_FILE", "_PATH")):
+        if _SECRET_NAME.search(name) and not name.endswith(("_FILE", "_PATH", "_ID")):
             secrets |= {value, *value.splitlines()}
             if "HEADERS" in name.upper():  # name=value,name=value
                 secrets |= {re.split("[=:]", pair, maxsplit=1)[-1].strip() for pair in value.split(",")}

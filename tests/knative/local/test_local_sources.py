@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -71,6 +72,20 @@ def test_ten_messages_for_a_function_at_zero_are_one_cold_start_and_ten_results(
         0,
     )
     assert source["oldest_age_s"] is None
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Host": "rebound.example"}],
+    ids=["another site", "another site says the browser", "a name that was made to lead here"],
+)
+def test_the_way_to_a_sink_is_for_sources_and_not_for_other_sites(platform: Platform, headers: dict[str, str]) -> None:
+    environment = (Path("/proc") / living(platform.state)[0] / "environ").read_bytes().decode()
+    sink = urlsplit(next(line.removeprefix("K_SINK=") for line in environment.split("\0") if line.startswith("K_SINK=")))
+    assert sink.port
+    refused = request(sink.port, "POST", "/", {"instances": ["x"]}, headers)
+    assert (refused.status, refused.json()["error"]["type"]) == (403, "forbidden")
+    assert request(sink.port, "POST", "/", {"instances": ["x"]}).status == 200
 
 
 def test_what_a_source_does_is_told_to_people_and_to_programs(platform: Platform) -> None:

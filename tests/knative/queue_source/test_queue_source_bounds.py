@@ -663,3 +663,9 @@ def test_two_thousand_messages_leave_nothing_behind(sqs: Sqs, tmp_path: Path) ->
 @pytest.mark.timeout(1800)
 def test_fifty_thousand_messages_leave_nothing_behind(sqs: Sqs, tmp_path: Path) -> None:
     flat(sqs, tmp_path, "flat-soak", 50_000)
+
+
+def test_a_line_of_the_log_has_no_secret_of_the_environment_whoever_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "k3y-of-the-queue")
+    record = logging.makeLogRecord({"msg": "the queue refused %s", "args": ("k3y-of-the-queue",)})
+    assert LineFormatter("%(message)s").format(record) == "the queue refused ***"
