@@ -36,7 +36,9 @@ class Model:
         self._weights = weights
         self._runner = Runner(settings, weights, self.batcher, self._progress)
         self._is_lost = False
-        self.failing = Failing(settings.agent, settings.tell_failure_s, lambda: self._progress.enter("failed"), lambda: weights.restored().error)
+        self.failing = Failing(
+            settings.agent, settings.tell_failure_s, lambda: self._progress.enter("failed"), lambda: weights.restored().error
+        )
 
     def start(self, on_failure: Callable[[BaseException], object]) -> None:
         """Begin to load in the model's thread; `on_failure` is called there with what keeps the agent from being brought up, or ended the

@@ -92,7 +92,8 @@ class Failures:
     def deadline(self, pod: Pod, limit_s: float) -> Trouble:
         """What is said of a pod that was not ready in time."""
         found = pod.why_not_ready()
-        return replace(found, reason=f"{pod.name} was not ready within {limit_s:g} s (progress-deadline): {found.reason}")
+        why = found.reason.removeprefix(f"{pod.name}: ")
+        return replace(found, reason=f"{pod.name} was not ready within {limit_s:g} s (progress-deadline): {why}")
 
     def _fail(self, trouble: Trouble, earlier: int) -> None:
         self.latest = trouble

@@ -156,7 +156,7 @@ class Health:
                         await self._doubted.wait()
                         self._doubted.clear()
             else:
-                await asyncio.sleep(QUICK_PROBE_S if time.monotonic() - self._began_at < QUICK_S else START_PROBE_S)
+                await asyncio.sleep(_start_pause_s(time.monotonic() - self._began_at))
 
     async def _watch_sidecar(self, container: ContainerProcess, port: int) -> None:
         probe = Probe(port, SIDECAR_PATH, {}, SIDECAR_LOOK_S, SIDECAR_LOOK_S, 1, 0.0)
@@ -181,6 +181,11 @@ class Health:
             if tally.add(answer.is_well) is False:
                 tally.clear()
                 await container.restart(f"is not well: its liveness probe failed {probe.failures} times, {answer.why}")
+
+
+def _start_pause_s(age_s: float) -> float:
+    """Seconds to the next look at what is not ready: of a long start a four-hundredth more does not count, and its log stays short."""
+    return QUICK_PROBE_S if age_s < QUICK_S else min(1.0, max(START_PROBE_S, age_s / 400))
 
 
 def _until(container: ContainerProcess, age_s: float) -> float:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from knative.local.errors import ManifestError
@@ -21,7 +21,10 @@ from knative.local.rules import AnyContainer
 from knative.local.schema import CPU, MEMORY, ProbeSpec
 
 # Two pods share this machine's ports, which in a cluster they would not.
-_PORT_SETTINGS = {"WEIGHTS_PORT", "FUNCTION_METRICS_PORT"}
+SIDECAR_PORT, DEFAULT_SIDECAR_PORT = "WEIGHTS_PORT", 8090
+_PORT_SETTINGS = {SIDECAR_PORT, "FUNCTION_METRICS_PORT"}
+# Our programs, as commands have them.
+FUNCTION, SIDECAR = ("-m", "function"), ("weights_cache", "serve")
 # Which queue a queue source polls, and where it tells of its work.
 QUEUE_URL, QUEUE_PORT = "QUEUE_SOURCE_URL", "QUEUE_SOURCE_PORT"
 LOOPBACK = "127.0.0.1"
@@ -184,13 +187,23 @@ class _Plan:
         """All of them. main: the index of the one that has the variables `own`, and `default` for want of a readiness probe."""
         containers: Sequence[AnyContainer] = self.workload.spec.containers
         for container in containers:
-            for port in _own_ports(container):
+            for port in _own_ports(container) | ({self._sidecar_port} if self._sidecar_port else set()):
                 if port not in self.ports:
                     self.ports[port] = self.free_port()
         return tuple(
             self._process(index, container, own if index == main else {}, default if index == main else None, is_main=index == main)
             for index, container in enumerate(containers)
         )
+
+    @cached_property
+    def _sidecar_port(self) -> int:
+        """Where our sidecar listens in a cluster; 0 without one. Its default, too, is two pods' here."""
+        containers: Sequence[AnyContainer] = self.workload.spec.containers
+        for index, container in enumerate(containers):
+            if _runs(container, SIDECAR):
+                declared = _declared_env(self.workload, index, self.manifests).get(SIDECAR_PORT, "")
+                return int(declared) if declared.isdigit() else DEFAULT_SIDECAR_PORT
+        return 0
 
     def _process(self, index: int, container: AnyContainer, own: Mapping[str, str], default: ProbeSpec | None, *, is_main: bool) -> Process:
         workload, ports = self.workload, self.ports
@@ -203,6 +216,8 @@ class _Plan:
             name: str(ports.get(int(value), value)) if name.endswith("_PORT") and value.isdigit() else value for name, value in env.items()
         }
         env |= {**own, **self.given}
+        if self._sidecar_port and SIDECAR_PORT not in env and (_runs(container, SIDECAR) or _runs(container, FUNCTION)):
+            env[SIDECAR_PORT] = str(ports[self._sidecar_port])
         here = _rewriter(mounts, self.addresses)
         env = {name: here(value) for name, value in env.items()}
         if _TELLS in env:
@@ -224,6 +239,12 @@ class _Plan:
             startup=probe(container.startup_probe, every_s=10),
             limits=limits,
         )
+
+
+def _runs(container: AnyContainer, program: tuple[str, ...]) -> bool:
+    """Whether a container's command is one of our programs."""
+    words = (*container.command, *container.args)
+    return any(words[at : at + len(program)] == program for at in range(len(words)))
 
 
 def _own_ports(container: AnyContainer) -> set[int]:

@@ -26,6 +26,8 @@ from knative.local.tasks import Tasks, describe
 from knative.local.trouble import Trouble
 from knative.local.troubles import Troubles
 
+QUIET_S = 5.0  # of a start, about which nothing is said
+
 Phase = Literal["pending", "starting", "ready", "draining"]
 
 
@@ -85,6 +87,8 @@ class Pod:
         self.unready_since: float | None = self.asked_at  # the progress deadline counts from here
         self.stages: dict[str, float] = {}  # seconds since the pod was asked for
         self.report = Report()
+        self._phase_since = self.asked_at  # of the report
+        self.is_slow_told = False  # that it takes long to be ready
         self.on_room: Callable[[], object] = lambda: None  # called when it has room for one request more
         self.devices = devices or Devices(())
         self._spawned_at = 0.0  # seconds since asked for; the processes' own stages count from here
@@ -227,11 +231,14 @@ class Pod:
             return None
         if waits_for := self.waits_for:
             return Trouble(f"it {waits_for}")
-        return self.troubles.latest()
+        if found := self.troubles.latest():
+            return found
+        is_quiet = self.unready_since is None or time.monotonic() - self.unready_since < QUIET_S
+        return None if is_quiet else self.troubles.guess(self.report.phase, self._phase_since)
 
     def why_not_ready(self) -> Trouble:
         """The same, or what there is to be seen; with the pod's name."""
-        found = self.trouble or self.troubles.guess()
+        found = self.trouble or self.troubles.guess(self.report.phase, self._phase_since)
         return replace(found, reason=f"{self.name}: {found.reason}")
 
     def status(self) -> dict[str, Any]:
@@ -291,6 +298,8 @@ class Pod:
         except ValidationError:
             return  # something else
         if report != self.report:
+            if report.phase != self.report.phase:
+                self._phase_since = time.monotonic()
             self.report = report
             self._on_change(self)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 from typing import NamedTuple
@@ -56,6 +57,8 @@ async def ask(probe: Probe, process: Process, session: aiohttp.ClientSession) ->
     except TimeoutError:
         return Answer(False, f"{_show(probe)} gave no answer within {probe.timeout_s:g} s")
     except (aiohttp.ClientError, OSError) as error:
+        if getattr(error, "errno", None) == errno.ECONNREFUSED:
+            return Answer(False, f"nothing listens on port {probe.port}")
         return Answer(False, f"{_show(probe)}: {getattr(error, 'strerror', None) or error}")
 
 

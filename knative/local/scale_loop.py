@@ -15,6 +15,7 @@ from knative.local.scaler import Scaler
 from knative.local.waiting import Waiting
 
 SAMPLE_S = 1.0
+SLOW_S = 10.0  # of a start, until it is said what it waits for
 
 
 class ScaleLoop:
@@ -29,8 +30,12 @@ class ScaleLoop:
         failures: Failures,
         let_go: Callable[[Pod], object],
         is_late: Callable[[Pod], object],
+        is_slow: Callable[[Pod], object],
     ) -> None:
-        """let_go: called with each pod that is one too many. is_late: with each that was not ready by its progress deadline."""
+        """let_go: called with each pod that is one too many. is_late: with each that was not ready by its progress deadline.
+
+        is_slow: each second with each that was not ready for SLOW_S.
+        """
         self.scaler = Scaler(service.scale, meter, time.monotonic())
         self.held = False  # no pods yet, whoever waits
         self.is_closed = False  # and none any more
@@ -40,6 +45,7 @@ class ScaleLoop:
         self._failures = failures
         self._let_go = let_go
         self._is_late = is_late
+        self._is_slow = is_slow
         self._has_gpus = any(container.resources.gpus for container in service.spec.containers)
 
     @property
@@ -60,6 +66,8 @@ class ScaleLoop:
         """What there is to do each second."""
         now = time.monotonic()
         self.scaler.sample(now, has_pods=bool(self._pods))
+        for pod in self._pods.late(now, SLOW_S):
+            self._is_slow(pod)
         for pod in self._pods.late(now, self.scaler.spec.progress_deadline_s):
             self._is_late(pod)
         self.ask_for_devices()

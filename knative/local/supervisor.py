@@ -74,7 +74,9 @@ class Supervisor:
             service.spec.container_concurrency, self._make, tasks, self._pod_gone, lambda trouble: self.failures.start_failed(trouble)
         )
         self.failures = Failures(self.pods, self._waiting, self._failed)
-        self.scaling = ScaleLoop(service, revision.meter, self.pods, self._waiting, self.failures, self._let_go, self._is_late)
+        self.scaling = ScaleLoop(
+            service, revision.meter, self.pods, self._waiting, self.failures, self._let_go, self._is_late, self._is_slow
+        )
 
     def _make(self) -> Pod:
         pod = self._make_pod(self._revision, f"{self._revision.name}-{secrets.token_hex(3)}")
@@ -158,6 +160,11 @@ class Supervisor:
 
     def _is_late(self, pod: Pod) -> None:
         self._start_failed(pod, self.failures.deadline(pod, self._revision.service.scale.progress_deadline_s))
+
+    def _is_slow(self, pod: Pod) -> None:
+        if not pod.is_slow_told:
+            pod.is_slow_told = True
+            self._watcher.about(self._revision.service.name, pod.why_not_ready().reason)
 
     def _start_failed(self, pod: Pod, trouble: Trouble) -> None:
         """It will not be ready: it goes, and another one is tried after a pause."""

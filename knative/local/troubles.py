@@ -98,18 +98,22 @@ class Troubles:
             return self._blame(container, f"its container {container.process.container} says: {error}")
         return self._ended
 
-    def guess(self) -> Trouble:
-        """The same; without anything known, a container that is not ready, or has at least written something, is to blame."""
+    def guess(self, phase: str, since: float) -> Trouble:
+        """The same; without anything known, a container that is not ready, or has at least written something, is to blame.
+
+        phase: where the user container says that it is, since then.
+        """
         if found := self.latest():
             return found
         suspects = [container for container in self._containers if container.process.container in self._unready or container.tail(1)]
         if not suspects:
             return Trouble("its containers wrote nothing")
         last = max(suspects, key=lambda container: (container.process.container in self._unready, container.process.is_main))
-        why = self._unready.get(last.process.container)
-        return self._blame(
-            last, f"its container {last.process.container} does not say that it is ready{f': {line(why, 300)}' if why else ''}"
-        )
+        name = last.process.container
+        if last.process.is_main and phase not in ("", "ready"):
+            return self._blame(last, f"its container {name} has been {line(phase, 40)} for {time.monotonic() - since:.0f} s")
+        why = self._unready.get(name)
+        return self._blame(last, f"its container {name} does not say that it is ready{f': {line(why, 300)}' if why else ''}")
 
     def _blame(self, container: ContainerProcess, reason: str) -> Trouble:
         return Trouble(reason, container.process.container, tuple(line(text, 300) for text in container.tail(LINES)))

@@ -52,7 +52,13 @@ def cached(volumes: Path) -> list[dict[str, Any]]:
 
 async def sidecars(pods: Iterable[Pod], session: aiohttp.ClientSession) -> list[dict[str, Any]]:
     """What each sidecar that is up says: its pod, its `/v1/snapshots`, and its counters by name."""
-    asked = [(pod, process.env[PORT]) for pod in pods if pod.phase != "draining" for process in pod.plan.processes if PORT in process.env]
+    asked = [
+        (pod, process.env[PORT])
+        for pod in pods
+        if pod.phase != "draining"
+        for process in pod.plan.processes
+        if PORT in process.env and not process.is_main  # the function has it, too: to know where the sidecar is
+    ]
     answers = await asyncio.gather(*(_ask(pod, port, session) for pod, port in asked))
     return [answer for answer in answers if answer]
 

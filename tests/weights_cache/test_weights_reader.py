@@ -1096,7 +1096,8 @@ def test_what_the_sidecar_says_is_wrong_is_known_without_asking_and_forgotten_wh
 ) -> None:
     monkeypatch.setattr(snapshot, "HEAR_S", 0.01)
     weights = Weights(WeightsSettings(uri=URI, cache_dir=cache.root, port=sidecar.port))
-    sidecar.say(uri=URI, snapshot=None, checked=False, phase="waiting", error="no objects below s3://bucket/model/;\nis the prefix right?" + "x" * 5000)
+    error = "no objects below s3://bucket/model/;\nis the prefix right?" + "x" * 5000
+    sidecar.say(uri=URI, snapshot=None, checked=False, phase="waiting", error=error)
     weights.watch()
     told = wait_until("the reason", lambda: weights.restored().error)
     assert told.startswith("the sidecar says: no objects below s3://bucket/model/; is the prefix right?")

@@ -374,6 +374,17 @@ SINK = "http://127.0.0.1:9998"
 QUEUE_URL = f"{QUEUES}/000000000000/work"
 
 
+@pytest.mark.parametrize(
+    "declared", [{}, {"env": [{"name": "WEIGHTS_PORT", "value": "8090"}]}, {"env": [{"name": "WEIGHTS_PORT", "value": "9000"}]}]
+)
+def test_a_sidecar_has_a_port_of_its_own_in_each_pod_and_its_function_knows_it(declared: dict[str, Any]) -> None:
+    ours = {"command": ["python", "-m", "weights_cache", "serve"], **declared}
+    function, sidecar, other = plan({"command": ["python", "-m", "function"]}, ours, {"command": ["proxy"]}).processes
+    assert sidecar.env["WEIGHTS_PORT"] == function.env["WEIGHTS_PORT"] == str(FIRST_PORT + 1)
+    assert "WEIGHTS_PORT" not in other.env
+    assert "WEIGHTS_PORT" not in plan({"command": ["python", "-m", "function"]}).processes[0].env
+
+
 def plan_queue_source(container: Mapping[str, Any], *, objects: Sequence[Mapping[str, Any]] = (), **spec: Any) -> PodPlan:
     """The pod of a source whose first container has these fields; `spec` is the source's."""
     service = {

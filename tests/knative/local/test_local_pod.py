@@ -14,12 +14,14 @@ import pytest
 from aiohttp import web
 
 from knative.local import health as health_module
+from knative.local import pod as pod_module
 from knative.local import process as process_module
 from knative.local import troubles as troubles_module
 from knative.local.errors import PlatformError
 from knative.local.launch import PodPlan, Probe, Process
 from knative.local.pod import Pod, Report
 from knative.local.trouble import Trouble
+from tests.support import free_port
 
 SLEEP = ("sh", "-c", "echo $$; exec sleep 60")
 EVERY_S = 0.02
@@ -659,3 +661,38 @@ def test_what_was_of_use_or_ready_for_long_did_start_however_often_it_ends(
         await pod.drain(0)
 
     play(tmp_path, scene)
+
+
+def test_a_start_that_only_waits_says_after_a_while_what_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pod_module, "QUIET_S", 0.05)
+
+    async def scene(stage: Stage) -> None:
+        stage.function.status = 404
+        pod = stage.pod()
+        await pod.start()
+        assert pod.trouble is None
+        await until("why", lambda: pod.trouble)
+        assert pod.trouble
+        assert pod.trouble.reason == "its container function does not say that it is ready: GET /readyz answered 404"
+        stage.function.says({"phase": "loading"}, 503)
+        await until("its phase", lambda: pod.report.phase)
+        assert pod.trouble.reason.startswith("its container function has been loading for 0 s")
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_port_that_nobody_opens_is_named(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        closed = free_port()
+        pod = stage.pod(stage.process(readiness=replace(stage.probe(), port=closed)))
+        await pod.start()
+        await until("why", lambda: "nothing listens" in pod.why_not_ready().reason)
+        assert pod.why_not_ready().reason.endswith(f"nothing listens on port {closed}")
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_the_longer_a_start_takes_the_less_often_it_is_probed() -> None:
+    assert [health_module._start_pause_s(age_s) for age_s in (0.1, 1, 10, 60, 100, 4000)] == [0.005, 0.025, 0.025, 0.15, 0.25, 1.0]

@@ -621,3 +621,18 @@ def test_a_pod_that_cannot_even_be_made_is_told_to_who_waits() -> None:
         await revision.stop()
 
     asyncio.run(main())
+
+
+def test_of_a_start_that_takes_long_it_is_said_once_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale_loop_module, "SLOW_S", -1.0)
+
+    async def main() -> None:
+        revision, events = fake_revision(scale={"initial-scale": "1"})
+        revision.start()
+        await settle()
+        for _ in range(3):
+            revision.scaling.beat(decides=False)
+        assert events.told == ["starting, 0 waiting", f"{revision.pods[0].name}: its containers wrote nothing"]
+        await revision.stop()
+
+    asyncio.run(main())

@@ -87,7 +87,7 @@ def test_whatever_answers_at_the_port_of_a_sidecar_harms_nobody(snapshots: bytes
         runner = web.ServerRunner(web.Server(answer))
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        process = SimpleNamespace(env={"WEIGHTS_PORT": str(runner.addresses[0][1])})
+        process = SimpleNamespace(is_main=False, env={"WEIGHTS_PORT": str(runner.addresses[0][1])})
         pod = SimpleNamespace(name="hello-1", phase="ready", plan=SimpleNamespace(processes=[process]))
         async with aiohttp.ClientSession() as session:
             found = await sidecars([cast(Pod, pod)], session)
