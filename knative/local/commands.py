@@ -9,13 +9,14 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from knative.local import address, plain, tables
 from knative.local.client import PIECE_BYTES, Client, explain, lines, parse
@@ -31,6 +32,16 @@ def where(command: Callable[..., None]) -> Callable[..., None]:
         "--state-dir", default=Path(".relight"), show_default=True, type=click.Path(path_type=Path), help="That of `relight run`."
     )
     return admin(state(command))
+
+
+def platform(admin: str | None, state_dir: Path) -> Client:
+    """The platform that is meant. Raises PlatformError where none runs with the state directory that was named: no other is meant."""
+    is_named = click.get_current_context().get_parameter_source("state_dir") is ParameterSource.COMMANDLINE
+    if is_named and not admin and not (state_dir / address.NAME).is_file():
+        raise PlatformError(
+            f"no platform runs with --state-dir {state_dir}; start one with `relight run`, or name its admin port with --admin"
+        )
+    return Client(admin or address.find(state_dir))
 
 
 @contextmanager
@@ -57,7 +68,7 @@ def status(*, as_json: bool, watch: bool, admin: str | None, state_dir: Path) ->
     from rich.live import Live
 
     with told():
-        client = Client(admin or address.find(state_dir))
+        client = platform(admin, state_dir)
         console = Console(highlight=False, emoji=False)
         if not watch:
             document = client.get("/api/status")
@@ -98,7 +109,7 @@ def invoke(
 ) -> None:
     """Send a request to the Service NAME (or NAMESPACE/NAME) and print the answer; the exit status is 1 if it is an error."""
     with told():
-        client = Client(admin or address.find(state_dir))
+        client = platform(admin, state_dir)
         body = read_body(data)
         namespace, _, service = name.rpartition("/")
         chosen = (method or ("GET" if path and body is None else "POST")).upper()
@@ -128,13 +139,16 @@ def invoke(
 def logs(*, name: str, container: str | None, follow: bool, tail: int, admin: str | None, state_dir: Path) -> None:
     """Print the log of a pod, or of the latest pod of the revision, Service or queue source NAME; logs outlive their pods."""
     with told():
-        client = Client(admin or address.find(state_dir))
+        client = platform(admin, state_dir)
         services = client.get("/api/status")["services"]
-        namespace, pod, containers = _pod(client.get("/api/logs")["logs"], name, services)
+        namespace, pod, sizes = _pod(client.get("/api/logs")["logs"], name, services)
+        containers = sorted(sizes)
         if container is None:
             container = containers[0] if len(containers) == 1 else "function"
         if container not in containers:
             raise PlatformError(f"pod {pod} has no container {container!r}; it has {', '.join(containers)}; name one with --container")
+        if not sizes[container]:
+            click.echo(plain.line(_silence(pod, container, sizes)), err=True)
         query = {"namespace": namespace, "pod": pod, "container": container, "tail": str(tail), "follow": "1" if follow else "0"}
         with client.ask("/api/logs", query) as reply:
             if sys.stdout.isatty():
@@ -143,8 +157,8 @@ def logs(*, name: str, container: str | None, follow: bool, tail: int, admin: st
                 _print_body(reply)
 
 
-def _pod(found: list[dict[str, Any]], name: str, services: list[dict[str, Any]]) -> tuple[str, str, list[str]]:
-    """The pod that is meant: (namespace, name, its containers with a log). Raises PlatformError if there is none."""
+def _pod(found: list[dict[str, Any]], name: str, services: list[dict[str, Any]]) -> tuple[str, str, dict[str, int]]:
+    """The pod that is meant: (namespace, name, bytes of the log of each container). Raises PlatformError if there is none."""
     namespace, _, wanted = name.rpartition("/")
     # A revision has a number, unless its template names it.
     named = [revision["name"] for service in services if service["name"] == wanted for revision in service["revisions"]]
@@ -158,7 +172,13 @@ def _pod(found: list[dict[str, Any]], name: str, services: list[dict[str, Any]])
         known = ", ".join(dict.fromkeys(log["pod"] for log in ours[:20]))
         raise PlatformError(f"no pod, Service or queue source {name!r} has a log" + (f"; pods that have one: {known}" if known else " yet"))
     key = match["namespace"], match["pod"]
-    return *key, sorted(log["container"] for log in found if (log["namespace"], log["pod"]) == key)
+    return *key, {log["container"]: log["bytes"] for log in found if (log["namespace"], log["pod"]) == key}
+
+
+def _silence(pod: str, container: str, sizes: Mapping[str, int]) -> str:
+    """What is said in place of a log that has nothing yet."""
+    others = " or ".join(f"--container {other}" for other in sorted(sizes) if sizes[other])
+    return f"{container} of {pod} has written nothing yet" + (f"; there are lines of {others}" if others else "")
 
 
 def read_body(data: str | None) -> bytes | None:

@@ -9,9 +9,8 @@ from urllib.parse import urlsplit
 
 import click
 
-from knative.local import address, plain
-from knative.local.client import Client
-from knative.local.commands import read_body, told, where
+from knative.local import plain
+from knative.local.commands import platform, read_body, told, where
 from knative.local.errors import PlatformError
 from knative.local.queues import EMBEDDED, LONGEST_POLL_S, Queue, dead_letters, is_queue_url
 
@@ -59,7 +58,7 @@ def receive(*, queue: str, count: int | None, wait_s: int, as_json: bool, admin:
 
 def _status(queue: str, admin: str | None, state_dir: Path) -> Any:
     """The platform's document, if that is to tell where the queue is."""
-    return None if is_queue_url(queue) else Client(admin or address.find(state_dir)).get("/api/status")
+    return None if is_queue_url(queue) else platform(admin, state_dir).get("/api/status")
 
 
 def _find(queue: str, status: Any, wait_s: int = 0) -> Queue:

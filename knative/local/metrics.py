@@ -70,6 +70,9 @@ class Metrics:
         queued = GaugeMetricFamily("relight_queued", "Requests that wait for a pod.", labels=LABELS)
         desired = GaugeMetricFamily("relight_desired_pods", "Pods that the autoscaler wants.", labels=LABELS)
         hung = CounterMetricFamily("relight_hung_pods", "Pods that answered nobody any more and were replaced.", labels=LABELS)
+        failed = CounterMetricFamily(
+            "relight_failed_starts", "Pods that did not become ready, for the first time or again, and were given up.", labels=LABELS
+        )
         pods = GaugeMetricFamily("relight_pods", "Pods by phase.", labels=[*LABELS, "phase"])
         latency = HistogramMetricFamily("relight_request_seconds", "From a request's headers to the end of its answer.", labels=LABELS)
         cold = HistogramMetricFamily("relight_cold_start_seconds", "From a pod asked for to a pod ready.", labels=LABELS)
@@ -90,6 +93,7 @@ class Metrics:
             queued.add_metric(labels, live.queued)
             desired.add_metric(labels, live.desired)
             hung.add_metric(labels, record.hung_total)
+            failed.add_metric(labels, record.failed_starts)
             for phase in get_args(Phase):
                 pods.add_metric([*labels, phase], phases[phase])
             for family, histogram in ((latency, record.latencies.histogram), (cold, record.cold_start_s)):
@@ -101,4 +105,4 @@ class Metrics:
                 ready.add_metric([*labels, revision], sum(pod.phase == "ready" for pod in live.revisions[revision].pods))
                 for (code, source), count in record.outcomes.of(revision).items():
                     given.add_metric([*labels, revision, name(code), source], count)
-        yield from (requests, concurrency, queued, desired, hung, pods, latency, cold, weights, share, given, ready)
+        yield from (requests, concurrency, queued, desired, hung, failed, pods, latency, cold, weights, share, given, ready)

@@ -34,7 +34,7 @@ class Outcomes:
     """The tally of one Service. Everything here runs in one event loop; `now` is on its clock, or any other that only goes forward."""
 
     def __init__(self) -> None:
-        self.answers = 0
+        self.answers = 0  # without those that nobody waited for any more
         self.errors = 0
         self._last_error: tuple[int, Source, str, float] | None = None
         self.counts: Counter[tuple[int, Source]] = Counter(dict.fromkeys(_USUAL, 0))
@@ -51,6 +51,8 @@ class Outcomes:
             counts = self._meet(revision)
         counts[code, source] += 1
         self.counts[code, source] += 1
+        if code == GONE:
+            return
         self.answers += 1
         if (second := int(now)) != self._second:
             self._second = second

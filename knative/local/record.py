@@ -77,6 +77,7 @@ class Record:
         self.cold_start_s = Histogram()
         self.weights: Counter[str] = Counter()  # pods that became ready, by where their weights came from
         self.samples: deque[Sample] = deque(maxlen=HISTORY)
+        self.failed_starts = 0  # pods that did not become ready, for the first time or again, and were given up
         self.hung_total = 0  # pods that answered nobody any more and were replaced
         self._cold_starts: deque[ColdStart] = deque(maxlen=COLD_STARTS)
         self._hung: deque[dict[str, Any]] = deque(maxlen=HUNG)
@@ -103,7 +104,12 @@ class Record:
         self._cold_starts.append(ColdStart(pod, waiting))
 
     def ended(self, pod: Pod, outcome: Outcome) -> None:
-        """A pod has become ready, or will not any more; only the first time counts."""
+        """A pod has become ready, or will not any more; only the first time ends its cold start.
+
+        One that was ready and fails as it starts again is a failed start, too. Each pod fails once.
+        """
+        if outcome == "failed":
+            self.failed_starts += 1
         start = next((start for start in self._cold_starts if start.pod is pod), None)
         if start is None:
             return

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from knative.local.outcomes import POD, SPAN_S, Outcomes, Source, is_error, name
 
+# What the platform's own errors say of a Service.
+_MEANINGS = {"502": "the pod died with the request", "503": "no pod could be started or had room", "504": "it took too long"}
 KEPT = 256  # events that are remembered as told
 _CHANGING = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{6,}\b|\d+", re.IGNORECASE)  # numbers, and names made of them
 
@@ -47,12 +49,14 @@ class ErrorSeries:
 
 def in_words(errors: Counter[tuple[int, Source]]) -> str:
     """Which errors there were, and who made them."""
-    return ", ".join(f"{count} × {name(code)} from {maker(source)}" for (code, source), count in errors.most_common(4))
+    return ", ".join(f"{count} × {origin(name(code), source)}" for (code, source), count in errors.most_common(4))
 
 
-def maker(source: str) -> str:
-    """Who made an answer, in words."""
-    return "the function" if source == POD else "the platform"
+def origin(code: str, source: str) -> str:
+    """A status with who made the answer; where that was the platform, with what it stands for: the fault is not the platform's."""
+    if source == POD:
+        return f"{code} from the function"
+    return f"{code} ({_MEANINGS[code]})" if code in _MEANINGS else f"{code} from the platform"
 
 
 @dataclass
@@ -82,3 +86,8 @@ class Repeats:
             return text
         first, *rest = text.split("\n", 1)
         return "\n".join([f"{first} ({again + 1} times within {now - told.at:.0f} s)", *rest])
+
+    def forget(self, subject: str) -> None:
+        """Whatever comes next of this subject is news."""
+        for key in [key for key in self._told if key[0] == subject]:
+            del self._told[key]

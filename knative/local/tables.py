@@ -10,8 +10,9 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
+from knative.local.figures import restarts, seconds, size
 from knative.local.plain import block, indented, line
-from knative.local.series import maker
+from knative.local.series import origin
 
 Row = Sequence[str]
 
@@ -23,7 +24,7 @@ POD_HEAD = ("POD", "PHASE", "BUSY", "AGE", "RESTARTS", "WEIGHTS")
 SOURCE_HEAD = ("QUEUE SOURCE", "PHASE", "QUEUE", "SINK", "WAITING", "IN FLIGHT", "OLDEST", "DONE", "RETRIED", "DEAD", "RESTARTS")
 QUEUE_HEAD = ("QUEUE", "WAITING", "IN FLIGHT", "OLDEST", "DEAD")
 # What is left out first where there is no room for all: `--json` has it.
-_LESS = ("P50", "P95", "BUSY", "LAST START", "SINK", "URL", "RETRIED", "IN FLIGHT", "QUEUED", "P99", "OLDEST")
+_LESS = ("P50", "P95", "BUSY", "LAST START", "SINK", "URL", "RETRIED", "IN FLIGHT", "QUEUED", "P99", "OLDEST", "WEIGHTS", "AGE")
 _GAP = 2  # between two columns
 _MARKS = {"zero": "○", "pending": "◌", "starting": "◐", "ready": "●", "draining": "↓", "failed": "✕", "failing": "!"}
 _STYLES = {
@@ -35,13 +36,6 @@ _STYLES = {
     "failed": "red",
     "failing": "red",
 }
-
-
-def seconds(value: float | None) -> str:
-    """A duration with as many digits as tell something."""
-    if value is None:
-        return "-"
-    return f"{value * 1000:.1f} ms" if value < 0.01 else f"{value * 1000:.0f} ms" if value < 0.1 else f"{value:.2f} s"
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,7 @@ def source_rows(status: dict[str, Any]) -> Iterator[Row]:
             str(source["done"]),
             str(source["retried"]),
             _number(source["dead"]),
-            str(sum(source["restarts"].values())),
+            restarts(source["restarts"], source["exits"]),
         )
 
 
@@ -168,9 +162,11 @@ def _problems(status: dict[str, Any]) -> Iterator[Problem]:
         if queue["problem"]:
             yield Problem(f"{queue['name']}: {queue['problem']}")
     for source in status["queue_sources"]:
+        log = source.get("log")
         for container, ended in source["exits"].items():
             if source["phase"] == "failed":
-                yield Problem(f"{_full_name(source)} is started again and again: {container} {ended}")
+                text = f"{_full_name(source)} is started again and again: {container} {ended}"
+                yield _with_log(text, log if log and log["container"] == container else None)
     if problem := status["manifests"]["problem"]:
         yield Problem(f"manifests not taken: {problem}")
 
@@ -184,9 +180,9 @@ def _problems_of(service: dict[str, Any], now: float) -> Iterator[Problem]:
             yield _with_log(f"{pod['name']}: {reason}", pod.get("log"))
     lately = _lately(service)
     if lately.get("errors"):
-        made = ", ".join(f"{found['code']} from {maker(found['source'])}: {found['count']}" for found in lately["codes"])
+        made = ", ".join(f"{found['count']} × {origin(found['code'], found['source'])}" for found in lately["codes"])
         last = _errors(service)["last"]
-        text = f"{lately['errors']} of the last minute's {lately['answers']} answers are errors ({made})"
+        text = f"{lately['errors']} of the last minute's {lately['answers']} answers are errors: {made}"
         yield Problem(f"{_full_name(service)}: {text}; the last was {max(0, now - last['time']):.0f} s ago")
 
 
@@ -204,8 +200,8 @@ def pod_rows(status: dict[str, Any]) -> Iterator[Row]:
                 pod["phase"],
                 str(pod["concurrency"]),
                 f"{max(0, status['now'] - pod['started_at']):.0f} s",
-                str(sum(pod["restarts"].values())),
-                f"{weights['bytes'] / 1e6:.1f} MB from {weights['source']}" if weights else "-",
+                restarts(pod["restarts"], pod.get("exits") or {}),
+                f"{size(weights['bytes'])} from {weights['source']}" if weights and weights["bytes"] else "-",
             )
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO, cast
+from weakref import WeakSet
 
 from rich.console import Console
 from rich.errors import MarkupError
@@ -16,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TransferSpeedColumn
 from rich.text import Text
 
+from knative.local.figures import size
 from knative.local.manifest import Service
 from knative.local.patient import PatientStream
 from knative.local.plain import block, line
@@ -29,6 +31,7 @@ Part = str | tuple[str, str]  # a text, or a text and its style
 REFRESH_S = 0.1
 SHORT = 60  # characters of a word that a pod has chosen
 STAGES = 20  # of a cold start
+ENDS, FAILURES, RETURNS = "ends", "failures", "returns"  # kinds of what may come again and again
 
 
 class Terminal:
@@ -40,6 +43,8 @@ class Terminal:
         self._shown_at = 0.0
         self._phases: dict[str, str] = {}
         self._repeats = Repeats()
+        self._were_ready: WeakSet[Pod] = WeakSet()
+        self._is_serving = False  # from then on every line has the time
         self._live = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -57,11 +62,11 @@ class Terminal:
             said = Text.from_markup(line(text))
         except MarkupError:
             said = Text(line(text))
-        self._print(said)
+        self._print(self._timed(said))
 
     def note(self, text: str) -> None:
         """A line outside any Service, as it is."""
-        self._print(Text(block(text)))
+        self._print(self._timed(Text(block(text))))
 
     def serving(
         self,
@@ -90,6 +95,7 @@ class Terminal:
         self.note(f"  watch it  http://127.0.0.1:{admin_port}/")
         self.note("  stop      Ctrl-C ends everything that was started")
         self.note("")
+        self._is_serving = True
 
     def starting(self, revision: Revision, pod: Pod, waiting: int) -> None:
         """See Watcher."""
@@ -109,8 +115,8 @@ class Terminal:
         if not self.console.is_terminal:
             if phase not in ("starting", "ready", self._phases.get(pod.name)):
                 self._phases[pod.name] = phase
-                size = f", {report.restored_bytes / 1e6:.1f} of {report.total_bytes / 1e6:.1f} MB of weights" if report.total_bytes else ""
-                self._event(revision, f"{pod.name} {phase}{size}")
+                moved = f", {size(report.restored_bytes)} of {size(report.total_bytes)} of weights" if report.total_bytes else ""
+                self._event(revision, f"{pod.name} {phase}{moved}")
             return
         if pod.name not in self._bars:
             if not self._bars:
@@ -128,23 +134,29 @@ class Terminal:
 
     def ready(self, revision: Revision, pod: Pod) -> None:
         """See Watcher."""
+        self._repeats.forget(_subject(revision, FAILURES))
+        if pod in self._were_ready:
+            self._again(revision, RETURNS, ("ready again", "green"), pod.name)
+            return
+        self._were_ready.add(pod)
+        self._repeats.forget(_subject(revision, ENDS))
         ordered = sorted(pod.stages.items(), key=lambda item: item[1])[:STAGES]
         stages = " · ".join(f"{line(name.replace('_', '-'), SHORT)} {seconds:.2f}" for name, seconds in ordered)
         weights = pod.report.weights
-        source = f"; {weights.bytes / 1e6:.1f} MB of weights from the {line(weights.source, SHORT)}" if weights else ""
+        source = f"; {size(weights.bytes)} of weights from the {line(weights.source, SHORT)}" if weights else ""
         self._event(revision, (f"ready after {pod.stages['ready']:.2f} s", "green"), " ", (f"({stages}{source})", "dim"))
 
     def crashed(self, revision: Revision, pod: Pod, ended: str) -> None:
         """See Watcher."""
-        self._again(revision, (pod.name, "yellow"), ended)
+        self._again(revision, ENDS, (pod.name, "yellow"), ended)
 
     def hung(self, revision: Revision, pod: Pod, reason: str) -> None:
         """See Watcher."""
-        self._again(revision, ("hangs", "red"), reason)
+        self._again(revision, ENDS, ("hangs", "red"), reason)
 
     def failed(self, revision: Revision, trouble: Trouble) -> None:
         """See Watcher."""
-        self._again(revision, ("failed", "red"), trouble.whole)
+        self._again(revision, FAILURES, ("failed", "red"), trouble.whole)
 
     def gave_up(self, revision: Revision, pod: Pod) -> None:
         """See Watcher."""
@@ -168,16 +180,21 @@ class Terminal:
         if isinstance(self.console.file, PatientStream):
             self.console.file.close()
 
-    def _again(self, revision: Revision, what: Part, text: str) -> None:
-        """Something that may come again and again, as in a crash loop."""
-        if told := self._repeats.add(time.monotonic(), revision.name, text):
+    def _again(self, revision: Revision, kind: str, what: Part, text: str) -> None:
+        """Something that may come again and again, as in a crash loop; whoever reads that a pod has ended reads that it is back."""
+        if told := self._repeats.add(time.monotonic(), _subject(revision, kind), text):
+            if kind != RETURNS:
+                self._repeats.forget(_subject(revision, RETURNS))
             self._event(revision, what, ": ", told)
 
     def _event(self, revision: Revision, *parts: Part) -> None:
         self._tell(revision.service.name, *parts)
 
+    def _timed(self, text: Text) -> Text:
+        return Text.assemble((_clock(), "dim"), " ", text) if self._is_serving else text
+
     def _tell(self, service: str, *parts: Part) -> None:
-        self._parts((time.strftime("%H:%M:%S"), "dim"), " ", (service, "bold"), " ", *parts)
+        self._parts((_clock(), "dim"), " ", (service, "bold"), " ", *parts)
 
     def _parts(self, *parts: Part) -> None:
         """One event: what follows its first line is set off."""
@@ -200,6 +217,14 @@ def _output() -> TextIO:
         return cast(TextIO, PatientStream(sys.stdout))
     except (OSError, ValueError):
         return sys.stdout  # it has no descriptor
+
+
+def _clock() -> str:
+    return time.strftime("%H:%M:%S")
+
+
+def _subject(revision: Revision, kind: str) -> str:
+    return f"{revision.name} {kind}"
 
 
 def _on_one_line(body: str) -> str:

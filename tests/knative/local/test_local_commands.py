@@ -17,7 +17,8 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from knative.local import commands, tables
+from knative.local import commands, messages, tables
+from knative.local.address import DEFAULT_ADMIN
 from knative.local.errors import PlatformError
 from tests.knative.local.running import Platform, platform_running, service
 from tests.support import BIN, clean_environment, free_port, wait_until
@@ -53,6 +54,65 @@ def test_without_a_platform_each_says_what_to_do(tmp_path: Path, command: list[s
     assert found.stderr == (
         f"Error: no platform answers at {admin} (Connection refused); start one with `relight run`, or name its admin port with --admin\n"
     )
+
+
+@pytest.mark.parametrize("command", [["status"], ["invoke", "echo"], ["logs", "echo"], ["send", "work"], ["receive", "work"]])
+def test_a_state_directory_that_is_named_and_has_no_platform_leads_to_no_other_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(commands, "Client", lambda admin: asked.append(admin) or pytest.fail("somebody was asked"))
+    program = next(
+        found for found in (commands.status, commands.invoke, commands.logs, messages.send, messages.receive) if found.name == command[0]
+    )
+    found = CliRunner().invoke(program, [*command[1:], "--state-dir", str(tmp_path)])
+    assert (found.exit_code, asked) == (1, [])
+    assert found.output.startswith(f"Error: no platform runs with --state-dir {tmp_path}; start one with `relight run`")
+
+
+@pytest.mark.parametrize("words", [[], ["--admin", "http://127.0.0.1:1", "--state-dir", "/nowhere"]], ids=["none named", "the port named"])
+def test_without_a_state_directory_that_is_named_the_usual_port_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    asked: list[str] = []
+
+    def fail(admin: str) -> None:
+        asked.append(admin)
+        raise PlatformError("enough")
+
+    monkeypatch.setattr(commands, "Client", fail)
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(commands.status, words).output == "Error: enough\n"
+    assert asked == [words[1] if words else DEFAULT_ADMIN]
+
+
+def a_log(container: str, size: int, pod: str = "hello-00001-ab12cd") -> dict[str, Any]:
+    return {"namespace": "default", "pod": pod, "container": container, "bytes": size, "changed_at": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "function of hello-00001-ab12cd has written nothing yet; there are lines of --container weights-cache\n"),
+        (["--container", "weights-cache"], ""),
+        (["--container", "idle"], "idle of hello-00001-ab12cd has written nothing yet; there are lines of --container weights-cache\n"),
+    ],
+)
+def test_a_log_with_nothing_in_it_says_where_there_is_something(monkeypatch: pytest.MonkeyPatch, words: list[str], said: str) -> None:
+    class Answers:
+        def __init__(self, _: str) -> None: ...
+
+        def get(self, route: str) -> Any:
+            logs = [a_log("function", 0), a_log("weights-cache", 10), a_log("idle", 0), a_log("function", 99, "hello-00001-ffffff")]
+            return {"/api/status": {"services": []}, "/api/logs": {"logs": logs}}[route]
+
+        @contextlib.contextmanager
+        def ask(self, *_: object) -> Iterator[Pieces]:
+            yield Pieces()
+
+    monkeypatch.setattr(commands, "Client", Answers)
+    found = CliRunner().invoke(commands.logs, ["hello", *words])
+    assert (found.exit_code, found.stdout, found.stderr) == (0, "", said)
 
 
 @pytest.mark.parametrize("admin", ["127.0.0.1:8081", "https://127.0.0.1:8081", "http://127.0.0.1:port", "http://"])

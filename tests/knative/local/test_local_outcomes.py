@@ -30,8 +30,21 @@ def test_answers_are_counted_by_status_and_by_who_made_them() -> None:
     assert errors["total"] == 2
     assert {(one["code"], one["source"], one["count"]) for one in errors["codes"]} == {("503", "activator", 1), ("503", "pod", 1)}
     assert (errors["last"]["code"], errors["last"]["source"], errors["last"]["revision"]) == ("503", "activator", "hello-00001")
-    assert (errors["last_minute"]["answers"], errors["last_minute"]["errors"], errors["last_minute"]["rate"]) == (6, 2, 0.3333)
+    assert (errors["last_minute"]["answers"], errors["last_minute"]["errors"], errors["last_minute"]["rate"]) == (
+        5,
+        2,
+        0.4,
+    )  # who went away got none
     assert errors["revisions"] == {"hello-00001": 2}
+
+
+def test_callers_who_go_away_make_no_share_of_errors_smaller() -> None:
+    outcomes = Outcomes()
+    for code, source in ((500, "pod"), *[(200, "pod")] * 9, *[(GONE, "activator")] * 90):
+        outcomes.add(1.0, code, source)  # type: ignore[arg-type]
+    errors = outcomes.status(1.0)["errors"]
+    assert (errors["last_minute"]["rate"], errors["failing"]) == (0.1, True)
+    assert outcomes.status(1.0)["answers"]["499"] == 90
 
 
 def test_what_is_older_than_a_minute_counts_for_the_total_alone() -> None:
@@ -60,7 +73,8 @@ def test_the_tally_stays_small_whatever_pods_answer_and_however_many_revisions_c
     assert not outcomes.of("hello-00000")
     assert sum(outcomes.of(f"hello-{number:05d}") != {} for number in range(500)) == REVISIONS
     assert len(outcomes._seconds) <= 61
-    assert outcomes.answers == outcomes.counts.total() == 5000  # the Service's own sums lose nothing
+    assert outcomes.counts.total() == 5000  # the Service's own sums lose nothing
+    assert outcomes.answers == 4999  # of which one is a caller who went away
 
 
 def test_errors_of_the_pod_of_the_platform_and_callers_who_went_away_are_told_apart() -> None:
@@ -124,7 +138,7 @@ def test_errors_of_the_pod_of_the_platform_and_callers_who_went_away_are_told_ap
             (GONE, "activator"): 1,
             (503, "activator"): 1,
         }
-        assert live.requests_total == live.record.outcomes.answers
+        assert live.requests_total == counts.total() == live.record.outcomes.answers + counts[GONE, "activator"]
         await pod.connections.close()
         for runner in reversed(runners):
             await runner.cleanup()
@@ -147,6 +161,11 @@ def series(platform: Platform, name: str) -> dict[tuple[str, str], float]:
         for sample in family.samples
         if sample.name == "relight_requests_total" and sample.labels["service"] == name
     }
+
+
+def test_a_metric_of_starts_that_failed_is_there_before_the_first(platform: Platform) -> None:
+    text = request(platform.admin_port, "GET", "/metrics").body.decode()
+    assert 'relight_failed_starts_total{namespace="default",service="idle"} 0.0' in text.splitlines()
 
 
 def test_errors_are_seen_in_metrics_in_status_and_on_the_terminal(platform: Platform) -> None:

@@ -11,6 +11,7 @@ from knative.local.pod import Report, Weights
 from knative.local.record import COLD_STARTS
 from knative.local.revision import Revision
 from knative.local.service import LiveService
+from knative.local.trouble import Trouble
 from tests.knative.local.fakes import Events, FakePod, fake_revision, parsed
 
 
@@ -76,7 +77,28 @@ def test_a_start_that_leads_nowhere_is_kept_with_how_it_ended(outcome: str) -> N
         revision.record.ended(pod, "dropped")  # what comes later changes nothing
         (kept,) = starts(revision)
         assert kept["outcome"] == outcome
+        assert revision.record.failed_starts == (outcome == "failed")
         assert revision.record.cold_start_s.buckets()[-1][1] == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("was_ready", [False, True])
+def test_a_pod_that_fails_as_it_starts_is_one_failed_start_whether_it_was_ready_before_or_not(*, was_ready: bool) -> None:
+    async def scenario() -> None:
+        revision, events = fake_revision(scale={"initial-scale": "1"})
+        revision.start()
+        await asyncio.sleep(0)
+        (pod,) = revision.pods
+        assert isinstance(pod, FakePod)
+        if was_ready:
+            pod.become("ready")
+            pod.become("starting")
+        pod.fail(Trouble("its container function ended with status 1, twice as it started"))
+        pod.fail(Trouble("and again"))
+        assert (revision.record.failed_starts, events.told.count("failed")) == (1, 1)
+        pod.gone.set()
+        await revision.stop()
 
     asyncio.run(scenario())
 

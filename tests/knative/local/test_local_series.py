@@ -53,9 +53,25 @@ def test_a_second_series_counts_for_itself_and_says_who_made_the_errors() -> Non
     for _ in range(100):
         clock.second()
     assert [text for _, text in clock.told[2:]] == [
-        "callers get errors: 2 × 503 from the platform",
+        "callers get errors: 2 × 503 (no pod could be started or had room)",
         "callers get no errors any more, 2 in all",
     ]
+
+
+@pytest.mark.parametrize(
+    ("code", "source", "said"),
+    [
+        (502, "activator", "502 (the pod died with the request)"),
+        (504, "activator", "504 (it took too long)"),
+        (502, "pod", "502 from the function"),
+        (0, "pod", "other from the function"),
+        (500, "activator", "500 from the platform"),
+    ],
+)
+def test_an_error_of_the_platform_says_what_it_stands_for(code: int, source: str, said: str) -> None:
+    clock = Clock()
+    clock.second(code, source=source)
+    assert clock.told == [(1, f"callers get errors: 1 × {said}")]
 
 
 def test_refused_callers_and_those_who_went_away_are_no_series_of_errors() -> None:
@@ -82,6 +98,15 @@ def test_another_ending_or_another_revision_is_news(subject: str, text: str) -> 
     assert repeats.add(1.0, "hello-00001", "ended with status 3: no model")
     assert repeats.add(2.0, subject, text) == text
     assert repeats.add(3.0, "hello-00001", "ended with status 3: no model") is None
+
+
+def test_what_is_forgotten_is_news_again_and_nothing_else_is() -> None:
+    repeats = Repeats()
+    for subject in ("hello", "other"):
+        assert repeats.add(1.0, subject, "no model")
+    repeats.forget("hello")
+    assert repeats.add(2.0, "hello", "no model") == "no model"
+    assert repeats.add(2.0, "other", "no model") is None
 
 
 def test_the_number_stands_in_the_first_line() -> None:

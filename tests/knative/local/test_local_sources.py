@@ -106,7 +106,7 @@ def test_what_a_source_does_is_told_to_people_and_to_programs(platform: Platform
 def test_a_source_that_crashes_is_started_again_with_a_pause_and_says_why(platform: Platform) -> None:
     found = wait_until("its second start", lambda: (source := platform.source("never-events"))["restarts"]["poll"] and source)
     assert found["exits"] == {"poll": "ended with status 3"}
-    told = "never-events is started again and again: poll ended with status 3"
+    told = "never-events is started again and again: poll ended with status 3\n  │ the last lines of poll:\n  │ there is no queue\n"
     wait_until("its second end", lambda: told in relight(platform, "status"))  # in the pause, and not while it is tried again
     assert relight(platform, "logs", "never-events").splitlines()[0] == "there is no queue"
     assert "never-events" in platform.server.said()

@@ -71,8 +71,62 @@ def cell(status: dict[str, Any], column: str) -> str:
 def test_a_service_whose_callers_get_errors_is_not_well(count: int, answers: int, state: str, rate: str) -> None:
     status = document(hello(errors=errors(count, answers)))
     assert (cell(status, "STATE"), cell(status, "ERRORS"), cell(status, "ERROR RATE")) == (state, "9", rate)
-    told = f"hello: {count} of the last minute's {answers} answers are errors (500 from the function: {count}); the last was 3 s ago"
+    told = f"hello: {count} of the last minute's {answers} answers are errors: {count} × 500 from the function; the last was 3 s ago"
     assert (told in tables.plain(status)) == (told in on_a_screen(status)) == bool(count)
+
+
+def test_an_error_of_the_platform_is_said_to_be_what_it_was() -> None:
+    found = errors(8, 40)
+    found["last_minute"]["codes"] = [{"code": "502", "source": "activator", "count": 8}]
+    assert "answers are errors: 8 × 502 (the pod died with the request); the last" in tables.plain(document(hello(errors=found)))
+
+
+def row_of(head: tuple[str, ...], lines: list[str]) -> dict[str, str]:
+    """The row below this head, by column."""
+    at = next(number for number, line in enumerate(lines) if line.startswith(head[0]))
+    begins = [lines[at].index(name) for name in head]
+    ends = [*begins[1:], None]
+    return {name: lines[at + 1][begin:end].strip() for name, begin, end in zip(head, begins, ends, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("exits", "shown"),
+    [
+        ({}, "5"),
+        ({"function": "ended with status 1"}, "5 (function: ended with status 1)"),
+        ({"function": "x" * 500}, f"5 (function: {'x' * 59}…)"),
+        ({f"c{number}": "was OOMKilled" for number in range(9)}, "5 (c0: was OOMKilled, c1: was OOMKilled, c2: was OOMKilled, 6 more)"),
+    ],
+    ids=["none", "one", "long", "many"],
+)
+def test_how_containers_ended_last_stands_beside_the_restarts(exits: dict[str, str], shown: str) -> None:
+    found = pod(phase="ready", restarts={"function": 4, "weights-cache": 1}, exits=exits)
+    assert row_of(tables.POD_HEAD, tables.plain(document(hello(pods=[found]))).splitlines())["RESTARTS"] == shown
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "-"), (431, "431 B"), (999, "999 B"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_950, "1.0 MB"), (16 * 10**9, "16.0 GB")],
+)
+def test_weights_have_a_fitting_unit_and_none_that_have_not_come_a_size(count: int, shown: str) -> None:
+    status = document(hello(pods=[pod(weights={"bytes": count, "source": "store"})]))
+    wanted = shown if shown == "-" else f"{shown} from store"
+    assert row_of(tables.POD_HEAD, tables.plain(status).splitlines())["WEIGHTS"] == wanted
+
+
+def source(**fields: Any) -> dict[str, Any]:
+    in_queue = {"depth": 1, "in_flight": 1, "oldest_age_s": 1.0, "dead": 1, "problem": None, "name": "lq", "namespace": "default"}
+    found = in_queue | {"phase": "failed", "queue": "q", "queue_url": "u", "sink": "hello", "done": 1, "retried": 1}
+    return found | {"restarts": {"source": 3}, "exits": {"source": "ended with status 1"}} | fields
+
+
+def test_a_queue_source_that_crashes_is_told_with_its_last_lines() -> None:
+    log = {"container": "source", "lines": ["Access to the queue is denied"]}
+    shown = tables.plain(document(queue_sources=[source(reason="x", log=log)]))
+    told = "lq is started again and again: source ended with status 1\n  │ the last lines of source:\n  │ Access to the queue is denied"
+    assert told in shown
+    assert "the last lines" not in tables.plain(document(queue_sources=[source(log=None)]))
+    assert "the last lines" not in tables.plain(document(queue_sources=[source(log=log | {"container": "other"})]))
 
 
 def test_a_service_that_has_failed_is_not_said_to_be_failing() -> None:
@@ -98,14 +152,14 @@ def test_why_a_function_is_not_up_is_told_with_the_log_of_the_container_that_is_
 
 def everything_evil() -> dict[str, Any]:
     log = {"container": EVIL, "lines": [EVIL] * 50}
-    bad = pod(name=EVIL, phase=EVIL, reason=EVIL, log=log, waits_for=EVIL, weights={"bytes": 1, "source": EVIL})
+    bad = pod(name=EVIL, phase=EVIL, reason=EVIL, log=log, waits_for=EVIL, weights={"bytes": 1, "source": EVIL}, exits={EVIL: EVIL})
     found = hello(name=EVIL, namespace=EVIL, state=EVIL, failure=EVIL, failure_log=log, url=EVIL, pods=[bad], errors=errors(1, 1))
     found["cold_starts"] = [{"outcome": EVIL, "seconds": 1.0}]
     revision = {"name": EVIL, "state": EVIL, "percent": EVIL, "tags": {EVIL: EVIL}, "ready": 1, "desired": 1, "concurrency": 0}
     found["revisions"] = [revision | {"requests_total": 1}]
     in_queue = {"depth": 1, "in_flight": 1, "oldest_age_s": 1.0, "dead": 1, "problem": EVIL, "name": EVIL, "url": "u"}
     source = in_queue | {"namespace": EVIL, "phase": "failed", "queue": EVIL, "queue_url": "v", "sink": EVIL, "done": 1, "retried": 1}
-    source |= {"restarts": {EVIL: 1}, "exits": {EVIL: EVIL}}
+    source |= {"restarts": {EVIL: 1}, "exits": {EVIL: EVIL}, "reason": EVIL, "log": log}
     return document(found, manifests={"problem": EVIL}, queue_sources=[source], queues=[in_queue])
 
 
@@ -130,7 +184,7 @@ def test_a_document_of_any_size_is_bounded_on_a_screen() -> None:
 def test_on_a_narrow_screen_what_matters_is_whole_and_the_rest_is_left_out(width: int) -> None:
     log = {"container": "function", "lines": ["last words"]}
     busy = hello(name="smollm2-instruct", errors=errors(3, 40), url="http://smollm2-instruct.default.localhost:8080/")
-    status = document(busy, hello(state="failed", failure="why", failure_log=log, pods=[pod()]))
+    status = document(busy, hello(state="failed", failure="why", failure_log=log, pods=[pod(exits={"function": "ended with status 1"})]))
     screen = io.StringIO()
     Console(file=screen, width=width, highlight=False, emoji=False).print(tables.rich(status, width))
     lines = screen.getvalue().splitlines()

@@ -73,7 +73,7 @@ def test_without_a_screen_each_phase_of_a_cold_start_is_one_line(
         terminal.progress(revision, pod)
     assert told(screen) == [
         "hello hello-00001-abc123 importing",
-        "hello hello-00001-abc123 restoring, 10.0 of 90.0 MB of weights",
+        "hello hello-00001-abc123 restoring, 10.0 MB of 90.0 MB of weights",
         "hello hello-00001-abc123 warming",
     ]
 
@@ -87,6 +87,71 @@ def test_a_pod_that_is_ready_is_told_with_its_stages_in_order_and_the_source_of_
     assert told(screen) == [
         "hello ready after 2.00 s (spawn 0.01 · import 1.10 · warm-up 1.90 · ready 2.00; 90.9 MB of weights from the cache)"
     ]
+
+
+def test_small_weights_are_no_part_of_a_megabyte(terminal: Terminal, screen: io.StringIO, revision: Revision, pod: FakePod) -> None:
+    pod.report = Report(phase="restoring", restored_bytes=0, total_bytes=431)
+    terminal.progress(revision, pod)
+    pod.stages = {"ready": 1.0}
+    pod.report = Report(phase="ready", weights=Weights(source="store", bytes=431))
+    terminal.ready(revision, pod)
+    assert told(screen) == [
+        "hello hello-00001-abc123 restoring, 0 B of 431 B of weights",
+        "hello ready after 1.00 s (ready 1.00; 431 B of weights from the store)",
+    ]
+
+
+def test_a_pod_that_was_ready_before_is_ready_again_and_its_first_start_is_not_told_anew(
+    terminal: Terminal, screen: io.StringIO, revision: Revision, pod: FakePod
+) -> None:
+    pod.stages = {"spawn": 0.01, "ready": 2.0}
+    terminal.ready(revision, pod)
+    terminal.crashed(revision, pod, "function ended with status 1")
+    terminal.ready(revision, pod)
+    other = FakePod(revision, "hello-00001-def456")
+    other.stages = {"ready": 3.0}
+    terminal.ready(revision, other)
+    assert told(screen) == [
+        "hello ready after 2.00 s (spawn 0.01 · ready 2.00)",
+        "hello hello-00001-abc123: function ended with status 1",
+        "hello ready again: hello-00001-abc123",
+        "hello ready after 3.00 s (ready 3.00)",
+    ]
+
+
+def test_whoever_reads_that_a_pod_has_ended_reads_that_it_is_back_and_a_loop_stays_a_few_lines(
+    terminal: Terminal, screen: io.StringIO, revision: Revision, pod: FakePod
+) -> None:
+    pod.stages = {"ready": 2.0}
+    terminal.ready(revision, pod)
+    for ended in ("ended with status 1", "ended with status 1", "was killed", "was killed", "was killed"):
+        terminal.crashed(revision, pod, ended)
+        terminal.ready(revision, pod)
+    assert [line.partition(": ")[2] for line in told(screen)[1:]] == ["ended with status 1", pod.name, "was killed", pod.name]
+
+
+def test_a_function_that_served_and_broke_again_has_failed_anew(
+    terminal: Terminal, screen: io.StringIO, revision: Revision, pod: FakePod
+) -> None:
+    pod.stages = {"ready": 2.0}
+    broken = Trouble("hello-00001-abc123: its container function ended with status 1, twice as it started")
+    for _ in range(3):
+        terminal.failed(revision, broken)
+        terminal.failed(revision, broken)  # and that again is the same news
+        terminal.ready(revision, pod)
+    assert sum("failed: " in line for line in told(screen)) == 3
+
+
+def test_once_the_platform_serves_its_own_lines_have_the_time(terminal: Terminal, screen: io.StringIO, revision: Revision) -> None:
+    terminal.say("object store at http://127.0.0.1:1")
+    terminal.serving([revision.service], ["http://hello/"], [], revision.service, 1, 2)
+    terminal.say("[dim]manifests read again[/]")
+    terminal.note("[stopped]\nnow")
+    first, *_, again, stopped, rest = screen.getvalue().splitlines()
+    assert first == "object store at http://127.0.0.1:1"
+    assert re.fullmatch(r"\d\d:\d\d:\d\d manifests read again", again)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d \[stopped\]", stopped)
+    assert rest == f"{BAR}now"
 
 
 def test_the_way_back_to_zero_is_told(terminal: Terminal, screen: io.StringIO, revision: Revision) -> None:
