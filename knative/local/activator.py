@@ -81,12 +81,15 @@ class Activator:
             async with call.clock, call.revision.request():
                 with closing(call.body):
                     return await self._forward(call), None
-        except TimeoutError:
-            error: RequestError = call.too_slow()
-        except RequestError as refused:
-            error = refused
+        except (TimeoutError, RequestError) as ended:
+            error = call.explain(ended)
         whole = is_own_user(call.request.host, call.request.headers)
-        return _cut(call.request, call.answer) if call.answer else error_response(error, whole=whole), error
+        if call.answer:
+            return _cut(call.request, call.answer), error
+        answer = error_response(error, whole=whole)
+        if call.body.is_broken:
+            answer.force_close()  # where its end is, nobody knows
+        return answer, error
 
     async def _forward(self, call: "_Call") -> web.StreamResponse:
         """Hold the request until there is a pod, and hand it over; to another one if nothing of it has reached the first."""
@@ -125,7 +128,7 @@ class _Call:
         spec = revision.service.spec
         self.request = request
         self.revision = revision
-        self.body = Body(request.content, room)
+        self.body = Body(request.content, room, self._give_up)
         self.answer: web.StreamResponse | None = None  # once begun; after that only cutting the connection can say "no"
         self._first_byte_s, self._limit = spec.first_byte_limit()
         self._idle_s = spec.idle_timeout_seconds
@@ -160,7 +163,18 @@ class _Call:
         elif self.clock.when() != self._ends_at:
             self.clock.reschedule(self._ends_at)
 
-    def too_slow(self) -> TooSlow:
+    def _give_up(self) -> None:
+        """There is nothing to wait for any more."""
+        if not self.clock.expired():
+            self.clock.reschedule(asyncio.get_running_loop().time())
+
+    def explain(self, ended: TimeoutError | RequestError) -> RequestError:
+        """Why there is no answer, or not the whole of one."""
+        if self.body.is_broken:  # whatever has come of that
+            return BadBody()
+        return ended if isinstance(ended, RequestError) else self._too_slow()
+
+    def _too_slow(self) -> TooSlow:
         """A limit has passed."""
         if self._pod and not self.body.awaited:
             since = max(self._handed_at, self.body.came_at)
@@ -171,7 +185,7 @@ class _Call:
 
 
 async def _hand_over(call: _Call, pod: Pod) -> web.StreamResponse:
-    """Send the request to the pod and stream its answer back. Raises PodUnreached, NoDescriptors, BadBody or BadGateway."""
+    """Send the request to the pod and stream its answer back. Raises PodUnreached, NoDescriptors or BadGateway."""
     request = call.request
     upgrade = _upgrade(request.headers) if request.version >= HttpVersion11 else ""
     headers = _headers(request, upgrade)
@@ -215,8 +229,6 @@ async def _hand_over(call: _Call, pod: Pod) -> web.StreamResponse:
 
 def _explain(error: Exception, call: _Call, pod: Pod, *, is_sent: bool) -> Exception:
     """What an error of the way to a pod means."""
-    if call.body.is_broken:
-        return BadBody("the body of the request is not what its head says, or no chunks")
     # It may have been sent over a connection that then broke, and aiohttp have found no other: that is no case for another pod.
     if isinstance(error, aiohttp.ClientConnectorError) and not is_sent:
         return NoDescriptors(str(error)) if NoDescriptors.explains(error.os_error) else PodUnreached(str(error))

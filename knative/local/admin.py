@@ -203,6 +203,8 @@ class Admin:
             if stream and request.transport:
                 request.transport.abort()  # what was begun cannot be completed, and that must be seen
                 return stream
+            if isinstance(request.content.exception(), web.RequestPayloadError):
+                raise Refused(400, "bad_request", "the body of the request is no chunks") from error
             raise Refused(502, "bad_gateway", f"the platform did not answer: {error}") from error
 
 

@@ -5,7 +5,7 @@ bodies, which most are, wait in memory. Of larger ones TCP tells what it can (se
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import aiohttp
@@ -25,6 +25,9 @@ class BadBody(RequestError):
     status = 400
     type = "bad_request"
 
+    def __init__(self) -> None:
+        super().__init__("the body of the request is not what its head says, or no chunks")
+
 
 class Room:
     """What is left for bodies that wait."""
@@ -42,24 +45,34 @@ class Room:
 class Body:
     """One request's, for whoever it is handed to: an async iterable."""
 
-    def __init__(self, content: aiohttp.StreamReader, room: Room) -> None:
+    def __init__(self, content: aiohttp.StreamReader, room: Room, on_broken: Callable[[], object]) -> None:
+        """on_broken: called when whoever reads it has found that what the client sends is no body."""
         self.awaited = False  # whether somebody who takes it waits for the client to send more
         self.came_at = 0.0  # on the loop's clock: when somebody who takes it last got something from the client
         self._content = content
         self._room = room
+        self._on_broken = on_broken
         self._early = bytearray()  # what came while nobody took it
-        self.is_broken = False  # what the client sends is no body
         self._is_passing = False  # what is handed on is not kept
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether what the client sends is no body."""
+        return isinstance(self._content.exception(), RequestPayloadError)
 
     @asynccontextmanager
     async def read_on(self) -> AsyncIterator[None]:
         """For as long as it is entered, what comes is kept, as far as there is room."""
-        tasks = Tasks(lambda _, error: None)  # an error of the connection is there again for who reads next
+        tasks = Tasks(lambda _, error: self._tell())  # another error of the connection is there again for who reads next
         tasks.start(self._keep(), "reading a body ahead")
         try:
             yield
         finally:
             await tasks.stop()
+
+    def _tell(self) -> None:
+        if self.is_broken:
+            self._on_broken()
 
     async def _keep(self) -> None:
         while self._left and (first := await self._content.read(1)):
@@ -84,17 +97,17 @@ class Body:
             yield bytes(self._early[begin : begin + PIECE_BYTES])
         self._is_passing = True
         self.close()
-        if not has_begun:
-            yield self._content.read_nowait(PIECE_BYTES)  # if nothing is there yet, the head goes on nevertheless
         clock = asyncio.get_running_loop().time
-        self.awaited = True
         try:
+            if not has_begun:
+                yield self._content.read_nowait(PIECE_BYTES)  # if nothing is there yet, the head goes on nevertheless
+            self.awaited = True
             async for piece in self._content.iter_any():
                 self.awaited, self.came_at = False, clock()
                 yield piece
                 self.awaited = True
         except RequestPayloadError:
-            self.is_broken = True
+            self._tell()
             raise
         self.awaited, self.came_at = False, clock()
 

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any, cast
 
-from aiohttp import web
-from aiohttp.http_exceptions import LineTooLong
+from aiohttp import StreamReader, web
+from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
+from aiohttp.http_parser import RawRequestMessage
 from aiohttp.web_protocol import RequestHandler
 
 HEAD_S = 20.0  # for the head of a request, from when its connection is there, or its first byte
@@ -25,12 +26,14 @@ KEEP_S = 75.0  # between two requests
 END_S = 5.0  # for a client to read what it is told at last
 READ_S = 60.0  # in which a client must take something of its answer
 UNSENT_BYTES = 256 << 20  # of all connections; beyond it those go that have not read for longest
-HEAD_BYTES = 64 << 10
+# Of the head of a request: all of it, its target, one header with its name, and how many headers.
+HEAD_BYTES, TARGET_BYTES, HEADER_BYTES, HEADERS = 64 << 10, 8190, 32 << 10, 128
 YOUNG_S = 1.0  # for which one at rest, or a request on its way, is taken to go on at once
 FRESH_S = 0.05  # and for which it is left alone
 PIECE_BYTES = 64 << 10  # read at a time
 MESSAGE_CHARACTERS = 300
 ERRORS_S = 10.0  # between two tracebacks
+HEAD_TOO_LARGE = f"the head of the request has more than {HEAD_BYTES} bytes"
 _HUNG_UP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 log = logging.getLogger("relight.platform")
@@ -51,7 +54,7 @@ _PATIENCE_S = {State.ENDING: END_S, State.RESTING: KEEP_S, State.RECEIVING: HEAD
 class Connection(RequestHandler):
     """One client's: aiohttp's part, which says what it is at."""
 
-    __slots__ = ("_all", "_head_bytes", "_raw", "since", "state", "wire")
+    __slots__ = ("_all", "_content", "_head_bytes", "_raw", "since", "state", "wire")
 
     wire: asyncio.Transport  # aiohttp forgets its own before it is closed
 
@@ -62,6 +65,7 @@ class Connection(RequestHandler):
         self._all = connections
         self._raw = raw
         self._head_bytes = 0
+        self._content: StreamReader | None = None  # the body of the request that came last
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It is there."""
@@ -80,10 +84,19 @@ class Connection(RequestHandler):
         if self.state is State.RESTING and data:
             self._all.enter(self, State.RECEIVING)
         super().data_received(data)
-        if self.state is State.RECEIVING and not self._messages:
+        if self._messages:
+            self._look_at_last(*self._messages[-1])
+        elif self.state is State.RECEIVING:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_BYTES:
-                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"the head of a request has more than {HEAD_BYTES} bytes")
+                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, HEAD_TOO_LARGE)
+
+    def _look_at_last(self, message: Any, content: StreamReader) -> None:
+        """What cannot be read is an answer's turn after the others; if it is in a body, whoever reads that is to learn of it now."""
+        if isinstance(message, RawRequestMessage):
+            self._content = content
+        elif self._content and not self._content.is_eof():
+            self._content.set_exception(web.RequestPayloadError(message.message))
 
     def pause_writing(self) -> None:
         """The client is slow to take what it is sent."""
@@ -101,11 +114,13 @@ class Connection(RequestHandler):
         """The answer to what is no HTTP, or to a request that nobody could answer."""
         if request.writer.output_size:
             raise ConnectionError("an answer was begun that cannot be completed")
-        if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        if isinstance(exc, web.RequestPayloadError):
+            status, message = HTTPStatus.BAD_REQUEST, "the body of the request is no chunks"
+        elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             self._all.report(exc)
             message = "the platform has made a mistake; its terminal tells more"
-        elif isinstance(exc, LineTooLong):
-            status, message = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "a line of the request's head is too long"
+        elif too_large := _too_large(exc):
+            status, message = too_large
         answer = web.Response(status=status, body=_document(status, message or ""), content_type="application/json")
         answer.force_close()
         self._all.enter(self, State.ENDING)
@@ -113,8 +128,9 @@ class Connection(RequestHandler):
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
         """Something else went wrong, or the client went away: aiohttp does not know which."""
-        if not self.wire.is_closing():
-            self._all.report(kw.get("exc_info"))
+        error = kw.get("exc_info")
+        if not self.wire.is_closing() and not isinstance(error, web.RequestPayloadError):
+            self._all.report(error)
 
     def work(self) -> None:
         """A request is there."""
@@ -151,6 +167,17 @@ class Connection(RequestHandler):
         self.wire.write("\r\n".join([*lines, "", ""]).encode() + body)
         self._all.enter(self, State.ENDING)
         self.force_close()
+
+
+def _too_large(error: BaseException | None) -> tuple[HTTPStatus, str] | None:
+    """What a client is told of a head that was not read to its end; None if it is none of that."""
+    if isinstance(error, LineTooLong):
+        if error.args[1] == TARGET_BYTES:
+            return HTTPStatus.REQUEST_URI_TOO_LONG, f"the target of the request has more than {TARGET_BYTES} bytes"
+        return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"a header of the request has more than {HEADER_BYTES} bytes"
+    if isinstance(error, BadHttpMessage) and error.message.startswith("Too many headers"):  # aiohttp has no other name for it
+        return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"the request has more than {HEADERS} headers"
+    return None
 
 
 def _document(status: int, message: str) -> bytes:

@@ -122,7 +122,7 @@ class Bodies:
 
     @contextlib.asynccontextmanager
     async def read(self, request: web.BaseRequest, most: int) -> AsyncIterator[bytes]:
-        """All of a body, which counts until whoever asked for it is done with it. Raises Refused if it is too long or too slow."""
+        """All of a body, which counts until whoever asked for it is done. Raises Refused if it is too long or slow, or none."""
         length = request.content_length
         if length is not None and length > most:
             raise Refused(413, "EntityTooLarge", f"a body of {length} bytes; at most {most} are taken")
@@ -134,6 +134,8 @@ class Bodies:
                     body = await self._read(request, most, mine)
             except TimeoutError:
                 raise Refused(408, "RequestTimeout", "the body did not come in time") from None
+            except web.RequestPayloadError:
+                raise Refused(400, "IncompleteBody", "the body of the request is no chunks") from None
             yield body
         finally:
             self._taken -= self._sizes.pop(mine)

@@ -10,13 +10,21 @@ from types import TracebackType
 
 from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
 
-from knative.local.connections import FRESH_S, Connection, Connections
+from knative.local.connections import (
+    FRESH_S,
+    HEAD_BYTES,
+    HEAD_TOO_LARGE,
+    HEADER_BYTES,
+    HEADERS,
+    TARGET_BYTES,
+    Connection,
+    Connections,
+)
 from knative.local.descriptors import NO_ROOM, Descriptors
 from knative.local.errors import PlatformError
 from knative.local.tasks import Tasks
 
 HOST = "127.0.0.1"
-HEADER_BYTES = 32 << 10  # one of them, as at the function
 CALLS = 10_000  # connections of callers: as many as may wait for a pod
 ADMIN_CALLS = 256
 # Of the file descriptors: callers leave as many for the ways to pods and some for pods and their logs, all of them some for the admin port.
@@ -158,7 +166,9 @@ class Port(AbstractAsyncContextManager["Port"]):
                 access_log=None,
                 auto_decompress=False,
                 read_bufsize=READ_BYTES,
+                max_line_size=TARGET_BYTES,
                 max_field_size=HEADER_BYTES,
+                max_headers=HEADERS,
             )
 
         try:
@@ -179,10 +189,18 @@ def _coding(request: web.BaseRequest) -> str:
     return ",".join(request.headers.getall(hdrs.TRANSFER_ENCODING)).lower()
 
 
+def _head_bytes(request: web.BaseRequest) -> int:
+    """Of its head, one blank before each header's value; those beyond that are not known any more."""
+    first = len(f"{request.method} {request.raw_path} HTTP/1.1\r\n".encode("utf-8", "surrogateescape"))
+    return first + sum(len(name) + len(value) + 4 for name, value in request.raw_headers) + 2
+
+
 def _refusal(request: web.BaseRequest) -> web.Response | None:
     """What no port does."""
     if request.version not in (HttpVersion10, HttpVersion11):
         status, kind, message = 505, "bad_request", "HTTP/1.1 and HTTP/1.0 are spoken here"
+    elif _head_bytes(request) > HEAD_BYTES:
+        status, kind, message = 431, "bad_request", HEAD_TOO_LARGE
     elif request.method == hdrs.METH_CONNECT:
         status, kind, message = 405, "method_not_allowed", "CONNECT is for proxies, and this is none"
     elif hdrs.TRANSFER_ENCODING in request.headers and (coding := _coding(request)) != "chunked":

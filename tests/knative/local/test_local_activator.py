@@ -24,6 +24,7 @@ from knative.local.revision import Revision
 from knative.local.router import Router
 from knative.local.service import LiveService
 from tests.knative.local.fakes import Events, FakePod, fake, parsed
+from tests.support import free_port
 
 LARGE = 20_000_000  # much more than the buffers on the way hold
 
@@ -33,10 +34,14 @@ def unread() -> StreamReader:
     return StreamReader(BaseProtocol(loop), 65536, loop=loop)
 
 
+def body_of(content: StreamReader, room: Room) -> Body:
+    return Body(content, room, lambda: None)
+
+
 def test_what_came_while_nobody_took_it_comes_first() -> None:
     async def scenario() -> None:
         content, room = unread(), Room()
-        held = Body(content, room)
+        held = body_of(content, room)
         for piece in (b"one ", b"two "):
             content.feed_data(piece)
             async with held.read_on():
@@ -56,7 +61,7 @@ def test_no_more_is_read_ahead_than_there_is_room_for(monkeypatch: pytest.Monkey
         monkeypatch.setattr(body, "EACH_BYTES", each)
         content, room = unread(), Room(everything)
         content.feed_data(bytes(5000))
-        held = Body(content, room)
+        held = body_of(content, room)
         async with held.read_on():
             await asyncio.sleep(0.01)
         assert room.taken == 1000
@@ -71,7 +76,7 @@ def test_a_request_that_is_over_gives_its_room_back() -> None:
     async def scenario() -> None:
         content, room = unread(), Room()
         content.feed_data(bytes(5000))
-        with contextlib.closing(Body(content, room)) as held:
+        with contextlib.closing(body_of(content, room)) as held:
             async with held.read_on():
                 await asyncio.sleep(0.01)
             assert room.taken == 5000
@@ -84,7 +89,7 @@ def test_a_body_can_be_sent_again_as_long_as_all_of_it_is_kept() -> None:
     async def scenario() -> None:
         content = unread()
         content.feed_data(b"kept")
-        held = Body(content, Room())
+        held = body_of(content, Room())
         async with held.read_on():
             await asyncio.sleep(0.01)
         content.feed_data(b" and passed on")
@@ -104,12 +109,21 @@ class Pod:
 
     def __init__(self) -> None:
         self.answers = asyncio.Event()
-        self.asked = 0
+        self.asked = self.lost = 0
 
-    async def handle(self, request: web.BaseRequest) -> web.Response:
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self.asked += 1
-        await self.answers.wait()
-        return web.Response(body=await request.read())
+        try:
+            if request.path == "/early":
+                answer = web.StreamResponse()
+                await answer.prepare(request)
+                await answer.write(b"begun")
+                await request.read()
+            await self.answers.wait()
+            return web.Response(body=await request.read())
+        except asyncio.CancelledError:
+            self.lost += 1
+            raise
 
 
 @contextlib.asynccontextmanager
@@ -134,7 +148,8 @@ async def setting(
     router = Router()
     router.update([live], live, by_header=False)
     live.start()
-    async with listening(pod.handle) as port, listening(activator.Activator(router, ports or Ports(lambda _: None)).handle) as own:
+    ports, own = ports or Ports(lambda _: None), free_port()
+    async with listening(pod.handle) as port, ports.call_port(own, activator.Activator(router, ports).handle):
         while not revision.pods or revision.pods[0].phase == "pending":
             await asyncio.sleep(0)
         revision.pods[0].plan = PodPlan(port, ())
@@ -243,5 +258,56 @@ def test_who_waited_for_a_descriptor_in_vain_is_told_so(monkeypatch: pytest.Monk
             async with client.get(address) as reply:
                 assert (reply.status, (await reply.json())["error"]["type"]) == (504, "timed_out")
                 assert "no file descriptor was left" in (await reply.json())["error"]["message"]
+
+    asyncio.run(scenario())
+
+
+CHUNKED = b"POST %s HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n"
+
+
+async def until(holds: Callable[[], object]) -> None:
+    while not holds():
+        await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("path", [b"/", b"/early"])
+def test_a_body_that_turns_bad_at_its_pod_is_told_and_gives_the_place_back(path: bytes) -> None:
+    """Before the pod has begun to answer, and after."""
+
+    async def scenario() -> None:
+        async with setting(container_concurrency=1) as (revision, pod, address), asyncio.timeout(60):
+            reader, writer = await asyncio.open_connection("127.0.0.1", URL(address).port)
+            writer.write(CHUNKED % path)
+            await until(lambda: pod.asked)
+            if path == b"/early":
+                await reader.readuntil(b"begun\r\n")
+            writer.write(b"no chunk")
+            said = b""
+            with contextlib.suppress(ConnectionError):
+                said = await reader.read()  # to the end of the connection
+            assert said.startswith(b"HTTP/1.1 400 ") == (path == b"/")
+            assert said.count(b"HTTP/") == (path == b"/")
+            await until(lambda: pod.lost)
+            assert revision.record.outcomes.counts[400, "activator"] == 1
+            pod.answers.set()
+            async with aiohttp.ClientSession() as client, client.post(address, data=b"next") as reply:
+                assert (reply.status, await reply.read()) == (200, b"next")
+            writer.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_body_that_turns_bad_while_it_is_held_waits_for_no_pod() -> None:
+    async def scenario() -> None:
+        async with setting() as (revision, pod, address), asyncio.timeout(60):
+            fake(revision.pods[0]).become("starting")
+            reader, writer = await asyncio.open_connection("127.0.0.1", URL(address).port)
+            writer.write(CHUNKED % b"/")
+            await until(lambda: revision.status()["queued"])
+            writer.write(b"no chunk")
+            assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+            assert revision.record.outcomes.counts[400, "activator"] == 1
+            assert not pod.asked
+            writer.close()
 
     asyncio.run(scenario())
