@@ -201,6 +201,34 @@ def test_two_services_whose_names_run_together_have_a_card_each(browser: Browser
     page.close()
 
 
+def test_how_a_pod_ended_stands_beside_its_restarts_and_an_error_of_the_platform_says_what_it_was(
+    browser: Browser, platform: Platform
+) -> None:
+    platform.call("echo")
+    status = platform.status()
+    echo = next(found for found in status["services"] if found["name"] == "echo")
+    exits = {"function": "x" * 500} | dict.fromkeys(("a", "b", "c"), "ended with status 1")
+    echo["pods"][0] |= {"restarts": {"function": 5}, "exits": exits, "weights": {"bytes": 0, "source": "store"}}
+    codes = [{"code": "502", "source": "activator", "count": 8}, {"code": "504", "source": "pod", "count": 1}]
+    lately = {"answers": 40, "errors": 9, "rate": 0.2, "codes": codes}
+    last = {"code": "503", "source": "activator", "time": status["now"], "revision": "echo-00001"}
+    echo["errors"] |= {"total": 9, "last_minute": lately, "last": last}
+    status["services"] = [echo]
+    page = browser.new_page(viewport={"width": 1240, "height": 900})
+    page.route("**/api/events", lambda route: route.fulfill(content_type="text/event-stream", body=f"data: {json.dumps(status)}\n\n"))
+    page.goto(f"http://127.0.0.1:{platform.admin_port}/")
+    row = page.locator("#s-default-echo section[aria-label=Pods] tbody tr").last
+    ends = f"(function: {'x' * 59}…, a: ended with status 1, b: ended with status 1, 1 more)"
+    expect(row.locator("td").nth(3)).to_have_text(re.compile(rf"· 5 restarts {re.escape(ends)}$"))
+    expect(row.locator("td").nth(4)).to_have_text("–")
+    told = (
+        "errors: 8 × 502 (the pod died with the request), 1 × 504 from the function. The last: 503 (no pod could be started or had room),"
+    )
+    expect(page.locator("#s-default-echo")).to_contain_text(told)
+    assert page.evaluate("[431, 999949, 91600000, 16e9].map(bytes).join()") == "431 B,999.9 kB,91.6 MB,16.0 GB"
+    page.close()
+
+
 def test_the_log_box_opens_with_the_container_that_is_to_blame(page: Page) -> None:
     page.get_by_role("button", name="Log of blamed").first.click()
     expect(page.locator("#log-container")).to_have_value("weights-cache")
@@ -248,6 +276,8 @@ def test_a_queue_source_that_crashes_says_so_in_words(page: Page) -> None:
     source = page.get_by_role("region", name="Queue source never-events")
     expect(source.locator("header .badge")).to_have_text("failed")
     expect(source).to_contain_text("poll ended with status 3; it is started again")
+    expect(source.locator(".note pre")).to_contain_text("the last lines of poll:\n  there is no model")
+    expect(source.locator("header")).to_contain_text(re.compile(r"restarts? \(poll: ended with status 3\)"))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
