@@ -17,7 +17,9 @@ from knative.local.router import Router
 from knative.local.service import LiveService
 from tests.knative.local.fakes import Events, FakePod, fake, parsed
 from tests.knative.local.running import Platform, platform_running, service
-from tests.support import request, wait_until
+from tests.support import ROOT, request, wait_until
+
+GONE_IS_OUT = re.compile(r'!="499"|=~"5\.\.\|other"')
 
 
 def test_answers_are_counted_by_status_and_by_who_made_them() -> None:
@@ -161,6 +163,16 @@ def series(platform: Platform, name: str) -> dict[tuple[str, str], float]:
         for sample in family.samples
         if sample.name == "relight_requests_total" and sample.labels["service"] == name
     }
+
+
+def test_the_documented_queries_ask_for_what_there_is_and_leave_out_who_went_away(platform: Platform) -> None:
+    page = (ROOT / "docs/scaling.md").read_text()
+    there = set(re.findall(r"^(relight_\w+)\{", request(platform.admin_port, "GET", "/metrics").body.decode(), re.MULTILINE))
+    queries = "".join(re.findall(r"```\n(.*?)```", page, re.DOTALL))
+    assert {"relight_requests_total", "relight_failed_starts_total"} <= set(re.findall(r"relight_\w+", queries)) <= there
+    sums = re.findall(r"relight_requests_total(?:\{code(.*?)\})?\[", queries)
+    assert sums
+    assert all(GONE_IS_OUT.fullmatch(labels) for labels in sums)
 
 
 def test_a_metric_of_starts_that_failed_is_there_before_the_first(platform: Platform) -> None:
