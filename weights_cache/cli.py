@@ -25,6 +25,23 @@ from weights_cache.threads import Threads
 if TYPE_CHECKING:
     from weights_cache.cache import NodeCache
 
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+
+
+def _unit(count: float) -> tuple[float, str]:
+    return next((unit for unit in _UNITS if count >= unit[0]), _UNITS[-1])
+
+
+def _figure(count: float, whole: float) -> str:
+    """Some of a number of bytes, in the unit of the whole."""
+    factor, _ = _unit(whole)
+    return f"{count / factor:,.{int(factor > 1)}f}"
+
+
+def _size(count: float) -> str:
+    """A number of bytes."""
+    return f"{_figure(count, count)} {_unit(count)[1]}"
+
 
 class _Command(click.Command):
     """Our errors are for people: one line and exit status 1, no traceback."""
@@ -201,8 +218,8 @@ def list_(cache_dir: Path | None, as_json: bool) -> None:
     for one in found:
         state = "in use" if one.in_use else "complete" if one.complete else "incomplete"
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.used))
-        click.echo(f"{one.snapshot}  {one.bytes / 1e6:>12,.1f} MB  {state:<10}  {when}  {', '.join(one.uris) or '-'}")
-    click.echo(f"{len(found)} snapshots, {used / 1e6:,.1f} MB")
+        click.echo(f"{one.snapshot}  {_size(one.bytes):>15}  {state:<10}  {when}  {', '.join(one.uris) or '-'}")
+    click.echo(f"{len(found)} snapshots, {_size(used)}")
 
 
 @cache_group.command()
@@ -226,7 +243,7 @@ def verify(cache_dir: Path | None) -> None:
                 click.echo(
                     f"damaged: {blob.path.name} ({', '.join(names[blob.path.name]) or 'of no snapshot'}), {len(bad)} MiB of it; set aside"
                 )
-    click.echo(f"{len(blobs)} files, {total / 1e6:,.1f} MB, {damaged} damaged" + ("; the next pull mends them" if damaged else ""))
+    click.echo(f"{len(blobs)} files, {_size(total)}, {damaged} damaged" + ("; the next pull mends them" if damaged else ""))
     raise SystemExit(1 if damaged else 0)
 
 
@@ -255,12 +272,12 @@ def evict(cache_dir: Path | None, what: tuple[str, ...], everything: bool, to_by
                 continue
             freed = room.evict(cache, one.snapshot)
             failed = failed or freed is None
-            click.echo(f"{one.snapshot}: {'in use, it stays' if freed is None else f'evicted, {freed / 1e6:,.1f} MB'}")
+            click.echo(f"{one.snapshot}: {'in use, it stays' if freed is None else f'evicted, {_size(freed)}'}")
         freed = room.collect(cache)
         if freed:
-            click.echo(f"left-overs: {freed / 1e6:,.1f} MB")
+            click.echo(f"left-overs: {_size(freed)}")
         left = room.used_bytes(cache)
-    click.echo(f"{left / 1e6:,.1f} MB are left")
+    click.echo(f"{_size(left)} are left")
     raise SystemExit(1 if (failed and what) or (to_bytes is not None and left > to_bytes) else 0)
 
 
@@ -331,5 +348,5 @@ class _shown:  # noqa: N801  used as `with _shown(...)`
         if not self._total():
             return  # it ended before it was known how much there is
         done, total, seconds = self._done(), self._total(), time.monotonic() - self._began
-        rate = done / seconds / 1e6 if seconds else 0
-        click.echo(f"{self._what}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate:,.1f} MB/s", err=True)
+        rate = done / seconds if seconds else 0
+        click.echo(f"{self._what}: {_figure(done, total)} of {_size(total)}, {_size(rate)}/s", err=True)

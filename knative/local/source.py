@@ -88,7 +88,7 @@ class LiveSource:
         service, path = self.source.sink
         url = masked(self.env.get(QUEUE_URL, ""))
         pod = self.pod.status()
-        trouble = {name: pod[name] for name in ("reason", "log") if name in pod}
+        trouble: dict[str, Any] = {name: pod[name] for name in ("reason", "log") if name in pod}
         return {
             "name": self.source.name,
             "namespace": self.source.namespace,

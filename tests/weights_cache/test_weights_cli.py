@@ -82,6 +82,14 @@ def test_progress_goes_to_stderr(bucket: Bucket, run: Run) -> None:
     assert f"pull {bucket.uri}: 2.0 of 2.0 MB" in run("pull", bucket.uri, "--json").stderr
 
 
+def test_what_is_small_is_told_in_a_small_unit(bucket: Bucket, run: Run) -> None:
+    bucket.put({"config.json": b"x" * 431})
+    assert f"pull {bucket.uri}: 431 of 431 B, " in run("pull", bucket.uri).stderr
+    *_, total = run("cache", "list").stdout.splitlines()
+    assert re.match(r"1 snapshots, (\d+ B|[0-9.]+ kB)$", total)
+    assert "0.0 MB" not in run("cache", "verify").stdout + run("cache", "evict", "--all").stdout
+
+
 @contextlib.contextmanager
 def on_a_terminal(*arguments: str, **environ: str) -> Iterator[tuple["subprocess.Popen[str]", Callable[[], str]]]:
     """`python -m weights_cache` with a terminal for its messages, and what it has written there."""
@@ -283,7 +291,7 @@ def test_the_list_says_what_is_there_and_for_whom(pulled: tuple[str, str], run: 
 def test_nothing_is_said_to_be_damaged_that_is_not(pulled: tuple[str, str], run: Run) -> None:
     found = run("cache", "verify")
     assert found.returncode == 0
-    assert found.stdout.splitlines()[-1].endswith("MB, 0 damaged")
+    assert found.stdout.splitlines()[-1].endswith("1.2 MB, 0 damaged")
 
 
 def test_what_is_damaged_is_found_and_the_next_pull_brings_that_chunk_alone(
