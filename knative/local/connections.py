@@ -34,6 +34,7 @@ PIECE_BYTES = 64 << 10  # read at a time
 MESSAGE_CHARACTERS = 300
 ERRORS_S = 10.0  # between two tracebacks
 HEAD_TOO_LARGE = f"the head of the request has more than {HEAD_BYTES} bytes"
+HEADER_TOO_LARGE = f"a header of the request has more than {HEADER_BYTES} bytes"
 _HUNG_UP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 log = logging.getLogger("relight.platform")
@@ -174,7 +175,7 @@ def _too_large(error: BaseException | None) -> tuple[HTTPStatus, str] | None:
     if isinstance(error, LineTooLong):
         if error.args[1] == TARGET_BYTES:
             return HTTPStatus.REQUEST_URI_TOO_LONG, f"the target of the request has more than {TARGET_BYTES} bytes"
-        return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"a header of the request has more than {HEADER_BYTES} bytes"
+        return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, HEADER_TOO_LARGE
     if isinstance(error, BadHttpMessage) and error.message.startswith("Too many headers"):  # aiohttp has no other name for it
         return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"the request has more than {HEADERS} headers"
     return None

@@ -15,6 +15,7 @@ from knative.local.connections import (
     HEAD_BYTES,
     HEAD_TOO_LARGE,
     HEADER_BYTES,
+    HEADER_TOO_LARGE,
     HEADERS,
     TARGET_BYTES,
     Connection,
@@ -189,18 +190,21 @@ def _coding(request: web.BaseRequest) -> str:
     return ",".join(request.headers.getall(hdrs.TRANSFER_ENCODING)).lower()
 
 
-def _head_bytes(request: web.BaseRequest) -> int:
-    """Of its head, one blank before each header's value; those beyond that are not known any more."""
+def _too_large(request: web.BaseRequest) -> str:
+    """What is said of a head that has come whole and is too large; of blanks before a header's value one counts, as aiohttp drops them."""
+    if any(len(name) + len(value) > HEADER_BYTES for name, value in request.raw_headers):
+        return HEADER_TOO_LARGE
     first = len(f"{request.method} {request.raw_path} HTTP/1.1\r\n".encode("utf-8", "surrogateescape"))
-    return first + sum(len(name) + len(value) + 4 for name, value in request.raw_headers) + 2
+    size = first + sum(len(name) + len(value) + 4 for name, value in request.raw_headers) + 2
+    return HEAD_TOO_LARGE if size > HEAD_BYTES else ""
 
 
 def _refusal(request: web.BaseRequest) -> web.Response | None:
     """What no port does."""
     if request.version not in (HttpVersion10, HttpVersion11):
         status, kind, message = 505, "bad_request", "HTTP/1.1 and HTTP/1.0 are spoken here"
-    elif _head_bytes(request) > HEAD_BYTES:
-        status, kind, message = 431, "bad_request", HEAD_TOO_LARGE
+    elif too_large := _too_large(request):
+        status, kind, message = 431, "bad_request", too_large
     elif request.method == hdrs.METH_CONNECT:
         status, kind, message = 405, "method_not_allowed", "CONNECT is for proxies, and this is none"
     elif hdrs.TRANSFER_ENCODING in request.headers and (coding := _coding(request)) != "chunked":

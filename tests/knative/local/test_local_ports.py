@@ -14,13 +14,25 @@ import pytest
 from aiohttp import web
 
 from knative.local import connections
-from knative.local.connections import FRESH_S, HEAD_BYTES, HEAD_S, KEEP_S, READ_S, Connections, State
+from knative.local.connections import (
+    FRESH_S,
+    HEAD_BYTES,
+    HEAD_S,
+    HEADER_BYTES,
+    HEADERS,
+    KEEP_S,
+    READ_S,
+    TARGET_BYTES,
+    Connections,
+    State,
+)
 from knative.local.descriptors import QUIET_S, STEADY_S, Descriptors
 from knative.local.errors import PlatformError
 from knative.local.ports import Port, Ports
 from tests.support import free_port
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n"
 LARGE = 20_000_000  # much more than the buffers on the way hold
 
 
@@ -83,6 +95,8 @@ class Scene:
         self.asked += 1
         if request.path == "/wait":
             await self.open_gate.wait()
+        if request.path in ("/read", "/wait"):
+            await request.read()
         if request.path == "/large":
             answer = web.StreamResponse(headers={"Content-Length": str(LARGE)})
             await answer.prepare(request)
@@ -232,6 +246,92 @@ def test_who_says_nothing_is_let_go_without_a_word() -> None:
         assert await kept.ask() == (200, b"here")
         found.later(KEEP_S + 1)
         assert await kept.is_closed()
+
+    play(scene)
+
+
+def head(lines: int, size: int, target: int = 1) -> bytes:
+    """With so many headers of so many bytes, `Host` among them, and a target of so many bytes."""
+    more = b"".join(b"X-%03d: " % number + b"a" * (size - 7) + b"\r\n" for number in range(lines - 1))
+    return b"GET /" + b"a" * (target - 1) + b" HTTP/1.1\r\nHost: x\r\n" + more + b"\r\n"
+
+
+def filled(size: int) -> bytes:
+    """A head of so many bytes in all."""
+    rest = size - len(head(4, 20_000))
+    return head(4, 20_000).replace(b"X-000: ", b"X-000: " + b"b" * rest)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "number"),
+    [
+        pytest.param(filled(HEAD_BYTES), 200, None, id="all of it"),
+        pytest.param(filled(HEAD_BYTES + 1), 431, HEAD_BYTES, id="more than all of it"),
+        pytest.param(filled(HEAD_BYTES + 5000), 431, HEAD_BYTES, id="much more than all of it"),
+        pytest.param(head(2, HEADER_BYTES), 200, None, id="a header"),
+        pytest.param(head(2, HEADER_BYTES + 3), 431, HEADER_BYTES, id="a longer header"),
+        pytest.param(head(HEADERS, 20), 200, None, id="headers"),
+        pytest.param(head(HEADERS + 1, 20), 431, HEADERS, id="one more header"),
+        pytest.param(head(2, 20, TARGET_BYTES), 200, None, id="a target"),
+        pytest.param(head(2, 20, TARGET_BYTES + 1), 414, TARGET_BYTES, id="a longer target"),
+    ],
+)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_is_too_much_of_a_head_is_told_with_its_bound(sent: bytes, status: int, number: int | None, *, at_once: bool) -> None:
+    async def scene(found: Scene) -> None:
+        client = await found.client()
+        for piece in (sent,) if at_once else (sent[:-30], sent[-30:]):
+            await asyncio.sleep(0.02)
+            client.writer.write(piece)
+        said, body = await client.answer()
+        assert said == status
+        assert found.asked == (status == 200)
+        if number:
+            assert str(number) in json.loads(body)["error"]["message"]
+            assert await client.is_closed()
+
+    play(scene)
+
+
+def test_a_bad_body_that_nobody_reads_ends_the_connection_without_a_word_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene(found: Scene) -> None:
+        client = await found.client()
+        client.writer.write(CHUNKED)
+        assert await client.answer() == (200, b"here")
+        client.writer.write(b"no chunk")
+        assert await client.is_closed()
+
+    play(scene)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("path", [b"/read", b"/wait"])
+def test_a_bad_body_is_told_once_to_whom_it_is_from_and_to_who_reads_it(caplog: pytest.LogCaptureFixture, path: bytes) -> None:
+    async def scene(found: Scene) -> None:
+        client = await found.client()
+        client.writer.write(CHUNKED.replace(b" / ", b" %s " % path))
+        await found.at(State.WORKING, 1)
+        client.writer.write(b"no chunk")
+        await asyncio.sleep(0.05)
+        found.open_gate.set()
+        status, body = await client.answer()
+        assert (status, json.loads(body)["error"]["type"]) == (400, "bad_request")
+        assert await client.is_closed()
+
+    play(scene)
+    assert not caplog.records
+
+
+def test_what_is_no_request_behind_one_does_that_one_no_harm() -> None:
+    async def scene(found: Scene) -> None:
+        client = await found.client()
+        client.writer.write(CHUNKED.replace(b" / ", b" /wait ") + b"0\r\n\r\n")
+        await found.at(State.WORKING, 1)
+        client.writer.write(b"no request\r\n\r\n")
+        await asyncio.sleep(0.05)
+        found.open_gate.set()
+        assert await client.answer() == (200, b"here")
+        assert (await client.answer())[0] == 400
 
     play(scene)
 
