@@ -145,9 +145,9 @@ class Health:
                 if container.process.is_main:
                     self._listener.reported(answer.document)
                 self._hear(container, answer.document)
-            if answer and not answer.is_well:
+            if answer and answer.is_well is False:
                 self._troubles.probed(container, answer.why)
-            verdict = tally.add(bool(answer and answer.is_well))
+            verdict = tally.add(answer.is_well if answer else False)
             if verdict is not None:
                 self._set(container, well=verdict)
             if name in self._well:

@@ -9,16 +9,16 @@ from typing import NamedTuple
 
 import aiohttp
 
-from knative.local.descriptors import as_before
+from knative.local.descriptors import NoDescriptors, as_before
 from knative.local.launch import Probe, Process
 
 DOCUMENT_BYTES = 64 << 10
 
 
 class Answer(NamedTuple):
-    """What came back. `document`: a body in JSON, if there was one."""
+    """What came back. `is_well`: None if it could not be asked. `document`: a body in JSON, if there was one."""
 
-    is_well: bool
+    is_well: bool | None
     why: str = ""  # it is not
     document: bytes | None = None
 
@@ -30,8 +30,10 @@ class Tally:
         self._probe = probe
         self._successes = self._failures = 0
 
-    def add(self, is_well: bool) -> bool | None:
+    def add(self, is_well: bool | None) -> bool | None:
         """Whether it is well or not, from now on; None is no verdict yet, so that what it was before holds."""
+        if is_well is None:
+            return None
         self._successes = self._successes + 1 if is_well else 0
         self._failures = 0 if is_well else self._failures + 1
         if self._successes >= self._probe.successes:
@@ -57,6 +59,8 @@ async def ask(probe: Probe, process: Process, session: aiohttp.ClientSession) ->
     except TimeoutError:
         return Answer(False, f"{_show(probe)} gave no answer within {probe.timeout_s:g} s")
     except (aiohttp.ClientError, OSError) as error:
+        if isinstance(error, OSError) and NoDescriptors.explains(error):
+            return Answer(None, f"{_show(probe)} could not be asked for want of a file descriptor")
         if getattr(error, "errno", None) == errno.ECONNREFUSED:
             return Answer(False, f"nothing listens on port {probe.port}")
         return Answer(False, f"{_show(probe)}: {getattr(error, 'strerror', None) or error}")
@@ -101,6 +105,7 @@ async def _run(probe: Probe, process: Process) -> Answer:
 
 
 def _show(probe: Probe) -> str:
+    """What is asked, without what may be a secret in it."""
     if probe.command:
-        return probe.command[0]
-    return f"GET {probe.path}" if probe.path else f"port {probe.port}"
+        return "its command"
+    return f"GET {probe.path.partition('?')[0]}" if probe.path else f"port {probe.port}"
