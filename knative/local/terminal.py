@@ -62,11 +62,11 @@ class Terminal:
             said = Text.from_markup(line(text))
         except MarkupError:
             said = Text(line(text))
-        self._print(self._timed(said))
+        self._print(said)
 
     def note(self, text: str) -> None:
         """A line outside any Service, as it is."""
-        self._print(self._timed(Text(block(text))))
+        self._print(Text(block(text)))
 
     def serving(
         self,
@@ -190,19 +190,17 @@ class Terminal:
     def _event(self, revision: Revision, *parts: Part) -> None:
         self._tell(revision.service.name, *parts)
 
-    def _timed(self, text: Text) -> Text:
-        return Text.assemble((_clock(), "dim"), " ", text) if self._is_serving else text
-
     def _tell(self, service: str, *parts: Part) -> None:
         self._parts((_clock(), "dim"), " ", (service, "bold"), " ", *parts)
 
     def _parts(self, *parts: Part) -> None:
         """One event: what follows its first line is set off."""
         shown = [(part, "") if isinstance(part, str) else part for part in parts]
-        self._print(Text.assemble(*((block(text), style) for text, style in shown)))
+        self.console.print(Text.assemble(*((block(text), style) for text, style in shown)), soft_wrap=True)
 
     def _print(self, text: Text) -> None:
-        self.console.print(text, soft_wrap=True)
+        """A line outside any Service: what is said at the start has no time."""
+        self.console.print(Text.assemble((_clock(), "dim"), " ", text) if self._is_serving else text, soft_wrap=True)
 
     def _forget(self, pod: Pod) -> None:
         self._phases.pop(pod.name, None)
