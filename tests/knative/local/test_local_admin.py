@@ -236,6 +236,23 @@ def test_an_attack_is_refused_and_nothing_is_told_or_done(platform: Platform, se
     assert platform.service("idle")["requests_total"] == before
 
 
+def test_a_head_has_the_bounds_of_the_other_ports(platform: Platform) -> None:
+    sent = b"GET /api/status HTTP/1.1\r\nHost: 127.0.0.1\r\n" + b"".join(b"X-%d: %b\r\n" % (number, b"a" * 23_300) for number in range(3))
+    received = raw(platform, sent + b"\r\n")
+    assert received.startswith(b"HTTP/1.1 431 ")
+    assert b"65536 bytes" in received
+
+
+def test_a_test_request_whose_body_turns_bad_is_its_senders_mistake(platform: Platform) -> None:
+    before = platform.service("echo")["requests_total"]
+    with socket.create_connection(("127.0.0.1", platform.admin_port), timeout=60) as connection:
+        head = ORDERED.replace(b"idle", b"echo").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+        connection.sendall(head + b"\r\n1\r\nx\r\n")
+        wait_until("there", lambda: platform.service("echo")["requests_total"] > before)
+        connection.sendall(b"no chunk")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
+
+
 def test_those_who_watch_leave_room_for_those_who_ask(platform: Platform) -> None:
     (pod,) = platform.pods("echo")
     paths = ["/api/events", f"/api/logs?pod={pod['name']}&follow=1"]

@@ -137,6 +137,14 @@ def test_a_body_that_is_too_large_is_refused_before_it_comes(store: Server) -> N
         assert caller.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
+def test_a_body_that_turns_bad_is_its_senders_mistake(store: Server) -> None:
+    with socket.create_connection(("127.0.0.1", store.port), timeout=60) as caller:
+        caller.sendall(b"PUT /models/bad HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert caller.recv(4096).startswith(b"HTTP/1.1 100 ")
+        caller.sendall(b"1\r\nx\r\nno chunk")
+        assert caller.recv(4096).startswith(b"HTTP/1.1 400 ")
+
+
 def test_a_body_is_asked_for_when_its_sender_waits_for_that(store: Server) -> None:
     with socket.create_connection(("127.0.0.1", store.port), timeout=60) as caller:
         caller.sendall(b"PUT /models/a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 6\r\nExpect: 100-continue\r\n\r\n")
