@@ -19,6 +19,8 @@ log = logging.getLogger("relight.function")
 
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
+# What a worker puts into its file for the master: that the log says already why it ends, or that SIGTERM told it to.
+HAS_EXPLAINED, WAS_TOLD = "!", "~"
 _LATE_S = 1.5  # beyond the time that the worker's end is given, before it is killed
 
 
@@ -41,9 +43,11 @@ class Master(Arbiter):  # type: ignore[misc]  # gunicorn has no types
         """Take note of who has ended. A worker that nobody told to ends the server, for whoever runs it to see. Called by gunicorn."""
         for pid, status in _ended_children():
             if worker := self.WORKERS.pop(pid, None):
-                explained = os.pread(worker.tmp.fileno(), 4096, 0).decode(errors="replace")
+                note = os.pread(worker.tmp.fileno(), 4096, 0).decode(errors="replace")
                 worker.tmp.close()
-                reason = explained[1:] or None if explained else obituary(status)
+                if note[:1] == WAS_TOLD and not status and not self._is_ending:
+                    status = signal.SIGTERM  # it ended as it was told, and we were not: somebody has meant the worker alone
+                reason = note[1:] or None if note[:1] == HAS_EXPLAINED else obituary(status)
                 if not self._is_ending:
                     raise HaltServer(reason, exit_status(status))
                 self._last_line = self._last_line or (reason if status else None)

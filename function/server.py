@@ -23,7 +23,7 @@ from function.ending import Ending
 from function.failing import Patience, ends_with_reason
 from function.keys import Keys
 from function.log import STDERR, install
-from function.master import ENDING_SIGNALS, Master
+from function.master import ENDING_SIGNALS, HAS_EXPLAINED, WAS_TOLD, Master
 from function.metrics import Metrics
 from function.model import Model
 from function.settings import FunctionSettings, from_environment
@@ -121,6 +121,7 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
 
         def on_term(number: int, frame: object) -> None:
             ending.told()
+            os.pwrite(worker.tmp.fileno(), WAS_TOLD.encode(), 0)
             model.drain()
             worker.handle_exit(number, frame)
 
@@ -152,7 +153,7 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
 
 def _explained(worker: FunctionWorker, reason: str) -> None:
     """Let the master know that the log says already why the worker ends; and in one line what it is to end with, if not with that."""
-    os.pwrite(worker.tmp.fileno(), f"!{reason}".encode(), 0)
+    os.pwrite(worker.tmp.fileno(), f"{HAS_EXPLAINED}{reason}".encode(), 0)
 
 
 def _descriptors(worker: FunctionWorker) -> list[int]:

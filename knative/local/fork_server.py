@@ -261,6 +261,7 @@ class ForkServer:
                     self._hand_out(None)
                 if spare := self._take_spare():
                     spare.conversation.close()
+                    _kill(spare.child.pid)  # it may be stopped
                     await spare.child.wait()
                 if self._child.returncode is None:
                     self._child.kill()
@@ -332,6 +333,11 @@ async def _receive(control: socket.socket) -> bytes:
         return await asyncio.get_running_loop().sock_recv(control, 16)
     except ConnectionError:
         return b""
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _adopt(orphans: bool) -> None:

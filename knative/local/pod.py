@@ -32,6 +32,7 @@ Phase = Literal["pending", "starting", "ready", "draining"]
 
 
 Word = Annotated[str, StringConstraints(max_length=200)]  # of a probe's answer, which anybody may have written
+Size = Annotated[int, Field(ge=0, le=1 << 63)]
 
 
 class Weights(BaseModel):
@@ -41,7 +42,7 @@ class Weights(BaseModel):
     __pydantic_extra__: dict[str, Word | int | FiniteFloat | None]
 
     source: Word
-    bytes: int
+    bytes: Size
     seconds: float | None = None
 
 
@@ -51,8 +52,8 @@ class Report(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
     phase: Word = ""
-    restored_bytes: int = 0
-    total_bytes: int = 0
+    restored_bytes: Size = 0
+    total_bytes: Size = 0
     stages: dict[Word, float] = Field({}, max_length=64)  # seconds since its process started
     weights: Weights | None = None
 

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ SHORT_RESTART_S = 1.0
 STEADY_S = 600.0  # after so long alive, a crash counts as the first one again
 # A log that has become so long is put aside, in the place of the one that was put aside before (the kubelet's default size).
 LOG_BYTES = 10 << 20
-LOG_LOOK_S = 5.0
+LOG_LOOK_S = 0.5
 
 _prctl = ctypes.CDLL(None).prctl
 _PR_SET_PDEATHSIG = 1
@@ -168,7 +167,7 @@ class ContainerProcess:
             with self.process.log.open("ab") as log:
                 self._child = await self._begin(log)
         except OSError as error:
-            self._cannot = f"{error.filename or self.process.argv[0]}: {error.strerror or error}"
+            self._cannot = error.strerror or type(error).__name__  # the log says what; a Secret's value may be in its name
             return
         self.started_at = time.monotonic()
         if self._confinement:
@@ -241,15 +240,24 @@ def _oom_kills() -> int:
 
 
 async def _keep_short(log: Path) -> None:
-    """Put a log aside when it is long. Its writers go on where it was, so it is copied and then emptied."""
+    """Put a log aside when it is long: what is last in it. Its writers go on where it was, so it is copied and then emptied."""
     while True:
         await asyncio.sleep(LOG_LOOK_S)
         try:
             if log.stat().st_size > LOG_BYTES:
-                await asyncio.to_thread(shutil.copyfile, log, log.with_name(f"{log.name}.1"))
-                os.truncate(log, 0)
+                await asyncio.to_thread(_put_aside, log)
         except OSError:
             pass  # a full disk, or somebody has removed it; to be tried again
+
+
+def _put_aside(log: Path) -> None:
+    with log.open("rb") as source, log.with_name(f"{log.name}.1").open("wb") as kept:
+        source.seek(max(0, source.seek(0, os.SEEK_END) - LOG_BYTES))
+        left = LOG_BYTES
+        while left and (piece := source.read(min(left, 1 << 20))):
+            left -= len(piece)
+            kept.write(piece)
+    os.truncate(log, 0)
 
 
 def tail(log: Path, lines: int) -> list[str]:

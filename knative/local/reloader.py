@@ -50,8 +50,8 @@ class Reloader:
         try:
             manifests = await asyncio.to_thread(self._read)
             take = await prepare(manifests)
-        except PlatformError as error:
-            self.problem = str(error)
+        except Exception as error:  # noqa: BLE001  what runs goes on, whatever is wrong with what was just saved
+            self.problem = str(error) if isinstance(error, PlatformError) else describe("reading the manifests", error)
             self._terminal.say(f"[red]nothing was changed[/]: {escape(self.problem)}")
             return
         self.manifests, self.problem = manifests, None

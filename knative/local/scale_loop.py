@@ -1,7 +1,6 @@
 """The loop that gives a revision as many pods as are wanted."""
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable
 
@@ -58,9 +57,11 @@ class ScaleLoop:
     async def run(self) -> None:
         """Sample each second, decide every two."""
         began = time.monotonic()
-        for beat in itertools.count(1):
-            await asyncio.sleep(max(0.0, began + beat * SAMPLE_S - time.monotonic()))
-            self.beat(decides=beat % round(TICK_S / SAMPLE_S) == 0)
+        beats = 0  # since then, whether there was one or not
+        while True:
+            beats = max(beats, int((time.monotonic() - began) / SAMPLE_S)) + 1  # those that were missed are not made up for
+            await asyncio.sleep(max(0.0, began + beats * SAMPLE_S - time.monotonic()))
+            self.beat(decides=beats % round(TICK_S / SAMPLE_S) == 0)
 
     def beat(self, *, decides: bool) -> None:
         """What there is to do each second."""

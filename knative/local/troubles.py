@@ -9,6 +9,7 @@ from knative.local.trouble import Trouble
 
 STUCK_S = 5.0  # of a complaint, until it counts as one that stays
 SAME_ENDS, ENDS = 2, 3  # a start that ends so often in the same way, or in any, has failed
+KILLED_ENDS = 10  # and one that is killed from outside so often in a row: it may do that itself
 YOUNG_S = 5.0  # what ends so soon after it was ready, and never had a request, was not: its port was open for a moment, say
 LINES = 12  # of a log
 
@@ -20,6 +21,7 @@ class Troubles:
         self._containers = containers
         self._final: Trouble | None = None  # it will not be ready
         self._ends: list[tuple[str, str]] = []  # of containers since the pod was asked for, or was of use last
+        self._killed = 0  # starts that were killed from outside, likewise
         self._ready_at: float | None = None  # until it is of use, or one of its processes ends
         self._ended: Trouble | None = None
         self._complaint: tuple[ContainerProcess, str] | None = None
@@ -50,27 +52,39 @@ class Troubles:
     def used(self) -> None:
         """The pod has a request: it did start."""
         self._ready_at = None
+        self._clear()
+
+    def _clear(self) -> None:
         self._ends.clear()
+        self._killed = 0
 
     def ended(self, container: ContainerProcess, ending: Ending, *, is_starting: bool) -> None:
         """A container ended by itself. is_starting: before the pod was ready. One that was killed from outside is no start that ended."""
         ready_at, self._ready_at = self._ready_at, None
         is_young = ready_at is not None and time.monotonic() - ready_at < YOUNG_S
         if ready_at is not None and not is_young:
-            self._ends.clear()
+            self._clear()
         # What ends well beside the user container has done what it was for.
-        counts = ending.is_own and (container.process.is_main or not ending.text.endswith("status 0")) and (is_starting or is_young)
+        counts = (container.process.is_main or not ending.text.endswith("status 0")) and (is_starting or is_young)
         name = container.process.container
         said = self._complaint[1] if self._complaint and self._complaint[0] is container else ""
         self._complaint = None
         why = f"its container {name} {ending.text}{f': {said}' if said else ''}"
-        if counts:
-            self._ends.append((name, ending.text))
-        same = self._ends.count((name, ending.text))
-        if same >= SAME_ENDS or len(self._ends) >= ENDS:
-            why += f", {'twice' if same == SAME_ENDS == len(self._ends) else 'again and again'} as it started"
+        if counts and (often := self._count(name, ending)):
+            why += f", {often} as it started"
             self.fail(self._blame(container, why))
         self._ended = self._blame(container, why)
+
+    def _count(self, name: str, ending: Ending) -> str:
+        """One start more that ended; how often that was, in words, if it was too often."""
+        if not ending.is_own:
+            self._killed += 1
+            return f"{self._killed} times" if self._killed >= KILLED_ENDS else ""
+        self._ends.append((name, ending.text))
+        same = self._ends.count((name, ending.text))
+        if same < SAME_ENDS and len(self._ends) < ENDS:
+            return ""
+        return "twice" if same == SAME_ENDS == len(self._ends) else "again and again"
 
     def complained(self, container: ContainerProcess, error: str) -> bool:
         """What a container says is wrong now, nothing if `error` is empty; whether that changes anything."""

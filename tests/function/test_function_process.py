@@ -393,6 +393,17 @@ def test_sigterm_is_heard_by_a_worker_that_has_just_been_forked(start: StartFunc
     assert function.wait() == 0  # long before the grace time is over
 
 
+@pytest.mark.parametrize("when", ["ready", "loading"])
+def test_a_worker_that_alone_is_told_to_end_has_not_ended_by_itself(start: StartFunction, when: str) -> None:
+    function = start().ready() if when == "ready" else start(["say", "it starts"], ["sleep", 600])
+    if when == "loading":
+        wait_until("it loads", lambda: "it starts" in function.said())
+    (worker,) = children.descendants(function.process.pid)
+    os.kill(worker, signal.SIGTERM)
+    assert function.wait() == 128 + signal.SIGTERM  # so that whoever runs it does not take it for a start that has failed
+    assert function.said().splitlines()[-1].endswith("the function's process was ended by SIGTERM")
+
+
 def test_sigint_closes_the_agent_and_runs_what_is_to_be_done_at_exit_too(start: StartFunction, tmp_path: Path) -> None:
     function = start().ready()
     folder = do(function, "at_exit", str(tmp_path))

@@ -511,7 +511,7 @@ def test_the_signal_that_a_dying_platform_leaves_behind_is_sigterm(log: Path) ->
         pytest.param(("sh", "-c", "exit 137"), "ended with status 137 (SIGKILL)", id="a child killed"),
         pytest.param(("sh", "-c", "exit 255"), "ended with status 255", id="no signal"),
         pytest.param(("sh", "-c", "kill -KILL $$"), "was ended by SIGKILL", id="killed"),
-        pytest.param(("/no/such/command",), "could not be started: /no/such/command: No such file or directory", id="never there"),
+        pytest.param(("/no/such/command",), "could not be started: No such file or directory", id="never there"),
     ],
 )
 def test_how_a_process_ended_is_told(log: Path, command: tuple[str, ...], told: str) -> None:
@@ -525,3 +525,18 @@ def test_how_a_process_ended_is_told(log: Path, command: tuple[str, ...], told: 
 
     asyncio.run(main())
     assert endings[0].text == told
+
+
+def test_a_log_that_grows_fast_is_kept_short_with_what_is_last_in_it(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "LOG_LOOK_S", 0.01)
+    monkeypatch.setattr(process_module, "LOG_BYTES", 100_000)
+
+    async def main() -> None:
+        function = shell(log, "head -c 1000000 /dev/zero; echo; echo the last; exec sleep 600")
+        await function.start()
+        aside = log.with_name(f"{log.name}.1")
+        await until("put aside", lambda: aside.exists() and b"the last" in aside.read_bytes() + log.read_bytes())
+        assert aside.stat().st_size <= 100_000
+        await function.stop(5)
+
+    asyncio.run(main())

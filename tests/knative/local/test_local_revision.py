@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -636,3 +637,26 @@ def test_of_a_start_that_takes_long_it_is_said_once_what_it_waits_for(monkeypatc
         await revision.stop()
 
     asyncio.run(main())
+
+
+def test_beats_that_were_missed_are_not_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"now": 1000.0}
+    beats: list[tuple[float, bool]] = []
+
+    async def sleep(seconds: float) -> None:
+        clock["now"] += seconds
+        if len(beats) == 2:
+            clock["now"] += 12.0  # the whole platform was stopped
+        if len(beats) == 6:
+            raise asyncio.CancelledError
+
+    async def main() -> None:
+        revision, _ = fake_revision()
+        monkeypatch.setattr(revision.scaling, "beat", lambda *, decides: beats.append((clock["now"] - 1000, decides)))
+        monkeypatch.setattr(scale_loop_module, "time", SimpleNamespace(monotonic=lambda: clock["now"]))
+        monkeypatch.setattr(scale_loop_module, "asyncio", SimpleNamespace(sleep=sleep))
+        with contextlib.suppress(asyncio.CancelledError):
+            await revision.scaling.run()
+
+    asyncio.run(main())
+    assert beats == [(1, False), (2, True), (15, False), (16, True), (17, False), (18, True)]

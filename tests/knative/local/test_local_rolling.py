@@ -113,6 +113,10 @@ def test_traffic_is_split_and_a_tag_has_its_own_host(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("a: [1\n", "line 2: not YAML"),
+        ("a: !!timestamp 2020\n", "manifests"),
+        ("a: !!bool maybe\n", "manifests"),
+        ("- " * 5000, "manifests"),
+        (manifests(service("hello", container={"resources": {"limits": {"nvidia.com/gpu": "1e400"}}})), "manifests"),
         ("", "found no serving.knative.dev/v1 Service"),
         (
             manifests(service("hello", spec={"containerConcurrency": -1})),
@@ -127,7 +131,17 @@ def test_traffic_is_split_and_a_tag_has_its_own_host(tmp_path: Path) -> None:
             "(Service hello): spec.traffic[0].revisionName: found 'hello-7'; the revisions of this run are hello-00001, hello-00002",
         ),
     ],
-    ids=["no YAML", "empty", "a mistake", "a Secret that is missing", "a revision that is not there"],
+    ids=[
+        "no YAML",
+        "no time",
+        "no truth",
+        "too deep",
+        "too many GPUs",
+        "empty",
+        "a mistake",
+        "a Secret that is missing",
+        "a revision that is not there",
+    ],
 )
 def test_broken_manifests_change_nothing_and_are_told_in_one_line(shared: Platform, text: str, said: str) -> None:
     before = shared.service("hello")
