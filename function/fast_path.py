@@ -19,6 +19,7 @@ from function.batcher import Call
 from function.bodies import parse_json
 from function.gate import Gate
 from function.http import JSON, Function, PredictRequest, PredictRoute, failure, path_of
+from function.receiver import END, HEAD_BYTES
 from function.values import dumps
 
 MOST_BYTES = 16 * 1024  # of a body; a larger one would keep the loop from others
@@ -32,6 +33,7 @@ _UNKNOWN = {"transfer-encoding", "upgrade"}  # with which it is for gunicorn to 
 _EXTRAORDINARY = {"content-encoding", "expect", "te", "trailer"}
 _is_of_event = operator.methodcaller("startswith", "ce-")  # a header
 # What is enough of any other GET or HEAD
+_MOST_LINE_BYTES, _MOST_HEADER_BYTES = 8190, 32 * 1024  # gunicorn's, as the server sets them: what is beyond is for it to refuse
 _FIRST_LINE = re.compile(rb"(GET|HEAD) (/[!-~]*) HTTP/1\.([01])\r\n")
 _LINE = re.compile(r"[A-Za-z0-9_-]+:[^\r\n]*")
 _ENDING = {"connection", "content-length", "expect", "transfer-encoding", "upgrade"}  # say where a request ends, or what follows
@@ -77,10 +79,12 @@ def read(data: bytes) -> Head | None:
 
 def glance(data: bytes) -> Head | None:
     """The same of a GET or HEAD that is not ordinary, for answers that depend on nothing else of it. Its body, if it has one, is left."""
-    found, end = _FIRST_LINE.match(data), data.find(b"\r\n\r\n")
-    if not found or end < 0:
+    found, end = _FIRST_LINE.match(data), data.find(END, 0, HEAD_BYTES)
+    if not found or end < 0 or found.end() - len(b"\r\n") > _MOST_LINE_BYTES:
         return None
     lines = [line for line in data[found.end() : end].decode("latin-1").split("\r\n") if line]
+    if len(lines) > _MOST_HEADERS or any(len(line) + len("\r\n") > _MOST_HEADER_BYTES for line in lines):
+        return None
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     is_last = found[3] == b"0" or not _ENDING.isdisjoint(headers) or not all(map(_LINE.fullmatch, lines))
     return Head(found[1].decode(), path_of(found[2].decode()), headers, is_last=is_last)

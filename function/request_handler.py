@@ -171,7 +171,7 @@ class RequestHandler:
 
     def _parsed(self, conn: Connection) -> Any:
         """gunicorn's request, of a head that is all there. Raises what gunicorn does for one that is not HTTP."""
-        if not conn.parsed.endswith(b"\r\n\r\n"):
+        if len(conn.parsed) > HEAD_BYTES or not conn.parsed.endswith(b"\r\n\r\n"):
             raise _no_head(conn.parsed)
         return next(http.get_parser(self._config, [conn.parsed], conn.client))
 
@@ -247,7 +247,7 @@ def _ending() -> Unavailable:
 def _no_head(data: bytes) -> Exception:
     """Why this is the head of no request."""
     if len(data) > HEAD_BYTES:
-        return http.errors.LimitRequestHeaders("the head has no end")  # type: ignore[no-any-return]  # gunicorn has no types
+        return http.errors.LimitRequestHeaders("the head is too large")  # type: ignore[no-any-return]  # gunicorn has no types
     if data.startswith(b"\x16\x03"):
         return HttpError(400, "bad_request", "this port speaks HTTP, not TLS: ask http://, or give TLS to what is in front of the function")
     return HttpError(400, "bad_request", f"this is not HTTP: it begins with {data[:8]!r}")

@@ -224,6 +224,30 @@ def test_longer_ones_are_refused_with_the_limits_in_bytes(function: Server, size
         ended(connection)
 
 
+HEADERS = 100
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_refused"),
+    [
+        pytest.param([16_000] * 4, False, id="in all"),
+        pytest.param([16_400] * 4, True, id="more in all"),
+        pytest.param([20_000] * 10, True, id="much more in all"),
+        pytest.param([32_768], False, id="one"),
+        pytest.param([32_769], True, id="a longer one"),
+        pytest.param([30] * HEADERS, False, id="as many"),
+        pytest.param([30] * (HEADERS + 1), True, id="more"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/v2"])
+def test_whatever_is_asked_for_has_the_same_bounds(function: Server, path: str, headers: list[int], *, is_refused: bool) -> None:
+    """headers: how many bytes each has."""
+    lines = "".join(f"X-{number:03}: {'a' * (size - 9)}\r\n" for number, size in enumerate(headers))
+    with connected(function.port) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\n{lines}\r\n".encode())
+        assert answer(connection).status == (431 if is_refused else 200)
+
+
 def test_a_first_line_that_is_too_long_is_refused_with_the_limit_in_bytes(function: Server) -> None:
     reply = said(function, b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n")
     assert (reply.status, "8190 bytes" in reply.json()["error"]["message"]) == (414, True)
