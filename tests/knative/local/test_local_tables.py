@@ -184,6 +184,9 @@ def test_a_document_of_any_size_is_bounded_on_a_screen() -> None:
 def test_on_a_narrow_screen_what_matters_is_whole_and_the_rest_is_left_out(width: int) -> None:
     log = {"container": "function", "lines": ["last words"]}
     busy = hello(name="smollm2-instruct", errors=errors(3, 40), url="http://smollm2-instruct.default.localhost:8080/")
+    busy["pods"] = [
+        pod(name="smollm2-instruct-00001-ab12cd", exits={"function": "ended with status 1"}, weights={"bytes": 1, "source": "s"})
+    ]
     status = document(busy, hello(state="failed", failure="why", failure_log=log, pods=[pod(exits={"function": "ended with status 1"})]))
     screen = io.StringIO()
     Console(file=screen, width=width, highlight=False, emoji=False).print(tables.rich(status, width))
