@@ -18,6 +18,7 @@ from yarl import URL
 from knative.local.body import BadBody, Body, Room
 from knative.local.descriptors import NoDescriptors
 from knative.local.errors import BadGateway, PodUnreached, RequestError, TooSlow
+from knative.local.meter import Load
 from knative.local.origin import is_own_user
 from knative.local.outcomes import ACTIVATOR, GONE, POD
 from knative.local.pod import Pod
@@ -78,7 +79,8 @@ class Activator:
     async def _answer(self, call: "_Call") -> tuple[web.StreamResponse, RequestError | None]:
         """What the caller gets, and the error that it stands for if it is not the pod's answer, or not the whole of it."""
         try:
-            async with call.clock, call.revision.request():
+            async with call.clock, call.revision.request() as load:
+                call.is_sent(load)
                 with closing(call.body):
                     return await self._forward(call), None
         except (TimeoutError, RequestError) as ended:
@@ -137,6 +139,13 @@ class _Call:
         self._pod: Pod | None = None
         self._handed_at = now
         self._is_short = False
+        self._load: Load
+
+    def is_sent(self, load: Load) -> None:
+        """It is load once all of it has come, or much, or it is answered: what a caller has yet to send asks nothing of anybody."""
+        self._load = load
+        self.body.on_much = load.count
+        self.request.content.on_eof(load.count)
 
     def handed_to(self, pod: Pod) -> None:
         """It is the pod's turn."""
@@ -154,6 +163,7 @@ class _Call:
         assert self._pod
         self._pod.breaker.answered()
         self._pod = None  # from here on it may be slow
+        self._load.count()
         self.answer = answer
 
     def goes_on(self) -> None:

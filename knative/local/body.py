@@ -48,6 +48,7 @@ class Body:
     def __init__(self, content: aiohttp.StreamReader, room: Room, on_broken: Callable[[], object]) -> None:
         """on_broken: called when whoever reads it has found that what the client sends is no body."""
         self.awaited = False  # whether somebody who takes it waits for the client to send more
+        self.on_much: Callable[[], object] = lambda: None  # called when so much has come as is read ahead
         self.came_at = 0.0  # on the loop's clock: when somebody who takes it last got something from the client
         self._content = content
         self._room = room
@@ -87,6 +88,11 @@ class Body:
     def _add(self, piece: bytes) -> None:
         self._early += piece
         self._room.taken += len(piece)
+        self._measure()
+
+    def _measure(self) -> None:
+        if self._content.total_bytes >= EACH_BYTES:
+            self.on_much()
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """From its beginning; a second time only if no more than what was kept has been handed on. Raises ConnectionError otherwise."""
@@ -100,10 +106,12 @@ class Body:
         clock = asyncio.get_running_loop().time
         try:
             if not has_begun:
+                self._measure()
                 yield self._content.read_nowait(PIECE_BYTES)  # if nothing is there yet, the head goes on nevertheless
             self.awaited = True
             async for piece in self._content.iter_any():
                 self.awaited, self.came_at = False, clock()
+                self._measure()
                 yield piece
                 self.awaited = True
         except RequestPayloadError:

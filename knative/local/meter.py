@@ -1,8 +1,13 @@
 """How many requests a revision has at once: a time-weighted average, as Knative's queue-proxy and activator report it."""
 
+from collections.abc import Callable
+
 
 class ConcurrencyMeter:
-    """Counts requests in the system (waiting or with a pod) and averages them over the time between two reports. Times in seconds."""
+    """Counts requests in the system (waiting or with a pod) and averages them over the time between two reports. Times in seconds.
+
+    A request whose caller has yet to send it is none: it asks nothing of anybody.
+    """
 
     def __init__(self, now: float) -> None:
         self.current = 0
@@ -36,3 +41,28 @@ class ConcurrencyMeter:
     def _advance(self, now: float) -> None:
         self._area += self.current * (now - self._changed_at)
         self._changed_at = now
+
+
+class Load:
+    """What one request is to its revision's meter: nothing until `count`, and nothing after `end`. Times in seconds."""
+
+    def __init__(self, meter: ConcurrencyMeter, now: Callable[[], float]) -> None:
+        self._meter = meter
+        self._now = now
+        self._is_counted = self._is_over = False
+
+    def count(self) -> None:
+        """All of it is there, or so much that it is worked on."""
+        if not self._is_counted and not self._is_over:
+            self._is_counted = True
+            self._meter.arrive(self._now())
+
+    def end(self) -> float:
+        """It is over; when."""
+        now = self._now()
+        self._is_over = True
+        if self._is_counted:
+            self._meter.leave(now)
+        else:
+            self._meter.total += 1
+        return now

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from knative.local.errors import Stopping
 from knative.local.manifest import Service
-from knative.local.meter import ConcurrencyMeter
+from knative.local.meter import ConcurrencyMeter, Load
 from knative.local.pod import Pod
 from knative.local.record import Record
 from knative.local.supervisor import Supervisor, Watcher
@@ -98,15 +98,14 @@ class Revision:
         await self.pods.stop()
 
     @asynccontextmanager
-    async def request(self) -> AsyncIterator[None]:
-        """For as long as it is entered, the revision has one request more."""
+    async def request(self) -> AsyncIterator[Load]:
+        """For as long as it is entered, the revision has one request more; it is load once that is counted."""
         arrived = time.monotonic()
-        self.meter.arrive(arrived)
+        load = Load(self.meter, time.monotonic)
         try:
-            yield
+            yield load
         finally:
-            self.last_left = time.monotonic()
-            self.meter.leave(self.last_left)
+            self.last_left = load.end()
             self.record.latencies.add(self.last_left, self.last_left - arrived)
 
     @asynccontextmanager

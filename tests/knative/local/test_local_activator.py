@@ -311,3 +311,43 @@ def test_a_body_that_turns_bad_while_it_is_held_waits_for_no_pod() -> None:
             writer.close()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_held", [True, False], ids=["held", "at its pod"])
+def test_a_request_that_is_not_sent_to_its_end_is_no_load(is_held: bool) -> None:
+    async def scenario() -> None:
+        async with setting() as (revision, pod, address):
+            if is_held:
+                fake(revision.pods[0]).become("starting")
+            reader, writer = await asyncio.open_connection("127.0.0.1", URL(address).port)
+            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 6\r\n\r\nhal")
+            while not (len(revision.waiting) if is_held else revision.pods[0].in_flight):
+                await asyncio.sleep(0.01)
+            assert revision.meter.current == 0
+            writer.write(b"ves")
+            while revision.meter.current == 0:
+                await asyncio.sleep(0.01)
+            fake(revision.pods[0]).become("ready")
+            pod.answers.set()
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            while revision.meter.current:
+                await asyncio.sleep(0.01)
+            assert revision.meter.total == 1
+            writer.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_what_is_long_or_answered_before_its_end_is_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "EACH_BYTES", 100)
+
+    async def scenario(path: bytes, sent: int) -> None:
+        async with setting() as (revision, _, address):
+            _, writer = await asyncio.open_connection("127.0.0.1", URL(address).port)
+            writer.write(b"POST /" + path + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n" + b"x" * sent)
+            while revision.meter.current == 0:
+                await asyncio.sleep(0.01)
+            writer.close()
+
+    asyncio.run(asyncio.wait_for(scenario(b"", 200), 60))
+    asyncio.run(asyncio.wait_for(scenario(b"early", 1), 60))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knative.local.meter import ConcurrencyMeter
+from knative.local.meter import ConcurrencyMeter, Load
 
 STEADY = settings(derandomize=True, deadline=None, max_examples=200)
 
@@ -69,3 +69,18 @@ def test_the_average_is_never_outside_what_there_was(steps: list[tuple[float, in
             (meter.arrive if change > 0 else meter.leave)(now)
     average, _ = meter.report(now + rest_s)
     assert min(levels) - 1e-9 <= average <= max(levels) + 1e-9
+
+
+def test_a_request_is_load_once_it_is_there_and_no_longer_than_it_is() -> None:
+    clock = {"now": 0.0}
+    meter = ConcurrencyMeter(0)
+    whole, never = (Load(meter, lambda: clock["now"]) for _ in range(2))
+    clock["now"] = 1.0
+    whole.count()
+    whole.count()
+    assert (meter.current, meter.total) == (1, 1)
+    clock["now"] = 3.0
+    assert (whole.end(), never.end()) == (3.0, 3.0)
+    never.count()  # it came when nobody wanted it any more
+    assert (meter.current, meter.total) == (0, 2)
+    assert meter.report(4.0) == (0.5, 0.5)

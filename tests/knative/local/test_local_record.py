@@ -118,7 +118,8 @@ def test_a_request_is_a_latency_and_each_second_is_a_sample() -> None:
     async def scenario() -> None:
         live = LiveService(parsed(), FakePod, Events())
         revision = live.choose()
-        async with revision.request():
+        async with revision.request() as load:
+            load.count()
             since, arrived = revision.meter._reported_at, revision.meter._changed_at  # some time apart: the clock goes on meanwhile
             revision.scaling.scaler.sample(arrived + 1, has_pods=False)
             live._sample(arrived + 1)

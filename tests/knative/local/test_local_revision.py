@@ -116,7 +116,12 @@ class Caller:
         self.task = asyncio.create_task(self._call(revision))
 
     async def _call(self, revision: Revision) -> None:
-        async with revision.request(), revision.slot() as pod:
+        async with revision.request() as load:
+            load.count()
+            await self._stay(revision)
+
+    async def _stay(self, revision: Revision) -> None:
+        async with revision.slot() as pod:
             self.pod = pod
             await self._leave.wait()
 

@@ -90,8 +90,10 @@ def shares(live: LiveService) -> dict[str, int]:
 
 
 async def hold(revision: Revision, leave: asyncio.Event) -> None:
-    async with revision.request(), revision.slot():
-        await leave.wait()
+    async with revision.request() as load:
+        load.count()
+        async with revision.slot():
+            await leave.wait()
 
 
 def test_traffic_moves_when_the_new_revision_is_ready_and_the_old_one_serves_what_it_has() -> None:
@@ -421,7 +423,8 @@ def test_old_revisions_are_forgotten_but_the_last_ones_and_their_requests_stay_c
     async def main() -> None:
         async with running(version(1, scale={"initial-scale": "0"})) as (live, _):
             for number in range(2, KEPT + 6):
-                async with live.choose().request():
+                async with live.choose().request() as load:
+                    load.count()
                     pass
                 change(live, version(number, scale={"initial-scale": "0"}))
                 await settle()
