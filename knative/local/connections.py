@@ -46,7 +46,7 @@ class State(enum.IntEnum):
     ENDING = 0  # it is answered for the last time; whatever still comes is thrown away
     RESTING = 1  # between two requests
     RECEIVING = 2  # the head of a request is to come
-    WORKING = 3  # a request is there, its body and answer on their way; it never gives way to others
+    WORKING = 3  # a request is there, its body and answer on their way; it gives way to others only while its sender rests
 
 
 _PATIENCE_S = {State.ENDING: END_S, State.RESTING: KEEP_S, State.RECEIVING: HEAD_S}
@@ -55,7 +55,7 @@ _PATIENCE_S = {State.ENDING: END_S, State.RESTING: KEEP_S, State.RECEIVING: HEAD
 class Connection(RequestHandler):
     """One client's: aiohttp's part, which says what it is at."""
 
-    __slots__ = ("_all", "_content", "_head_bytes", "_raw", "since", "state", "wire")
+    __slots__ = ("_all", "_came_at", "_content", "_head_bytes", "_raw", "since", "state", "wire")
 
     wire: asyncio.Transport  # aiohttp forgets its own before it is closed
 
@@ -67,6 +67,7 @@ class Connection(RequestHandler):
         self._raw = raw
         self._head_bytes = 0
         self._content: StreamReader | None = None  # the body of the request that came last
+        self._came_at = 0.0  # when something of it came
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It is there."""
@@ -82,6 +83,7 @@ class Connection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Something has come."""
+        self._came_at = self._all.now()
         if self.state is State.RESTING and data:
             self._all.enter(self, State.RECEIVING)
         super().data_received(data)
@@ -142,6 +144,11 @@ class Connection(RequestHandler):
         """Its answer is made; what still comes of its body is thrown away for a while, so that the client reads the answer."""
         self._all.enter(self, State.RESTING if request.content.is_eof() else State.ENDING)
 
+    def rests_in_body(self, since: float) -> bool:
+        """Whether nothing has come of its request's body since then, though it is not whole, and would be read."""
+        is_sending = self._content is not None and not self._content.is_eof() and self.wire.is_reading()
+        return is_sending and self._came_at < since and not self.has_data()
+
     def has_data(self) -> bool:
         """Whether something has come that nobody has read."""
         try:
@@ -199,6 +206,10 @@ class Connections:
         self._reported_at = -math.inf
         self._awaited: set[Callable[[], object]] = set()  # who waits for room
 
+    def now(self) -> float:
+        """On its clock."""
+        return self._clock()
+
     def __len__(self) -> int:
         return sum(map(len, self._by_state))
 
@@ -244,6 +255,7 @@ class Connections:
     def evict(self, *, is_last_resort: bool = False) -> bool:
         """Close the one that is missed least; False if there is none, as all are being worked on or have just come.
 
+        Last of all goes who has begun to send a body and has sent nothing for a while.
         Who asks for something all the time is missed more than who has been about to ask for a while. is_last_resort: however fresh it is.
         """
         now = self._clock()
@@ -258,6 +270,9 @@ class Connections:
             if found := self._oldest(state, since):
                 self.drop(found)
                 return True
+        if found := next((conn for conn in self._older(State.WORKING, young) if conn.rests_in_body(young)), None):
+            self.drop(found)
+            return True
         return False
 
     def _oldest(self, state: State, since: float) -> Connection | None:

@@ -205,6 +205,28 @@ def test_a_request_that_is_worked_on_never_gives_way_and_a_new_one_waits_for_the
     play(scene, limit=2)
 
 
+def test_who_has_begun_a_body_and_sends_nothing_more_gives_way_last_of_all_and_who_goes_on_sending_does_not() -> None:
+    async def scene(found: Scene) -> None:
+        resting, sending = [await found.client() for _ in range(2)]
+        for client in (resting, sending):
+            client.writer.write(b"POST /read HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\n1")
+        await found.at(State.WORKING, 2)
+        while found.asked < 2:
+            await asyncio.sleep(0.005)
+        found.clock[0] += 5
+        sending.writer.write(b"2")
+        while not any(conn._came_at > 1000 for conn in found.connections._by_state[State.WORKING]):
+            await asyncio.sleep(0.005)
+        new = await found.client()
+        new.writer.write(REQUEST)
+        assert await new.answer() == (200, b"here")
+        assert await resting.is_closed()
+        sending.writer.write(b"3")
+        assert await sending.answer() == (200, b"here")
+
+    play(scene, limit=2)
+
+
 @pytest.mark.parametrize("half", [b"GET /hea", b"GET / HTTP/1.1\r\nHost: x\r\n", b"\r\n"])
 def test_half_a_head_is_a_408_in_the_end_and_nobodys_request(half: bytes) -> None:
     async def scene(found: Scene) -> None:

@@ -425,7 +425,6 @@ def test_old_revisions_are_forgotten_but_the_last_ones_and_their_requests_stay_c
             for number in range(2, KEPT + 6):
                 async with live.choose().request() as load:
                     load.count()
-                    pass
                 change(live, version(number, scale={"initial-scale": "0"}))
                 await settle()
             names = [f"hello-{number:05d}" for number in range(5, KEPT + 6)]
