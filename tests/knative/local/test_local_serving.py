@@ -316,7 +316,7 @@ def test_a_target_that_names_a_host_counts_in_place_of_the_host(platform: Platfo
         pytest.param(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, id="HTTP/2"),
         pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500), 400, id="TLS"),
         pytest.param(b"GET / HTTP/1.1\r\n" + b"".join(b"X-%d: %s\r\n" % (n, b"x" * 4000) for n in range(17)), 431, id="a large head"),
-        pytest.param(b"GET /" + b"x" * 10_000 + b" HTTP/1.1\r\n\r\n", 431, id="a long line"),
+        pytest.param(b"GET /" + b"x" * 10_000 + b" HTTP/1.1\r\n\r\n", 414, id="a long line"),
     ],
 )
 @pytest.mark.parametrize("is_admin", [False, True])
