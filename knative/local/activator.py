@@ -189,8 +189,10 @@ class _Call:
         if self._pod and not self.body.awaited:
             since = max(self._handed_at, self.body.came_at)
             self.revision.timed_out(self._pod, asyncio.get_running_loop().time() - since, self._first_byte_s)
-        name, waits_for = self.revision.service.name, "no file descriptor was left" if self._is_short else self.revision.waits_for
-        text = f"{name} did not answer within {self._first_byte_s} s ({self._limit}, cold start included)"
+        text = f"{self.revision.service.name} did not answer within {self._first_byte_s} s ({self._limit}, cold start included)"
+        if self._pod:  # what others wait for is not why
+            return TooSlow(f"{text}; {self._pod.name} had the request")
+        waits_for = "no file descriptor was left" if self._is_short else self.revision.waits_for
         return TooSlow(f"{text}; {waits_for}" if waits_for else text, trouble=self.revision.trouble)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from typing import Any
 
 import aiohttp
@@ -10,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from knative.local.launch import QUEUE_URL
 from knative.local.manifest import QueueSource
+from knative.local.plain import line
 from knative.local.pod import Pod
 from knative.local.queues import is_queue_url, queue_name
 from knative.local.tasks import Tasks, describe
@@ -37,6 +39,7 @@ class LiveSource:
         self.oldest_held_s: float | None = None  # for how long it has held the message that it has held for longest
         self.env: Mapping[str, str] = next((process.env for process in self.pod.plan.processes if QUEUE_URL in process.env), {})
         self._last = dict(self.counts)  # of the present process
+        self._unready = ""  # what it says when it is asked whether it is ready, if it is not
         self._tasks = Tasks(lambda what, error: self.pod.fail(Trouble(describe(what, error))))
         self._starting: asyncio.Task[None] | None = None
 
@@ -50,7 +53,9 @@ class LiveSource:
     def problem(self) -> str | None:
         """Why it does not run, where that is not how its program ended, which `exits` says."""
         trouble = self.pod.trouble
-        return trouble.reason if trouble and not self.pod.status()["exits"] else None
+        if trouble and not self.pod.status()["exits"]:
+            return trouble.reason
+        return f"{self._unready}; `relight logs {self.source.name}` says why" if self._unready and not trouble else None
 
     def start(self) -> None:
         """Begin; a program that does not start is started again."""
@@ -70,6 +75,8 @@ class LiveSource:
         try:
             async with session.get(f"http://127.0.0.1:{self.pod.plan.port}/metrics", timeout=ASK) as reply:
                 families = list(text_string_to_metric_families(await reply.text()))
+            async with session.get(f"http://127.0.0.1:{self.pod.plan.port}/readyz", timeout=ASK) as reply:
+                self._unready = line((await reply.text()).strip(), 200) if reply.status == HTTPStatus.SERVICE_UNAVAILABLE else ""
         except (aiohttp.ClientError, TimeoutError, ValueError):
             return  # it is just starting, or another program
         found = dict.fromkeys(self.counts, 0)
@@ -95,7 +102,7 @@ class LiveSource:
             "queue": queue_name(url) if url else None,
             "queue_url": url if self.queue_url else None,
             "sink": service[1] + path if service else masked(path),
-            "phase": "failed" if self.pod.trouble else pod["phase"],
+            "phase": "failed" if self.pod.trouble else "starting" if self._unready else pod["phase"],
             **self.counts,
             "pod": pod["name"],
             "started_at": pod["started_at"],

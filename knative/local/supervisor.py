@@ -161,6 +161,10 @@ class Supervisor:
     def _is_late(self, pod: Pod) -> None:
         self._start_failed(pod, self.failures.deadline(pod, self._revision.service.scale.progress_deadline_s))
 
+    def _cannot_make(self, trouble: Trouble) -> None:
+        self._record.failed_starts += 1
+        self.failures.start_failed(trouble)
+
     def _is_slow(self, pod: Pod) -> None:
         if not pod.is_slow_told:
             pod.is_slow_told = True

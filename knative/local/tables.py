@@ -163,6 +163,8 @@ def _problems(status: dict[str, Any]) -> Iterator[Problem]:
             yield Problem(f"{queue['name']}: {queue['problem']}")
     for source in status["queue_sources"]:
         log = source.get("log")
+        if (problem := source.get("problem")) and problem not in [queue["problem"] for queue in status["queues"]]:
+            yield Problem(f"{_full_name(source)}: {problem}")
         for container, ended in source["exits"].items():
             if source["phase"] == "failed":
                 text = f"{_full_name(source)} is started again and again: {container} {ended}"

@@ -11,9 +11,12 @@ from typing import Any, cast
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from knative.local import queue_watch
 from knative.local.launch import PodPlan, Process
+from knative.local.manifest import QueueSource
+from knative.local.pod import Pod
 from knative.local.queue_watch import QueueWatch
 from knative.local.queues import EMBEDDED, Depth, Queue, QueueError
 from knative.local.source import LiveSource
@@ -191,5 +194,32 @@ def test_a_source_that_cannot_be_started_says_why_and_stops_as_any_other() -> No
             await live.stop()
             assert pod.is_drained
             await watch.stop()
+
+    asyncio.run(main())
+
+
+def test_a_source_whose_queue_does_not_answer_is_not_ready_and_says_so() -> None:
+    status = {"/metrics": (200, ""), "/readyz": (503, "the queue does not answer\n")}
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        code, text = status[request.path]
+        return web.Response(status=code, text=text)
+
+    async def main() -> None:
+        runner = web.ServerRunner(web.Server(answer))
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        document = {"name": "work-1", "phase": "ready", "started_at": 0.0, "restarts": {}, "exits": {}}
+        plan = SimpleNamespace(port=runner.addresses[0][1], processes=())
+        pod = SimpleNamespace(plan=plan, trouble=None, status=lambda: document)
+        declared = SimpleNamespace(name="work", namespace="default", sink=(None, "http://sink/"))
+        live = LiveSource(cast(QueueSource, declared), lambda name: cast(Pod, pod))
+        async with aiohttp.ClientSession() as session:
+            await live.count(session)
+            assert (live.problem, live.status()["phase"]) == ("the queue does not answer; `relight logs work` says why", "starting")
+            status["/readyz"] = 200, "ready\n"
+            await live.count(session)
+            assert (live.problem, live.status()["phase"]) == (None, "ready")
+        await runner.cleanup()
 
     asyncio.run(main())
