@@ -16,7 +16,6 @@ from aiohttp import web
 from knative.local import queue_watch
 from knative.local.launch import PodPlan, Process
 from knative.local.manifest import QueueSource
-from knative.local.pod import Pod
 from knative.local.queue_watch import QueueWatch
 from knative.local.queues import EMBEDDED, Depth, Queue, QueueError
 from knative.local.source import LiveSource
@@ -213,7 +212,7 @@ def test_a_source_whose_queue_does_not_answer_is_not_ready_and_says_so() -> None
         plan = SimpleNamespace(port=runner.addresses[0][1], processes=())
         pod = SimpleNamespace(plan=plan, trouble=None, status=lambda: document)
         declared = SimpleNamespace(name="work", namespace="default", sink=(None, "http://sink/"))
-        live = LiveSource(cast(QueueSource, declared), lambda name: cast(Pod, pod))
+        live = LiveSource(cast(QueueSource, declared), lambda name: cast(Any, pod))
         async with aiohttp.ClientSession() as session:
             await live.count(session)
             assert (live.problem, live.status()["phase"]) == ("the queue does not answer; `relight logs work` says why", "starting")
