@@ -86,13 +86,23 @@ class Connection(RequestHandler):
         self._came_at = self._all.now()
         if self.state is State.RESTING and data:
             self._all.enter(self, State.RECEIVING)
+        before = self._request_count
+        is_head = not self._upgraded and (self._content is None or self._content.is_eof())
         super().data_received(data)
-        if self._messages:
+        if self._request_count != before:
+            self._head_bytes = 0
             self._look_at_last(*self._messages[-1])
-        elif self.state is State.RECEIVING:
+        elif is_head:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_BYTES:
-                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, HEAD_TOO_LARGE)
+                self._end_head()
+
+    def _end_head(self) -> None:
+        """There is no end to it, and nobody keeps more; who waits for another answer cannot be told before that."""
+        if self.state is State.RECEIVING:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, HEAD_TOO_LARGE)
+        elif self.state is State.WORKING:
+            self._all.drop(self)
 
     def _look_at_last(self, message: Any, content: StreamReader) -> None:
         """What cannot be read is an answer's turn after the others; if it is in a body, whoever reads that is to learn of it now."""
@@ -137,7 +147,6 @@ class Connection(RequestHandler):
 
     def work(self) -> None:
         """A request is there."""
-        self._head_bytes = 0
         self._all.enter(self, State.WORKING)
 
     def rest(self, request: web.BaseRequest) -> None:

@@ -358,6 +358,21 @@ def test_what_is_no_request_behind_one_does_that_one_no_harm() -> None:
     play(scene)
 
 
+@pytest.mark.parametrize("waiting", [1, 2])
+def test_a_head_without_an_end_behind_requests_that_are_worked_on_is_not_kept(waiting: int) -> None:
+    async def scene(found: Scene) -> None:
+        client = await found.client()
+        client.writer.write(REQUEST.replace(b"/ ", b"/wait ") * waiting)
+        await found.at(State.WORKING, 1)
+        client.writer.write(b"GET / HTTP/1.1\r\n")
+        for piece in range(2 * HEAD_BYTES // 10_000):
+            client.writer.write(b"X-%d: " % piece + b"a" * 9990 + b"\r\n")
+            await asyncio.sleep(0.005)
+        assert await client.is_closed()
+
+    play(scene)
+
+
 def test_a_large_head_is_a_431_in_however_small_pieces_it_comes() -> None:
     async def scene(found: Scene) -> None:
         client = await found.client()
