@@ -60,7 +60,7 @@ def test_an_agents_children_are_plain_and_end_with_it_and_a_killed_worker_is_tol
         os.kill(first["worker"], signal.SIGKILL)
         wait_until("the end", lambda: not any(is_running(pid) for pid in first["children"]))
         wait_until("a start", lambda: platform.pods("keeps")[0]["restarts"]["function"] == 1)
-        assert platform.pods("keeps")[0]["exits"]["function"] == "ended with status 137"
+        assert platform.pods("keeps")[0]["exits"]["function"] == "ended with status 137 (SIGKILL)"
         second = ask(platform)
         assert (second["worker"] != first["worker"], second["exit_code"]) == (True, -15)
         everything = children.descendants(platform.server.process.pid)
