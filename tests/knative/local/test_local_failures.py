@@ -162,7 +162,7 @@ def test_a_request_that_reaches_nobody_waits_until_somebody_listens_again(platfo
 def test_a_request_that_reaches_nobody_is_given_to_another_pod_and_none_is_given_to_that_one(platform: Platform) -> None:
     platform.wait_for("twins", "two pods", lambda found: [pod["phase"] for pod in found["pods"]] == ["ready"] * 2)
     deaf = deafen(platform, "twins")
-    paths = []
+    paths: list[str] = []
     # Of two that are idle a request goes to either: sooner or later one is for the pod that does not listen.
     while not paths or {pod["name"]: pod["phase"] for pod in platform.pods("twins")}[deaf] == "ready":
         paths.append(f"/n{len(paths)}")

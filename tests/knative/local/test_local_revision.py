@@ -45,12 +45,10 @@ def taken(loads: Sequence[int], container_concurrency: int, count: int) -> list[
     choice = rooms(container_concurrency, random.Random())
     for pod in pods_of(*loads):
         choice.add(pod)
-    found = []
-    for _ in range(count):
-        if (pod := choice.take()) is None:
-            break
-        pod.in_flight += 1
-        found.append(pod.name)
+    found: list[str] = []
+    while len(found) < count and (chosen := choice.take()):
+        chosen.in_flight += 1
+        found.append(chosen.name)
     return found
 
 
@@ -515,7 +513,7 @@ def test_pods_that_are_stuck_go_on_trying_and_callers_are_told_why(monkeypatch: 
         fake(revision.pods[0]).become("ready")
         await settle()
         await patient.leave()
-        assert revision.state == "ready"
+        assert revision.status()["state"] == "ready"
         await revision.stop()
 
     asyncio.run(main())
