@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import re
+import resource
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from importlib.resources import files
@@ -71,6 +72,8 @@ class Admin:
         self._page, self._policy = _page()
         self._closed = asyncio.Event()
         self._lasting = 0
+        # Each takes a descriptor or two, and those of a small machine are for callers.
+        self._most_lasting = max(4, min(VIEWERS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
         self._routes: dict[str, tuple[str, Handler]] = {
             "/": ("GET", self._show),
             "/api/status": ("GET", self._tell_status),
@@ -92,8 +95,8 @@ class Admin:
 
     async def _last(self, handler: Handler, request: web.BaseRequest) -> web.StreamResponse:
         """One request that may take for ever: so many that others have a connection left."""
-        if self._lasting >= VIEWERS:
-            raise Refused(503, "overloaded", f"{VIEWERS} are watching, or wait for an answer, already")
+        if self._lasting >= self._most_lasting:
+            raise Refused(503, "overloaded", f"{self._most_lasting} are watching, or wait for an answer, already")
         self._lasting += 1
         try:
             return await handler(request)

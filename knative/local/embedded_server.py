@@ -230,7 +230,7 @@ class Server:
 
 def _service(request: web.BaseRequest) -> str:
     """Whom a request is for. Raises Refused for neither of the two."""
-    if request.path.split("/")[1:2] == [ADMIN]:
+    if request.path.lower().lstrip("/").partition("/")[0] == ADMIN:
         raise Refused(403, "AccessDenied", "the emulator's own routes are not served; this is S3 and SQS")
     target = request.headers.get("X-Amz-Target")
     if target is not None:

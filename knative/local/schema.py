@@ -120,8 +120,8 @@ class ContainerPort(_Strict):
 class HttpHeader(_Strict):
     """A header that a probe sends."""
 
-    name: str
-    value: str
+    name: str = Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")
+    value: str = Field(pattern=r"^[^\x00\r\n]*$")
 
 
 class HttpGet(_Strict):

@@ -3,15 +3,19 @@
 import contextlib
 import http.client
 import json
+import resource
 import socket
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from knative.local.admin import VIEWERS
+from knative.local.admin import VIEWERS, Admin
+from knative.local.queue_watch import QueueWatch
 from tests.knative.local.running import Platform, platform_running, service
 from tests.support import Reply, request, wait_until
 
@@ -324,3 +328,10 @@ def test_a_platform_that_ends_does_not_wait_for_those_who_watch(tmp_path: Any) -
             assert log.read().startswith(b"a pod of its own\n")
             events.read()
         assert not (platform.state / "platform.json").exists()
+
+
+def test_on_a_machine_with_few_descriptors_fewer_may_watch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for limit, most in ((20, 4), (128, 16), (1 << 20, VIEWERS)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        session = cast(aiohttp.ClientSession, None)
+        assert Admin({}, cast(QueueWatch, None), dict, tmp_path, session, 1)._most_lasting == most

@@ -14,6 +14,7 @@ import yaml
 
 from knative.local.errors import ManifestError
 from knative.local.manifest import Manifests, Service, Sources, read_manifests
+from tests.knative.local.running import manifests, service
 from tests.support import BIN, ROOT
 
 FILE = "hello.yaml"
@@ -782,3 +783,18 @@ def test_queues_that_stand_anywhere_are_known_by_name() -> None:
 )
 def test_a_mistake_in_a_source_is_told_with_its_place(documents: list[dict[str, Any]], said: str) -> None:
     assert said in mistake(HELLO, *documents)
+
+
+@pytest.mark.parametrize(
+    ("header", "field"),
+    [
+        ({"name": "X-A", "value": "one\nHost: other"}, "value"),
+        ({"name": "X A", "value": "one"}, "name"),
+        ({"name": "X", "value": "\0"}, "value"),
+    ],
+    ids=["another line", "no name", "NUL"],
+)
+def test_a_probes_header_that_no_request_can_have_is_a_mistake_of_the_manifest(header: dict[str, str], field: str) -> None:
+    probe = {"readinessProbe": {"httpGet": {"path": "/", "httpHeaders": [header]}}}
+    with pytest.raises(ManifestError, match=rf"httpHeaders\[0\]\.{field}"):
+        read_manifests([("hello.yaml", manifests(service("hello", container=probe)))])
