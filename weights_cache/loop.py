@@ -153,9 +153,13 @@ class Loop:
 
     def attend(self, peer: Peer) -> None:
         """Have a peer do what it can, and wait for what it then waits for."""
+        self._have(peer, peer.ready)
+
+    def _have(self, peer: Peer, act: Callable[[], object]) -> None:
+        """Have a peer act; whatever comes of it ends its connection at most."""
         try:
             if peer.sock.fileno() >= 0:  # else it gave way to another one in this very turn
-                peer.ready()
+                act()
         except OSError:
             peer.close()
         except Exception as error:
@@ -225,5 +229,4 @@ class Loop:
                 door.rests_until = 0.0
                 self._selector.register(door.sock, READ, door.ready)
             for peer in [one for one in door.peers if one.deadline is not None and now >= one.deadline]:
-                peer.expire()
-                self.watch(peer)
+                self._have(peer, peer.expire)

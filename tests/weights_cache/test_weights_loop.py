@@ -208,6 +208,23 @@ def test_a_byte_now_and_then_buys_no_time(site: Site) -> None:
 
 
 @pytest.mark.usefixtures("_hasty")
+def test_a_client_that_has_gone_just_when_its_time_is_up_harms_nobody(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, gone = HttpPeer._answer, []
+
+    def lose(peer: HttpPeer, what: Answer, *, is_last: bool) -> None:
+        if what.status == 408:
+            gone.append(peer)
+            raise OSError(107, "Transport endpoint is not connected")
+        answer(peer, what, is_last=is_last)
+
+    monkeypatch.setattr(HttpPeer, "_answer", lose)
+    with site.connect() as sock:
+        sock.sendall(b"GET /hea")
+        wait_until("its time is up", lambda: gone and site.peers == 0)
+    assert site.get().status == 200
+
+
+@pytest.mark.usefixtures("_hasty")
 def test_silent_connections_end_without_a_word(site: Site) -> None:
     with site.connect() as fresh, site.connect() as used:
         used.sendall(b"GET / HTTP/1.1\r\n\r\n")
