@@ -17,7 +17,10 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 class QueueSourceSettings:
     """The `QUEUE_SOURCE_` variables, and what Knative tells a ContainerSource."""
 
-    url: str = setting("QUEUE_SOURCE_URL", text="the queue: an SQS queue's URL, or `amqp(s)://host/vhost/queue`, with user and password before the host")
+    url: str = setting(
+        "QUEUE_SOURCE_URL",
+        text="the queue: an SQS queue's URL, or `amqp(s)://host/vhost/queue`, with user and password before the host",
+    )
     sink: str = setting("K_SINK", text="the URL that events are posted to; Knative sets it")
     overrides: str = setting("K_CE_OVERRIDES", "", text='`{"extensions": {…}}` for every event; Knative sets it')
     ca_certs: str = setting("K_CA_CERTS", "", text="the sink's own certificate authorities, in PEM; Knative sets it")
