@@ -9,9 +9,6 @@ About 6 minutes; loopback only.
 
 import argparse
 import contextlib
-import http.client
-import json
-import math
 import os
 import resource
 import socket
@@ -23,14 +20,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose platform.py would stand for Python's own
 
 from bench.common import free_ports, machine  # noqa: E402  found through the line above
-from tests.function.disturbances import AGENT, CALLERS, KINDS, disturbed  # noqa: E402
+from tests.function.disturbances import AGENT, CALLERS, KINDS, Seen, disturbed  # noqa: E402
+from tests.function.disturbances import look as calls_and_probes  # noqa: E402
 from tests.support import BIN, clean_environment, request, wait_until  # noqa: E402
 
 SETTLE_S = 3.0
@@ -118,63 +115,9 @@ def unread(running: Running) -> Iterator[None]:
     running.is_read.set()
 
 
-@dataclass
-class Seen:
-    """By ordinary callers and watchers, in one window."""
-
-    seconds: float
-    served: int = 0
-    failed: list[str] = field(default_factory=list)
-    status_s: list[float] = field(default_factory=list)
-
-    @property
-    def rate(self) -> float:
-        return self.served / self.seconds
-
-    @property
-    def p99_ms(self) -> float:
-        return sorted(self.status_s)[math.ceil(len(self.status_s) * 0.99) - 1] * 1000
-
-
 def look(running: Running, seconds: float) -> Seen:
     """Call and watch for so long."""
-    seen, ends = Seen(seconds), time.monotonic() + seconds
-    threads = [threading.Thread(target=_call, args=(running.port, ends, seen)) for _ in range(CALLERS)]
-    threads.append(threading.Thread(target=_watch, args=(running.admin, ends, seen)))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return seen
-
-
-def _call(port: int, ends: float, seen: Seen) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    while time.monotonic() < ends:
-        try:
-            connection.request("POST", "/v1/models/m:predict", '{"instances": ["a"]}', {"Content-Type": "application/json"})
-            reply = connection.getresponse()
-            if reply.status == 200 and json.load(reply) == {"predictions": ["a"]}:
-                seen.served += 1
-            else:
-                seen.failed.append(f"{reply.status}")
-        except (OSError, http.client.HTTPException) as error:
-            seen.failed.append(repr(error))
-            connection.close()
-    connection.close()
-
-
-def _watch(port: int, ends: float, seen: Seen) -> None:
-    """Each over a connection of its own, as `relight status` does."""
-    while (began := time.monotonic()) < ends:
-        try:
-            status = request(port, "GET", "/api/status", timeout=30).status
-            seen.status_s.append(time.monotonic() - began)
-            if status != 200:
-                seen.failed.append(f"/api/status: {status}")
-        except (OSError, http.client.HTTPException) as error:
-            seen.failed.append(f"/api/status: {error!r}")
-        time.sleep(max(0.0, began + PROBE_S - time.monotonic()))
+    return calls_and_probes(running.port, seconds, "/api/status", running.admin)
 
 
 def row(what: str, running: Running, rounds: int, seconds: float, *names: str, is_admin: bool = False, is_unread: bool = False) -> str:

@@ -9,6 +9,7 @@ comes again with the next drop.
 import contextlib
 import http.client
 import json
+import math
 import resource
 import select
 import socket
@@ -145,12 +146,17 @@ class Seen:
         """Predictions a second."""
         return self.served / self.seconds
 
+    @property
+    def p99_ms(self) -> float:
+        """What 99 of 100 probes took at most."""
+        return sorted(self.probes_s)[math.ceil(len(self.probes_s) * 0.99) - 1] * 1000
 
-def look(port: int, seconds: float) -> Seen:
-    """Call and probe for so long."""
+
+def look(port: int, seconds: float, path: str = "/healthz", at: int = 0) -> Seen:
+    """Call and probe for so long; what is probed is this path, at another port if one is given."""
     seen, ends = Seen(seconds), time.monotonic() + seconds
     threads = [threading.Thread(target=_call, args=(port, ends, seen)) for _ in range(CALLERS)]
-    threads.append(threading.Thread(target=_probe, args=(port, ends, seen)))
+    threads.append(threading.Thread(target=_probe, args=(at or port, path, ends, seen)))
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -174,19 +180,20 @@ def _call(port: int, ends: float, seen: Seen) -> None:
     connection.close()
 
 
-def _probe(port: int, ends: float, seen: Seen) -> None:
-    """Each over a connection of its own, as a kubelet does."""
+def _probe(port: int, path: str, ends: float, seen: Seen) -> None:
+    """Each over a connection of its own, as a kubelet and `relight status` do."""
     while (began := time.monotonic()) < ends:
         try:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-            connection.request("GET", "/healthz")
-            status = connection.getresponse().status
+            connection.request("GET", path)
+            reply = connection.getresponse()
+            reply.read()
             connection.close()
-            if status != 200:
-                seen.failed.append(f"/healthz: {status}")
+            if reply.status != 200:
+                seen.failed.append(f"{path}: {reply.status}")
             seen.probes_s.append(time.monotonic() - began)
         except (OSError, http.client.HTTPException) as error:
-            seen.failed.append(f"/healthz: {error!r}")
+            seen.failed.append(f"{path}: {error!r}")
         time.sleep(max(0.0, began + PROBE_S - time.monotonic()))
 
 
