@@ -70,9 +70,7 @@ class Supervisor:
         self._watcher = watcher
         self._on_change = on_change
         service = revision.service
-        self.pods = PodSet(
-            service.spec.container_concurrency, self._make, tasks, self._pod_gone, lambda trouble: self.failures.start_failed(trouble)
-        )
+        self.pods = PodSet(service.spec.container_concurrency, self._make, tasks, self._pod_gone, self._cannot_make)
         self.failures = Failures(self.pods, self._waiting, self._failed)
         self.scaling = ScaleLoop(
             service, revision.meter, self.pods, self._waiting, self.failures, self._let_go, self._is_late, self._is_slow

@@ -622,6 +622,7 @@ def test_a_pod_that_cannot_even_be_made_is_told_to_who_waits() -> None:
         revision = Revision(parsed(), make, Events())
         with pytest.raises(RevisionFailed, match=r"^another pod failed: Too many open files$"):
             await Caller(revision).task
+        assert revision.record.failed_starts == 1
         await revision.stop()
 
     asyncio.run(main())
