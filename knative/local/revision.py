@@ -141,10 +141,6 @@ class Revision:
         if self.waiting:
             self.scaling.asked()
 
-    def pod_changed(self, pod: Pod) -> None:
-        """Called by a pod whose phase, report or trouble changed."""
-        self.supervisor.pod_changed(pod)
-
     def timed_out(self, pod: Pod, had_s: float, limit_s: float) -> None:
         """See Supervisor."""
         self.supervisor.timed_out(pod, had_s, limit_s)

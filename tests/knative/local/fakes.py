@@ -19,7 +19,7 @@ class FakePod(Pod):
     """A pod without processes; a test says when its phase changes."""
 
     def __init__(self, revision: Revision, name: str) -> None:
-        super().__init__(name, PodPlan(1, ()), Path("/nowhere"), cast(aiohttp.ClientSession, None), revision.pod_changed)
+        super().__init__(name, PodPlan(1, ()), Path("/nowhere"), cast(aiohttp.ClientSession, None), revision.supervisor.pod_changed)
         self.gone = asyncio.Event()  # until a test sets it, the pod's end takes its time
 
     async def start(self) -> None:
