@@ -60,12 +60,14 @@ class Troubles:
 
     def ended(self, container: ContainerProcess, ending: Ending, *, is_starting: bool) -> None:
         """A container ended by itself. is_starting: before the pod was ready. One that was killed from outside is no start that ended."""
-        ready_at, self._ready_at = self._ready_at, None
-        is_young = ready_at is not None and time.monotonic() - ready_at < YOUNG_S
-        if ready_at is not None and not is_young:
-            self._clear()
-        # What ends well beside the user container has done what it was for.
-        counts = (container.process.is_main or not ending.text.endswith("status 0")) and (is_starting or is_young)
+        if container.process.is_main:
+            ready_at, self._ready_at = self._ready_at, None
+            is_young = ready_at is not None and time.monotonic() - ready_at < YOUNG_S
+            if ready_at is not None and not is_young:
+                self._clear()
+            counts = is_starting or is_young
+        else:  # beside a pod that is ready it may end as it likes; what ends well has done what it was for
+            counts = is_starting and not ending.text.endswith("status 0")
         name = container.process.container
         said = self._complaint[1] if self._complaint and self._complaint[0] is container else ""
         self._complaint = None

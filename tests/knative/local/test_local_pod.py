@@ -712,3 +712,25 @@ def test_a_report_with_numbers_beyond_all_bounds_is_none(tmp_path: Path) -> None
         await pod.drain(0)
 
     play(tmp_path, scene)
+
+
+def test_a_sidecar_that_ends_beside_a_pod_that_has_just_become_ready_is_no_failed_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_module, "RESTART_S", 0.01)
+
+    async def scene(stage: Stage) -> None:
+        stage.function.status = 503
+        script = f"until [ -e {tmp_path}/end ]; do sleep 0.01; done; rm {tmp_path}/end; exit 1"
+        pod = stage.pod(stage.process(readiness=stage.probe()), stage.process("sidecar", "sh", "-c", script))
+        await pod.start()
+        (tmp_path / "end").touch()
+        await until("its first end", lambda: pod.status()["restarts"]["sidecar"] == 1)
+        stage.function.status = 200
+        await becomes(pod, "ready")
+        (tmp_path / "end").touch()
+        await until("its second end", lambda: pod.status()["restarts"]["sidecar"] == 2)
+        assert not pod.troubles.has_failed
+        await pod.drain(0)
+
+    play(tmp_path, scene)
