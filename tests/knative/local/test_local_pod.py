@@ -632,10 +632,10 @@ def test_what_is_ready_for_a_moment_and_ends_has_failed_to_start(tmp_path: Path,
         script = f"until [ -e {tmp_path}/end ]; do sleep 0.01; done; rm {tmp_path}/end; exit 3"
         pod = stage.pod(stage.process("function", "sh", "-c", script, readiness=stage.probe()))
         await pod.start()
-        for _ in range(2):
+        for count in range(1, 3):
             await becomes(pod, "ready")
             (tmp_path / "end").touch()
-            await until("its end", lambda: pod.phase != "ready")
+            await until("its end", lambda count=count: pod.status()["restarts"]["function"] == count)  # type: ignore[misc]
         assert pod.troubles.has_failed
         await pod.drain(0)
 
@@ -653,13 +653,13 @@ def test_what_was_of_use_or_ready_for_long_did_start_however_often_it_ends(
         script = f"until [ -e {tmp_path}/end ]; do sleep 0.01; done; rm {tmp_path}/end; exit 3"
         pod = stage.pod(stage.process("function", "sh", "-c", script, readiness=stage.probe()))
         await pod.start()
-        for _ in range(4):
+        for count in range(1, 5):
             await becomes(pod, "ready")
             if young_s:
                 pod.enter()
                 pod.leave()
             (tmp_path / "end").touch()
-            await until("its end", lambda: pod.phase != "ready")
+            await until("its end", lambda count=count: pod.status()["restarts"]["function"] == count)  # type: ignore[misc]
         assert not pod.troubles.has_failed
         await pod.drain(0)
 
@@ -667,13 +667,15 @@ def test_what_was_of_use_or_ready_for_long_did_start_however_often_it_ends(
 
 
 def test_a_start_that_only_waits_says_after_a_while_what_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pod_module, "QUIET_S", 0.05)
+    monkeypatch.setattr(pod_module, "QUIET_S", 3600.0)
 
     async def scene(stage: Stage) -> None:
         stage.function.status = 404
         pod = stage.pod()
         await pod.start()
+        await some_probes(stage)
         assert pod.trouble is None
+        monkeypatch.setattr(pod_module, "QUIET_S", 0.0)
         await until("why", lambda: pod.trouble)
         assert pod.trouble
         assert pod.trouble.reason == "its container function does not say that it is ready: GET /readyz answered 404"
