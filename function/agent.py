@@ -12,6 +12,7 @@
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -74,24 +75,32 @@ class InferenceAgent(Protocol):
         """
 
 
-def load_agent(name: str) -> InferenceAgent:
+def load_agent(name: str, folders: Sequence[str] = ()) -> InferenceAgent:
     """Import and construct the agent `package.module:Class`.
 
-    Raises SettingsError if there is no such class or a method of it is not of a shape that can be called; what its module or its
+    folders: where modules are looked for from now on, before the rest of Python's path. What this process has imported already, our own
+    packages above all, they cannot hide. Raises SettingsError if there is no such class or a method of it is not of a shape that can be called; what its module or its
     constructor raises passes through.
     """
     module_name, _, class_name = name.partition(":")
     if not module_name or not class_name.isidentifier():
         raise SettingsError(f"FUNCTION_AGENT={name!r}: must be package.module:Class")
+    sys.path[:0] = [folder for folder in folders if folder not in sys.path[: len(folders)]]
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name + ".").startswith(error.name + "."):  # the module itself, not something it imports
-            raise SettingsError(f"FUNCTION_AGENT={name!r}: there is no module {error.name!r} on the Python path") from error
+            looked = ", ".join([*folders, *([] if sys.path[0] in folders else [sys.path[0] or "."])])
+            raise SettingsError(
+                f"FUNCTION_AGENT={name!r}: there is no module {error.name!r}; looked in {looked} and Python's own path"
+            ) from error
         raise
     agent_class = getattr(module, class_name, None)
     if agent_class is None:
-        raise SettingsError(f"FUNCTION_AGENT={name!r}: module {module_name!r} has no {class_name!r}")
+        found = getattr(module, "__file__", None)
+        raise SettingsError(
+            f"FUNCTION_AGENT={name!r}: module {module_name!r} has no {class_name!r}" + (f"; it was found in {found}" if found else "")
+        )
     try:
         _check_class(agent_class)
         agent: InferenceAgent = agent_class()

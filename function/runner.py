@@ -124,7 +124,7 @@ class Runner:
         if settings.device != "cpu" and not self._weights.is_empty():
             threading.Thread(target=self._prepare_device, name="device", daemon=True).start()
         with _uncollected():
-            agent = GuardedAgent(load_agent(settings.agent))
+            agent = GuardedAgent(load_agent(settings.agent, settings.agent_folders))
         _limit_threads(settings.threads)
         progress.mark("import")
         progress.enter("loading")

@@ -18,6 +18,9 @@ class FunctionSettings:
     """The `FUNCTION_` variables and Knative's own PORT."""
 
     agent: str = setting("FUNCTION_AGENT", text="the agent, as `package.module:Class`")
+    agent_path: str | None = setting(
+        "FUNCTION_AGENT_PATH", None, text="folders, with `:` between them, where the agent's module is looked for before Python's own path"
+    )
     model_name: str = setting("FUNCTION_MODEL_NAME", "model", text="the model's name in URLs and metrics")
     device: str = setting("FUNCTION_DEVICE", "cpu", text="where the model runs: `cpu`, `cuda:0`")
     host: str = setting("FUNCTION_HOST", "0.0.0.0", text="the address the function listens on")  # noqa: S104  a pod's own network
@@ -103,6 +106,11 @@ class FunctionSettings:
         last = others[-1] if others else ""
         if self.model_name.endswith(":predict") or "versions" in others or last in _ENDS_OF_ROUTES:
             raise SettingsError(f"FUNCTION_MODEL_NAME={self.model_name!r}: its end reads like that of a route; choose another")
+
+    @property
+    def agent_folders(self) -> list[str]:
+        """Where the agent's module is looked for first, as absolute paths."""
+        return [os.path.abspath(folder) for folder in (self.agent_path or "").split(os.pathsep) if folder]
 
     @property
     def http_threads(self) -> int:

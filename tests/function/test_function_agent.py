@@ -36,6 +36,26 @@ def test_a_name_that_leads_nowhere_says_where_it_stopped(name: str, said: str) -
     assert said in str(error.value)
 
 
+def test_a_module_is_looked_for_in_the_folders_that_are_named_and_the_error_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folders = [str(tmp_path / "first"), str(tmp_path / "second")]
+    for number, folder in enumerate(folders):
+        Path(folder).mkdir()
+        for hidden in ("function", "weights_cache"):  # whose names are taken
+            Path(folder, f"{hidden}.py").write_text("raise RuntimeError('not ours')\n")
+        source = f"import function.agent\nclass Agent:\n    load = lambda self, weights, device: None\n    predict = lambda self, inputs: [{number}]\n"
+        Path(folder, f"agent_of_{number}.py").write_text(source)
+        Path(folder, "agent_of_both.py").write_text(source)
+    assert [load_agent(f"agent_of_{which}:Agent", folders).predict([0]) for which in (0, 1, "both")] == [[0], [1], [0]]
+    assert sys.path[:3] == [*folders, sys.path[2]] and sys.path[2] not in folders
+    with pytest.raises(SettingsError, match=f"no module 'nowhere'; looked in {folders[0]}, {folders[1]} and Python's own path"):
+        load_agent("nowhere:Agent", folders)
+    with pytest.raises(SettingsError, match=f"has no 'Missing'; it was found in {folders[0]}/agent_of_both.py"):
+        load_agent("agent_of_both:Missing", folders)
+
+
 def test_what_an_agents_own_module_misses_is_not_mistaken_for_a_wrong_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "needy_agent.py").write_text("import a_library_that_is_not_installed\n")
     monkeypatch.syspath_prepend(tmp_path)

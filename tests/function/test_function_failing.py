@@ -66,7 +66,7 @@ def start(tmp_path: Path) -> Iterator[StartFunction]:
             "the agent failing_agents:Signals could not be brought up: ValueError; an agent runs in a thread of its own",
         ),
         ("failing_agents:None", "FUNCTION_AGENT='failing_agents:None': module 'failing_agents' has no 'None'"),
-        ("nowhere:Agent", "FUNCTION_AGENT='nowhere:Agent': there is no module 'nowhere' on the Python path"),
+        ("nowhere:Agent", "FUNCTION_AGENT='nowhere:Agent': there is no module 'nowhere'; looked in "),
     ],
 )
 def test_callers_are_told_why_it_cannot_start_where_a_setting_says_so(start: StartFunction, agent: str, reason: str) -> None:
