@@ -7,16 +7,14 @@ break-down.
 import gc
 import importlib
 import logging
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from function import lean_torch
+from function import cpus, lean_torch
 from function.agent import load_agent
 from function.batcher import Batcher, Recent, Slice, Span
 from function.errors import FunctionError, Unavailable
@@ -237,19 +235,9 @@ def _note(part: Slice, began: float, ended: float, inputs: int) -> None:
 
 
 def _limit_threads(wanted: int) -> None:
-    """More torch threads than cores make a busy machine several times slower. wanted: 0 takes what the container may use."""
     if "torch" in sys.modules:
         torch: Any = importlib.import_module("torch")  # which waits if another thread is in the middle of it
-        torch.set_num_threads(wanted or _cpu_limit())
-
-
-def _cpu_limit() -> int:
-    """Whole CPUs that the container may use by its cgroup (v2), at least 1; without a limit 1."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(int(quota) // int(period), os.cpu_count() or 1))
-    except (OSError, ValueError):
-        return 1
+        torch.set_num_threads(cpus.threads(wanted))
 
 
 @contextmanager

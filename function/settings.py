@@ -94,9 +94,16 @@ class FunctionSettings:
     )
     access_log: bool = setting("FUNCTION_ACCESS_LOG", True, text="one JSON line on stderr for each request, probes excepted")
     threads: int = setting(
-        "FUNCTION_TORCH_THREADS", 0, minimum=0, maximum=1024, text="torch's threads; 0 takes the container's CPU limit, or 1 without one"
+        "FUNCTION_TORCH_THREADS",
+        0,
+        minimum=0,
+        maximum=1024,
+        text="threads of torch, or of onnxruntime; 0 takes the container's CPU limit, or 1 without one",
     )
     lean_torch: bool = setting("FUNCTION_LEAN_TORCH", True, text="import of torch without its compilers, until something needs them")
+    onnx_file: str | None = setting(
+        "FUNCTION_ONNX_FILE", None, text="the model among several `.onnx` files, for `function.agents.onnx:Session`, as `onnx/model.onnx`"
+    )
 
     def __post_init__(self) -> None:
         """Raises SettingsError for a model's name that no URL could name."""
