@@ -10,7 +10,8 @@ from typing import Any
 import flask
 
 from function.http import Function
-from function.protocols import cloudevents, openai, tensors, v2
+from function.protocols import cloudevents, tensors, v2
+from function.protocols.openai import schemas
 from function.settings import FunctionSettings
 from function.values import dumps
 
@@ -223,9 +224,9 @@ def _openai(name: str) -> Routes:
     )
     streamed = {SSE: {"description": 'With "stream": true: chunks as server-sent events, then `[DONE]`.'}}
     for path, summary, body, answer in (
-        ("embeddings", "A vector for each text", openai.EMBEDDINGS, {JSON: embedded}),
-        ("completions", "Go on with a text", openai.COMPLETIONS, {JSON: completed, **streamed}),
-        ("chat/completions", "The next message of a chat", openai.CHAT, {JSON: chatted, **streamed}),
+        ("embeddings", "A vector for each text", schemas.EMBEDDINGS, {JSON: embedded}),
+        ("completions", "Go on with a text", schemas.COMPLETIONS, {JSON: completed, **streamed}),
+        ("chat/completions", "The next message of a chat", schemas.CHAT, {JSON: chatted, **streamed}),
     ):
         model = {**body["properties"]["model"], "enum": [name]}
         body = {**body, "properties": {**body["properties"], "model": model}}
