@@ -179,8 +179,7 @@ class _Finder(MetaPathFinder):
                 if name not in _COMPLETE:
                     self._watch_package(module)
         torch: Any = sys.modules["torch"]
-        # The one thing in what is left out that eager torch needs: no Generator can be made before. It may be done twice.
-        torch._C._set_generator_metaclass(sys.modules["torch._opaque_base"].OpaqueBaseMeta)  # noqa: SLF001
+        _set_generator_metaclass(torch)
         for namespace in (type(torch.ops.aten), type(torch.ops.higher_order)):
             self._watch_operators(namespace)
         self._watch_meta(torch)
@@ -298,6 +297,13 @@ class _Present(Loader):
     def exec_module(self, module: ModuleType) -> None:
         """It is executed already."""
         module.__spec__ = self._spec
+
+
+def _set_generator_metaclass(torch: Any) -> None:
+    """The one thing in what is left out that eager torch needs: no Generator can be made before. It may be done twice."""
+    if change := getattr(torch._C, "_set_generator_metaclass", None):  # noqa: SLF001  since 2.13
+        of_2_14 = sys.modules.get("torch._custom_class_base")
+        change(of_2_14.CustomClassBaseMeta if of_2_14 else sys.modules["torch._opaque_base"].OpaqueBaseMeta)
 
 
 def _has_operators(namespace: str) -> bool:
