@@ -2,10 +2,10 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from weights_cache.errors import WeightsError
-from weights_cache.excerpt import plain, quoted
+from weights_cache.excerpt import listed, plain, quoted
 from weights_cache.safetensors_header import MAX_HEADER_BYTES, TensorInfo, read_header
 from weights_cache.snapshot import Snapshot, SnapshotFile
 
@@ -17,10 +17,11 @@ INDEXES = (INDEX, "diffusion_pytorch_model.safetensors.index.json")
 class Catalog:
     """The tensors below a folder of a snapshot. What is asked for is waited for, and no more than that."""
 
-    def __init__(self, snapshot: Snapshot, folder: str) -> None:
-        """folder: "", or a path that ends in "/"."""
+    def __init__(self, snapshot: Snapshot, folder: str, chosen: Collection[str] | None = None) -> None:
+        """folder: "", or a path that ends in "/". chosen: the files below it that tensors are taken from; None: see `Weights`."""
         self._snapshot = snapshot
         self._folder = folder
+        self._chosen = chosen
         self._lock = threading.Lock()  # guards the fields below: they are filled once, by whoever needs them first
         self._files: dict[str, SnapshotFile] | None = None  # that tensors come from, by path from the folder
         self._index = ""  # its path, if there is one
@@ -80,7 +81,11 @@ class Catalog:
         if self._files is None and self._snapshot.uri:
             there = self._snapshot.below(self._folder, "the weights")
             names = [path for path in there if path.endswith(".safetensors")]
-            if index := next((there[name] for name in INDEXES if name in there), None):
+            if self._chosen is not None:
+                if lacking := sorted(set(self._chosen) - there.keys()):
+                    raise WeightsError(f"{self._snapshot.uri} has no file {quoted(self._folder + lacking[0])}; it has {listed(there)}")
+                names = [path for path in names if path in self._chosen]
+            elif index := next((there[name] for name in INDEXES if name in there), None):
                 self._index = plain(index.path)
                 if index.size > MAX_HEADER_BYTES:
                     raise WeightsError(f"{self._index} has {index.size:,} bytes, {MAX_HEADER_BYTES:,} are allowed")

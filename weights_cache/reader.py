@@ -88,6 +88,16 @@ class Weights(Mapping[str, "Tensor"]):
         found._folder, found._catalog = below, Catalog(self._snapshot, below)  # noqa: SLF001  one of us
         return found
 
+    def only(self, *files: str) -> "Weights":
+        """The same with the tensors of these files alone, where others hold them again (in another precision) or hold another model's."""
+        found = copy.copy(self)
+        found._catalog = Catalog(self._snapshot, self._folder, files)  # noqa: SLF001  one of us
+        return found
+
+    def files(self) -> list[str]:
+        """The names of all files, in order, as soon as they are known; waits for none of their bytes."""
+        return [] if self.is_empty() else list(self._snapshot.below(self._folder, "the names of the files"))
+
     def path(self, name: str) -> Path:
         """Where a file is, such as `tokenizer.json`, once it is complete; for all of them see `directory`.
 

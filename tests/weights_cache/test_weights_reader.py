@@ -1143,3 +1143,17 @@ def test_after_close_nobody_watches_any_more(cache: NodeCache) -> None:
     (thread,) = [one for one in threading.enumerate() if one.name == "weights"]
     weights.close()
     assert not thread.is_alive()
+
+
+def test_the_tensors_of_some_files_alone_are_had_while_the_others_are_still_missing(node: Node, weights: Weights) -> None:
+    node.pin(PIPELINE)
+    node.finish("vae2/model.safetensors")
+    assert weights.files() == sorted(PIPELINE)
+    assert weights.folder("vae").files() == ["config.json", "decoder/model.safetensors"]
+    assert {name: tensor.sum().item() for name, tensor in weights.only("vae2/model.safetensors").items()} == {"conv.weight": 8}
+    with pytest.raises(WeightsError, match="has no file 'nonesuch'"):
+        list(weights.only("nonesuch"))
+
+
+def test_without_a_uri_there_are_no_files(tmp_path: Path) -> None:
+    assert Weights(WeightsSettings(cache_dir=tmp_path)).files() == []
