@@ -3,7 +3,7 @@
 Every run is a fresh server with one process that holds the model and one torch thread; the clients are one other process
 (bench/load_http.py). The peers' virtual environments are made on the first run (about 3 minutes); one round takes about 3 minutes.
 
-    .venv/bin/python bench/serving.py [--rounds 3] [--seconds 3] [--cells minilm,overload,echo,stream,together,cold] [--only relight,mosec]
+    .venv/bin/python bench/serving.py [--rounds 3] [--seconds 3] [--cells minilm,overload,mixed,echo,…] [--only relight,mosec]
 """
 
 import argparse
@@ -37,9 +37,10 @@ from bench.common import Background, Failed, free_ports, machine, make_venv, rea
 from function.convert import convert  # noqa: E402
 from tests.support import fill_cache  # noqa: E402
 
-CELLS = ("minilm", "overload", "echo", "stream", "together", "cold")
+CELLS = ("minilm", "overload", "mixed", "echo", "stream", "together", "cold")
 CONCURRENCIES = (1, 8, 32)
 CROWD = 512
+MIXED = 32  # clients of the cell `mixed`
 START_LIMIT_S = 60.0
 LOOK_S = 0.01  # how often a starting server is asked for its first answer
 PROBE_S = 0.05  # how often `/readyz` is asked under overload
@@ -96,10 +97,10 @@ CONTENDERS = (
         PREDICT,
         CELLS,
     ),
-    _mosec("mosec", "batches of at most 32, a wait of at most 1 ms; orjson", 1, "minilm", "cold"),
-    _mosec("mosec-10ms", "the same with mosec's default wait of 10 ms", 10, "minilm"),
-    _litserve("litserve", "batches of at most 32, a wait of at most 2 ms; ZeroMQ (`fast_queue`), orjson", 2, "minilm", "cold"),
-    _litserve("litserve-10ms", "the same with a wait of 10 ms", 10, "minilm"),
+    _mosec("mosec", "batches of at most 32, a wait of at most 1 ms; orjson", 1, "minilm", "mixed", "cold"),
+    _mosec("mosec-10ms", "the same with mosec's default wait of 10 ms", 10, "minilm", "mixed"),
+    _litserve("litserve", "batches of at most 32, a wait of at most 2 ms; ZeroMQ (`fast_queue`), orjson", 2, "minilm", "mixed", "cold"),
+    _litserve("litserve-10ms", "the same with a wait of 10 ms", 10, "minilm", "mixed"),
     Contender(
         "bentoml",
         "adaptive batches of at most 32, 10 s of latency allowed, so that nothing is shed; no access log",
@@ -144,7 +145,9 @@ class Workplace:
         self._has_smollm2 = False
         self.log = folder / "log"
         self.sentences = folder / "sentences"
-        self.sentences.write_text("".join(json.dumps({"instances": [sentence]}) + "\n" for sentence in sentences(512)))
+        self.sentences.write_text(_bodies(sentences(512)))
+        self.mixed = folder / "mixed"
+        self.mixed.write_text(_bodies(sentences(512, most_words=256)))
         self.prompts = folder / "prompts"
         self.prompts.write_text('{"text_input": "say it"}\n')
         self.home = folder / "home"
@@ -176,10 +179,14 @@ class Workplace:
         return found | ({"WEIGHTS_URI": MODELS[agent], "WEIGHTS_CACHE_DIR": str(self.cache)} if agent in MODELS else {})
 
 
-def sentences(count: int) -> list[str]:
-    """Always the same, of 5 to 40 words."""
+def sentences(count: int, most_words: int = 40) -> list[str]:
+    """Always the same, of 5 words and more."""
     words, found = WORDS.split(), random.Random(4)
-    return [" ".join(found.choices(words, k=found.randint(5, 40))) for _ in range(count)]
+    return [" ".join(found.choices(words, k=found.randint(5, most_words))) for _ in range(count)]
+
+
+def _bodies(texts: Sequence[str]) -> str:
+    return "".join(json.dumps({"instances": [text]}) + "\n" for text in texts)
 
 
 @dataclass(frozen=True)
@@ -328,6 +335,12 @@ def run_minilm(contender: Contender, python: Path, place: Workplace, seconds: fl
         return found
 
 
+def run_mixed(contender: Contender, python: Path, place: Workplace, seconds: float) -> dict[str, Any]:
+    """Sentences of very different lengths. A batch takes most of a second, so that it is asked for longer."""
+    with serving(contender, python, MINILM, place) as server:
+        return load(server, contender.path, place.mixed, MIXED, 4 * seconds)
+
+
 def run_echo(contender: Contender, python: Path, place: Workplace, seconds: float) -> dict[str, Any]:
     with serving(contender, python, ECHO, place) as server:
         return load(server, contender.path, place.sentences, 8, seconds)
@@ -367,7 +380,8 @@ def run(cell: str, contender: Contender, python: Path, place: Workplace, argumen
             return run_cold(contender, python, place)
         if cell == "together":
             return run_together(contender, python, place)
-        return (run_echo if cell == "echo" else run_stream)(contender, python, place, arguments.seconds)
+        of_one_load = {"mixed": run_mixed, "echo": run_echo, "stream": run_stream}
+        return of_one_load[cell](contender, python, place, arguments.seconds)
     except (Failed, subprocess.TimeoutExpired) as error:
         return {"error": str(error)}
 
@@ -419,6 +433,8 @@ def shown(cell: str, found: Mapping[str, Any]) -> str:
         return ", ".join(f"{name}: {one['tokens']} tokens, {one['tokens_per_second']:.1f}/s" for name, one in found.items())
     if cell == "echo":
         return f"{found['per_second']:.0f}/s"
+    if cell == "mixed":
+        return f"{found['per_second']:.1f}/s, p50 {found['p50_ms']:.0f} ms, p99 {found['p99_ms']:.0f} ms"
     return ", ".join(f"{name}: {one['per_second']:.1f}/s, p50 {one['p50_ms']:.1f} ms" for name, one in found.items())
 
 
@@ -521,6 +537,17 @@ def tables(result: Mapping[str, Any], contenders: Sequence[Contender]) -> list[s
         lines += compared("MiniLM, one sentence a request", "minilm", [*rate, *more], ratio, result, contenders)
         if "overload" in result["asked"] and OURS in result["cells"]["minilm"]:
             lines += overload_table(result["cells"]["minilm"][OURS])
+    if "mixed" in result["cells"]:
+        mixed: list[Column] = [
+            ("answers/s", ".1f", ("per_second",)),
+            ("p50, ms", ".0f", ("p50_ms",)),
+            ("p99, ms", ".0f", ("p99_ms",)),
+            ("CPU-ms", ".1f", ("cpu_ms",)),
+        ]
+        ratio = [
+            (f"relight ÷ it: {name}", ".2f", (key,)) for name, key in (("answers/s", "per_second"), ("p50", "p50_ms"), ("p99", "p99_ms"))
+        ]
+        lines += compared(f"MiniLM, sentences of 5 to 256 words, concurrency {MIXED}", "mixed", mixed, ratio, result, contenders)
     if "echo" in result["cells"]:
         echo: list[Column] = [("answers/s", ".0f", ("per_second",)), ("p50, ms", ".2f", ("p50_ms",)), ("CPU-ms", ".3f", ("cpu_ms",))]
         ratio = [("relight ÷ it: answers/s", ".2f", ("per_second",))]
@@ -543,12 +570,12 @@ def tables(result: Mapping[str, Any], contenders: Sequence[Contender]) -> list[s
 
 HOW = """
 {machine}; server and clients share it. Median (lowest–highest) of {rounds} rounds, in which the contenders take turns in an order that
-rotates. Absolute figures vary with the machine: look at relight ÷ it, which is taken round by round (more is better for answers/s, less
-for p50 and seconds). All serve the same agent class, with one torch thread and one process that has the model, without a log of requests.
-The clients are one process with keep-alive connections, each of which asks again as soon as it is answered; sentences have 5 to 40 words
-and are always the same. CPU-ms is user and system time of all the server's processes for each answer. Each run is a fresh server; at each
-concurrency one second is not counted, then {seconds:g} s are ({CROWD} clients: twice that). Cold starts begin with everything compiled
-and in the page cache.
+rotates. Absolute figures vary with the machine: look at relight ÷ it, which is taken round by round (more is better for answers/s, less for
+p50 and seconds). All serve the same agent class, with one torch thread and one process that has the model, without a log of requests. The
+clients are one process with keep-alive connections, each of which asks again as soon as it is answered; sentences have 5 to 40 words and
+are always the same. CPU-ms is user and system time of all the server's processes for each answer. Each run is a fresh server; at each
+concurrency one second is not counted, then {seconds:g} s are ({CROWD} clients: twice that; sentences of up to 256 words: four times). Cold
+starts begin with everything compiled and in the page cache.
 """
 
 
