@@ -1,0 +1,275 @@
+"""An ONNX model, run by onnxruntime. No code of the user's and no torch is needed.
+
+What goes in and comes out is what the model's file says, by its names. Where the first axis of all tensors may have any size, or is 1, it
+counts rows: one row is one input of the agent, and rows of several callers that are alike in shape share a call of onnxruntime. A model
+whose first axis is something else (a fixed size, a scalar) is run once for each input, which is then all of its tensors; `/v2` shows
+one axis more.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from function import cpus
+from function.agent import BadInput, TensorSpec, Weights
+from function.errors import bounded
+from function.settings import from_environment
+from weights_cache.environment import SettingsError
+from weights_cache.errors import WeightsError
+
+Array = np.ndarray[Any, Any]
+Row = dict[str, Array]  # by the names of the model's inputs
+
+_DTYPES = {  # onnxruntime's names of element types: the protocol's, and numpy's
+    "float16": ("FP16", "float16"),
+    "float": ("FP32", "float32"),
+    "double": ("FP64", "float64"),
+    "bool": ("BOOL", "bool"),
+    "string": ("BYTES", "object"),
+    **{f"{sign}int{bits}": (f"{sign}int{bits}".upper(), f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+_KINDS = {"f": "iuf", "i": "iu", "u": "iu", "b": "b"}  # what a caller may give for a dtype: numpy's kinds of dtypes
+
+
+@dataclass(frozen=True)
+class Slot:
+    """An input or output of the model."""
+
+    name: str
+    datatype: str  # the protocol's
+    dtype: str  # numpy's; empty for what is no tensor (`seq(map(int64,tensor(float)))`, as classifiers of scikit-learn have it)
+    axes: tuple[int | str | None, ...] | None  # a size, the name of a size, or nothing; None if nothing is known of them
+
+    @classmethod
+    def of(cls, declared: Any) -> "Slot":
+        """What onnxruntime tells of it. Raises WeightsError for tensors that numpy does not have."""
+        kind: str = declared.type
+        if not kind.startswith("tensor("):
+            return cls(declared.name, "BYTES", "", None)
+        element = kind.removeprefix("tensor(").removesuffix(")")
+        if element not in _DTYPES:
+            raise WeightsError(f"tensor {declared.name!r} of the ONNX model is {kind}, which numpy does not have; convert it to float16")
+        axes = None if declared.shape is None else tuple(size if size != "" else None for size in declared.shape)
+        return cls(declared.name, *_DTYPES[element], axes)
+
+    def counts_rows(self) -> bool:
+        """Whether its first axis may."""
+        return self.axes is None or (len(self.axes) > 0 and (self.axes[0] == 1 or not isinstance(self.axes[0], int)))
+
+    def spec(self, *, by_rows: bool) -> TensorSpec:
+        """What `/v2` says of it."""
+        return TensorSpec(self.name, self.datatype, (-1, *self.sizes(by_rows=by_rows)))
+
+    def sizes(self, *, by_rows: bool) -> tuple[int, ...]:
+        """The shape of one input of the agent, -1 where any size will do."""
+        axes = (self.axes or ())[1:] if by_rows else self.axes or ()
+        return tuple(size if isinstance(size, int) and size >= 0 else -1 for size in axes)
+
+
+class Session:
+    """The `.onnx` file among the weights, or the one that FUNCTION_ONNX_FILE names, with the files of external data beside it."""
+
+    arrays = True
+
+    def load(self, weights: Weights, device: str) -> None:
+        """Make onnxruntime's session. Raises WeightsError, and SettingsError for a choice of file or device that is not there."""
+        settings, _ = from_environment()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = cpus.threads(settings.threads)
+        options.inter_op_num_threads = 1
+        self._session: Any = _session(_model_file(weights, settings.onnx_file), options, _providers(device))
+        self._given, self._made = (list(map(Slot.of, found)) for found in (self._session.get_inputs(), self._session.get_outputs()))
+        if odd := next((slot for slot in self._given if not slot.dtype), None):
+            raise WeightsError(f"input {odd.name!r} of the ONNX model is no tensor; such models are not supported")
+        tensors = [*self._given, *self._made]
+        self._by_rows = all(slot.counts_rows() for slot in tensors)
+        # With a size of 1, as models exported from one example have it, a row is a call.
+        self._shares_calls = self._by_rows and not any(slot.axes and slot.axes[0] == 1 for slot in tensors)
+        self.inputs = [slot.spec(by_rows=self._by_rows) for slot in self._given]
+        self.outputs = [slot.spec(by_rows=self._by_rows) if slot.dtype else TensorSpec(slot.name, "BYTES", (-1,)) for slot in self._made]
+
+    def warm_up(self) -> None:
+        """One call on zeros, which has onnxruntime make its kernels and arenas."""
+        sizes = {slot.name: [max(size, 1) for size in slot.sizes(by_rows=self._by_rows)] for slot in self._given}
+        try:
+            self._call([{slot.name: np.zeros(sizes[slot.name], slot.dtype) for slot in self._given if slot.dtype != "object"}])
+        except Exception:  # noqa: BLE001, S110  zeros may be no input of this model, which says nothing about what callers send
+            pass
+
+    def predict(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """The outputs for each input, in arrays: by name where the model has several outputs. Inputs likewise, or as nested lists."""
+        rows = [self._row(item) for item in inputs]
+        outputs: list[Any] = [None] * len(rows)
+        for alike in self._calls(rows):
+            for index, output in zip(alike, self._call([rows[index] for index in alike]), strict=True):
+                outputs[index] = output
+        return outputs
+
+    def size(self, input: Any) -> int:  # noqa: A002  the contract's word
+        """Elements, of all tensors."""
+        return sum(map(_elements, input.values())) if isinstance(input, dict) else _elements(input)
+
+    def close(self) -> None:
+        """Free what onnxruntime has."""
+        self._session = None
+
+    def _row(self, item: Any) -> Row:
+        """Raises BadInput."""
+        names = [slot.name for slot in self._given]
+        if not isinstance(item, dict):
+            if len(names) != 1:
+                raise BadInput(f"each instance must be an object with the inputs {names}, not {_a(item)}")
+            item = {names[0]: item}
+        if item.keys() != set(names):
+            raise BadInput(f"each instance must have the inputs {names}, not {[str(name)[:100] for name in item][:20]}")
+        sizes: dict[int | str | None, int] = {}  # of the axes that have names
+        row: Row = {}
+        for slot in self._given:
+            found = row[slot.name] = self._array(slot, item[slot.name])
+            for axis, size in zip((slot.axes or ())[self._by_rows :], found.shape, strict=False):
+                if isinstance(axis, str) and sizes.setdefault(axis, size) != size:
+                    raise BadInput(f"input {slot.name!r}: its axis {axis!r} has {size} elements, that of another input {sizes[axis]}")
+        return row
+
+    def _array(self, slot: Slot, value: Any) -> Array:
+        """Raises BadInput."""
+        wanted = slot.sizes(by_rows=self._by_rows)
+        try:
+            found = value if isinstance(value, np.ndarray) else np.asarray(value, object if slot.dtype == "object" else None)
+        except (ValueError, OverflowError):
+            found = None
+        if found is not None and (slot.axes is None or _is_like(found.shape, wanted)):
+            converted = _converted(found, slot.dtype)
+            if converted is not None:
+                return converted
+        has = "lists of different lengths" if found is None else f"{_what(found)} of {list(found.shape)}"
+        shape = "any shape" if slot.axes is None else f"shape {list(wanted)}"
+        raise BadInput(f"input {slot.name!r} must be {slot.datatype} of {shape} in each instance, not {has}")
+
+    def _calls(self, rows: Sequence[Row]) -> Iterator[Sequence[int]]:
+        """Which rows share a call."""
+        if not self._shares_calls:
+            yield from ([index] for index in range(len(rows)))
+            return
+        alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+        for index, row in enumerate(rows):
+            alike.setdefault(tuple(array.shape for array in row.values()), []).append(index)
+        yield from alike.values()
+
+    def _call(self, rows: Sequence[Row]) -> list[Any]:
+        """One call of onnxruntime; an output for each row. Raises BadInput for values that the model refuses."""
+        feeds = {name: self._joined([row[name] for row in rows]) for name in rows[0]}
+        try:
+            found = self._session.run(None, feeds)
+        except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
+            raise BadInput(f"the model refuses this: {bounded(str(error), 300)}") from error
+        parts = [self._parts(slot, output, len(rows)) for slot, output in zip(self._made, found, strict=True)]
+        if len(parts) == 1:
+            return parts[0]
+        names = [slot.name for slot in self._made]
+        return [dict(zip(names, row, strict=True)) for row in zip(*parts, strict=True)]
+
+    def _joined(self, arrays: Sequence[Array]) -> Array:
+        if not self._by_rows:
+            return arrays[0]
+        return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+
+    def _parts(self, slot: Slot, output: Any, count: int) -> list[Any]:
+        """An output's rows. Raises ValueError if the model gives another number of them."""
+        if not self._by_rows:
+            return [_plain(output)]
+        if not hasattr(output, "__len__") or not np.ndim(output) or len(output) != count:
+            shape = getattr(output, "shape", type(output).__name__)
+            raise ValueError(
+                f"output {slot.name!r} has shape {shape} for {count} rows: give its first axis a fixed size in the model's file"
+            )
+        return list(_plain(output))
+
+
+def _model_file(weights: Weights, wanted: str | None) -> Path:
+    """Where the model is, with all that lies beside it. Raises WeightsError, SettingsError."""
+    if wanted:
+        folder, _, name = wanted.rpartition("/")
+        path = (weights.folder(folder) if folder else weights).directory() / name
+        if not path.is_file():
+            raise SettingsError(f"FUNCTION_ONNX_FILE={wanted!r}: there is no such file; there are {_listed(path.parent)}")
+        return path
+    root = weights.directory()
+    found = sorted(root.rglob("*.onnx"))
+    if not found:
+        raise WeightsError(f"there is no .onnx file among the weights; there are {_listed(root, '*')}")
+    if len(found) > 1:
+        raise SettingsError(f"there are several models, name one in FUNCTION_ONNX_FILE: {_listed(root)}")
+    return found[0]
+
+
+def _session(file: Path, options: Any, providers: list[Any]) -> Any:
+    """Raises WeightsError for a model that this onnxruntime cannot run."""
+    try:
+        return onnxruntime.InferenceSession(file, sess_options=options, providers=providers)
+    except Exception as error:  # of a class for each kind of failure, without a base of their own
+        raise WeightsError(f"onnxruntime {onnxruntime.__version__} cannot load {file.name}: {bounded(str(error), 500)}") from error
+
+
+def _listed(root: Path, pattern: str = "*.onnx") -> str:
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob(pattern) if path.is_file())
+    return (", ".join(names[:20]) + (", …" if names[20:] else "")) or "none"
+
+
+def _providers(device: str) -> list[Any]:
+    """onnxruntime's word for a device. Raises SettingsError."""
+    kind, _, number = device.partition(":")
+    if kind == "cpu":
+        return ["CPUExecutionProvider"]
+    there = onnxruntime.get_available_providers()
+    if kind != "cuda" or "CUDAExecutionProvider" not in there:
+        raise SettingsError(
+            f"FUNCTION_DEVICE={device!r}: this onnxruntime computes with {', '.join(there)} only; install onnxruntime-gpu in place of "
+            "onnxruntime for cuda, or set FUNCTION_DEVICE=cpu"
+        )
+    return [("CUDAExecutionProvider", {"device_id": int(number or 0)}), "CPUExecutionProvider"]
+
+
+def _is_like(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    return len(shape) == len(wanted) and all(want in (-1, size) for size, want in zip(shape, wanted, strict=True))
+
+
+def _converted(found: Array, dtype: str) -> Array | None:
+    """The same values in a dtype; None if they are no such. Whole numbers may become real, nothing else."""
+    if found.dtype == dtype and dtype != "object":
+        return found
+    if dtype == "object":
+        is_text = all(isinstance(text, str) for text in found.flat)
+        return found.astype(object) if is_text else None
+    wanted = np.dtype(dtype)
+    if found.size and found.dtype.kind not in _KINDS[wanted.kind]:
+        return None
+    with np.errstate(all="ignore"):
+        converted = found.astype(wanted)
+    is_same = np.isfinite(converted) | ~np.isfinite(found) if wanted.kind == "f" else converted == found
+    return converted if np.all(is_same) else None
+
+
+def _plain(output: Any) -> Any:
+    """Texts as Python's, which the protocols write; numbers as they are."""
+    return output.tolist() if isinstance(output, np.ndarray) and output.dtype.kind in "OUS" else output
+
+
+def _elements(value: Any) -> int:
+    """Of nested lists as many as there are if all are as long as the first."""
+    count = 1
+    while isinstance(value, list) and value:
+        count, value = count * len(value), value[0]
+    return count * int(np.size(value)) if isinstance(value, np.ndarray) else count
+
+
+def _what(found: Array) -> str:
+    return next((ours for ours, numpys in _DTYPES.values() if found.dtype == numpys and numpys != "object"), "values of other types")
+
+
+def _a(value: Any) -> str:
+    return "a list" if isinstance(value, list) else f"a {type(value).__name__}"
