@@ -1,13 +1,7 @@
 """SmolLM2-135M-Instruct: a small chat model whose answers are made token by token, all callers' in the same forward passes.
 
-It restores what `relight convert` makes. An input is one of
-
-    "a question"                                        one message of a user
-    {"messages": [{"role": …, "content": …}, …], …}     a conversation; roles: system, user, assistant
-    {"prompt": "a text to go on with", …}
-    {"text_input": "the same", "parameters": {…}}
-
-where … may be temperature, top_p, seed, max_tokens and stop (see Sampling). The output is the text that follows.
+It restores what `relight convert` makes. An input is one of those of `function/agents/inputs.py`, where … may be any of the parameters of
+Sampling; roles of messages are system, user and assistant. The output is the text that follows.
 
 Computation is in the weights' own precision. `relight convert` makes bfloat16, which takes half the memory, shared by all that map the
 file, and is the faster of the two where the processor multiplies it (AVX-512 BF16, AMX): on one core of an EPYC a step takes 45 ms
@@ -28,8 +22,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from function.agent import BadInput, Weights
+from function.agents.inputs import read_input, whole_texts
 from function.agents.llama import Cache, Llama
-from function.agents.sampling import Chooser, Sampling
+from function.agents.sampling import FURTHER_PARAMETERS, Chooser, Sampling, Stops
 
 ROLES = ("system", "user", "assistant")
 PROMPT_TOKENS = 512  # of one sequence's prompt that a step takes in, so that a long prompt does not hold the others up
@@ -43,7 +38,7 @@ class Answer:
         """room: for tokens, in the context."""
         self.waiting = list(prompt)  # tokens that the model has not seen
         self.cache: Cache | None = cache  # None when it is not needed any more
-        self.chooser = Chooser(sampling)
+        self.chooser = Chooser(sampling, prompt)
         self.text = Text(sampling.stop)
         self.limit = min(sampling.max_tokens, room)
         self.prompt_tokens = len(prompt)
@@ -68,27 +63,22 @@ class Text:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
+        self._stops = Stops(stops)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
 
     def add(self, data: bytes) -> tuple[str, bool]:
         """The text that is certain now, and whether it ends here, before a stop text."""
-        text = self._held + self._decoder.decode(data)
-        if found := [at for stop in self._stops if (at := text.find(stop)) >= 0]:
-            return text[: min(found)], True
-        begun = (length for stop in self._stops for length in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:length]))
-        certain = len(text) - max(begun, default=0)
-        self._held = text[certain:]
-        return text[:certain], False
+        return self._stops.add(self._decoder.decode(data))
 
     def rest(self) -> str:
         """What was held back, when nothing follows; a character that lacks bytes is left out."""
-        return self._held
+        return self._stops.rest()
 
 
 class SmolLM2:
     """Text in, the text that follows out; in one go, or piece by piece."""
+
+    sampling_parameters = FURTHER_PARAMETERS
 
     def load(self, weights: Weights, device: str) -> None:
         """Bind the decoder's tensors, build its tokenizer and its chat template."""
@@ -108,15 +98,7 @@ class SmolLM2:
 
     def predict(self, inputs: Sequence[Any]) -> list[str]:
         """The whole text for each input. Raises BadInput before any is made."""
-        answers = [self.start(item) for item in inputs]
-        texts = [""] * len(answers)
-        going_on = list(range(len(answers)))
-        while going_on:
-            pieces = self.step([answers[index] for index in going_on])
-            for index, piece in zip(going_on, pieces, strict=True):
-                texts[index] += piece or ""
-            going_on = [index for index, piece in zip(going_on, pieces, strict=True) if piece is not None]
-        return texts
+        return whole_texts(self, inputs)
 
     def start(self, input: Any) -> Answer:  # noqa: A002  the contract's word
         """An answer to be made. Raises BadInput."""
@@ -171,40 +153,15 @@ class SmolLM2:
 
     def _read(self, item: Any) -> tuple[str, Sampling]:
         """The text to go on with, and how."""
-        if isinstance(item, str):
-            return self._conversation([{"role": "user", "content": item}]), Sampling()
-        if not isinstance(item, Mapping):
-            raise BadInput(f"an input must be a string or an object, not {type(item).__name__}")
-        kinds = [kind for kind in ("messages", "prompt", "text_input") if kind in item]
-        if len(kinds) != 1:
-            raise BadInput('an input object must have one of "messages", "prompt" and "text_input"')
-        kind = kinds[0]
-        text, others = item[kind], {name: value for name, value in item.items() if name != kind}
-        parameters = _parameters(others) if kind == "text_input" else others
-        if kind == "messages":
-            text = self._conversation(text)
-        elif not isinstance(text, str):
-            raise BadInput(f"{kind!r} must be a string")
-        return text, Sampling.parse(parameters)
+        found = read_input(item)
+        return found.prompt if found.messages is None else self._conversation(found.messages), Sampling.parse(found.parameters)
 
-    def _conversation(self, messages: Any) -> str:
+    def _conversation(self, messages: list[Any]) -> str:
         """The messages as the model was trained to see them, up to where it answers."""
-        if not isinstance(messages, list) or not messages:
-            raise BadInput("'messages' must be a list that is not empty")
         for message in messages:
             if not isinstance(message, Mapping) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
                 raise BadInput(f"each message must have a 'role' ({', '.join(ROLES)}) and 'content', a string")
         return self._template.render(messages=messages, add_generation_prompt=True)
-
-
-def _parameters(others: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What stands beside a text_input."""
-    found = others.get("parameters")
-    if strange := [name for name in others if name != "parameters"]:
-        raise BadInput(f"there is no {strange[0]!r} beside 'text_input'; what is to be said goes into 'parameters'")
-    if not isinstance(found, Mapping | None):
-        raise BadInput("'parameters' must be an object")
-    return found or {}
 
 
 def _refuse(message: str) -> None:

@@ -365,7 +365,7 @@ def test_the_context_bounds_prompt_and_answer(agent: SmolLM2, monkeypatch: pytes
         pytest.param(go_on("a", stop=""), "'stop' must be a string or a list of 1 to 4 strings, none of them empty", id="empty stop"),
         pytest.param(go_on("a", stop=["a"] * 5), "'stop' must be", id="many stops"),
         pytest.param(go_on("a", stop=[1]), "'stop' must be", id="stop"),
-        pytest.param(go_on("a", top_k=5), "there is no parameter 'top_k'; there are temperature, top_p, seed", id="unknown"),
+        pytest.param(go_on("a", top_q=5), "there is no parameter 'top_q'; there are temperature, top_p, top_k", id="unknown"),
         pytest.param({"text_input": "a", "parameters": {"stream": 1}}, "there is no parameter 'stream'", id="unknown for text_input"),
     ],
 )
