@@ -92,6 +92,7 @@ class _Finder(MetaPathFinder):
     def __init__(self) -> None:
         self._phase = "before"  # importing or given up, lean, whole
         self._completing = threading.local()  # .now: this thread is bringing in the rest
+        self._met: set[str] = set()  # those of LEFT_OUT that this version of torch imports
         self._undo: list[Callable[[], object]] = []
         self._taken: list[tuple[ModuleType, str, str, str]] = []  # of a module, an attribute; and where it comes from
 
@@ -101,7 +102,8 @@ class _Finder(MetaPathFinder):
             return self._torch_spec(path)
         if not name.startswith("torch."):
             return None
-        if self._phase == "importing" and f"{name}.".startswith(tuple(f"{left_out}." for left_out in LEFT_OUT)):
+        if self._phase == "importing" and (met := [left_out for left_out in LEFT_OUT if f"{name}.".startswith(f"{left_out}.")]):
+            self._met.update(met)
             return ModuleSpec(name, _Empty(self), is_package=True)
         if self._phase == "lean" and not self._is_completing():
             self.complete()
@@ -111,8 +113,12 @@ class _Finder(MetaPathFinder):
 
     def _torch_spec(self, path: Sequence[str] | None) -> ModuleSpec | None:
         spec = PathFinder.find_spec("torch", path)
-        if not spec or not isinstance(spec.loader, SourceFileLoader) or _version(spec) not in VERIFIED:
+        if not spec or not isinstance(spec.loader, SourceFileLoader):
             sys.meta_path.remove(self)
+            return None
+        if (version := _version(spec)) not in VERIFIED:
+            sys.meta_path.remove(self)
+            log.info("torch %s is imported whole, which takes longer: what may be left out is known of %s", version, ", ".join(VERIFIED))
             return None
         spec.loader = _TorchLoader(spec.loader.name, spec.loader.path, self)
         return spec
@@ -148,7 +154,8 @@ class _Finder(MetaPathFinder):
         self._completing.now = True
         try:
             for name in LEFT_OUT:
-                importlib.import_module(name)
+                if name in self._met:
+                    importlib.import_module(name)
             for module, attribute, home, name in self._taken:
                 setattr(module, attribute, getattr(importlib.import_module(home), name))
             self._end()
