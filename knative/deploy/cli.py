@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 import click
 
-from knative.deploy import images, rollout
+from knative.deploy import agent, images, rollout
+from knative.deploy.agent import EXAMPLE
 from knative.deploy.errors import DeployError
 from knative.deploy.kubectl import Kubectl
 from knative.deploy.render import deadline_s, dump, render, render_cluster
@@ -20,7 +21,6 @@ from knative.local import plain
 from weights_cache.environment import masked
 
 INVOKE_S = 600.0  # a cold start is waited for; Knative itself gives up sooner
-EXAMPLE = "relight/example"
 
 
 class _Command(click.Command):
@@ -64,7 +64,9 @@ def _variables(command: Callable[[Variables], None]) -> Callable[..., None]:
 @_variables
 def render_(variables: Variables) -> None:
     """Print the manifests of an overlay (ENV=)."""
-    click.echo(dump(render(variables, Kubectl(variables.kubectl))), nl=False)
+    objects = render(variables, Kubectl(variables.kubectl))
+    agent.check(variables, objects)
+    click.echo(dump(objects), nl=False)
 
 
 @cluster.command()

@@ -49,3 +49,19 @@ def container(service: Object, name: str) -> Object:
     if found:
         return found
     raise DeployError(f"the Service {service['metadata']['name']} has no container named {name!r}")
+
+
+def get_env(one: Object, name: str) -> str | None:
+    """A container's variable, if it is a plain one."""
+    return next((variable.get("value") for variable in one.get("env", []) if variable["name"] == name), None)
+
+
+def set_env(one: Object, name: str, value: str) -> None:
+    """Set a container's variable."""
+    variables: list[dict[str, Any]] = one.setdefault("env", [])
+    found = next((variable for variable in variables if variable["name"] == name), None)
+    if found is None:
+        variables.append({"name": name, "value": value})
+    else:
+        found.clear()
+        found |= {"name": name, "value": value}

@@ -14,13 +14,13 @@ import yaml
 from knative.autoscaler import ScaleSpec, SpecError
 from knative.autoscaler.config import HPA
 from knative.autoscaler.spec import ANNOTATION_PREFIX, PROGRESS_DEADLINE
-from knative.deploy import flags
+from knative.deploy import agent, flags
+from knative.deploy.agent import MANIFESTS
 from knative.deploy.errors import DeployError, KubectlError, VariableError
 from knative.deploy.kubectl import Kubectl
-from knative.deploy.objects import Object, belongs, container, containers, pod_spec, services
-from knative.deploy.variables import Variables
+from knative.deploy.objects import Object, belongs, container, containers, get_env, pod_spec, services, set_env
+from knative.deploy.variables import SET, Variables
 
-MANIFESTS = Path(__file__).parents[1] / "manifests"
 GROUPS = {  # at most one of each
     "cache": ("node-cache-pvc", "node-cache-agent"),
     "placement": ("realtime", "batch"),
@@ -51,8 +51,8 @@ def render(variables: Variables, kubectl: Kubectl) -> list[Object]:
     """Every object of the overlay, with the variables put in. Raises DeployError."""
     overlay = _overlay(variables.env)
     named = list(_components(overlay))
-    added = ["gpu"] if variables.gpu and "gpu" not in named else []
-    if variables.gpu == 0 and "gpu" in named:
+    added = [name for name in _wanted(variables) if name not in named]
+    if variables.gpu == 0 and "gpu" in named + added:
         raise VariableError("GPU", 0, f"the overlay {variables.env} has the component gpu; choose another with ENV=")
     events = variables.events or ("sqs" if variables.queue_url and not set(_QUEUE_SOURCES) & set(named) else None)
     sources = [events] if events and events not in named else []
@@ -69,12 +69,24 @@ def render(variables: Variables, kubectl: Kubectl) -> list[Object]:
 def render_cluster(variables: Variables, kubectl: Kubectl) -> list[Object]:
     """What an administrator applies once for the overlay: just what it needs. Raises DeployError."""
     objects = render(variables, kubectl)
-    named = list(_components(_overlay(variables.env))) + (["gpu"] if variables.gpu else [])
+    named = [*_components(_overlay(variables.env)), *_wanted(variables)]
     folders = [MANIFESTS / "cluster" / name for name in dict.fromkeys(named)]
     found = _kustomize(kubectl, [MANIFESTS / "cluster"], [folder for folder in folders if folder.is_dir()])
     for name, settings in flags.missing(flags.required(objects), flags.shipped(found)).items():  # of the overlay's own patches
         _config_map(found, name)["data"] |= settings
     return found
+
+
+def _wanted(variables: Variables) -> list[str]:
+    """The components that are asked for on top of the overlay's, those that change what others bring behind them."""
+    known = sorted(path.parent.name for path in (MANIFESTS / "components").glob("*/kustomization.yaml"))
+    for name in variables.components or ():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise VariableError("COMPONENTS", name, f"there is no such component; {hint}")
+    wanted = dict.fromkeys([*(variables.components or ()), *(["gpu"] if variables.gpu else [])])
+    return sorted(wanted, key=lambda name: name in NEEDS)
 
 
 def dump(objects: Iterable[Object]) -> str:
@@ -175,15 +187,19 @@ def _put(variables: Variables, objects: list[Object]) -> None:
                 one["image"] = image
     if not found and any(one["kind"] in _HAVE_SINKS for one in objects):
         raise DeployError(f"EVENTS: the overlay {variables.env} has no Knative Service that they could be sent to")
-    chosen = {name: value for name in _OF_A_SERVICE if (value := getattr(variables, name)) is not None}
+    chosen = [name.upper() for name in _OF_A_SERVICE if getattr(variables, name) is not None]
+    chosen += [SET + name for name in variables.environment]
     if not found and chosen:
-        raise DeployError(f"{', '.join(chosen).upper()}: the overlay {variables.env} has no Knative Service; edit its files instead")
+        raise DeployError(f"{', '.join(chosen)}: the overlay {variables.env} has no Knative Service; edit its files instead")
     for service in found:
         _put_service(variables, service, objects)
     _put_queue(variables, objects)
 
 
-_OF_A_SERVICE = ("name", "weights_uri", "min_scale", "max_scale", "target", "concurrency", "gpu")
+_OF_A_SERVICE = (
+    *("name", "weights_uri", "agent", "example", "device", "components"),
+    *("min_scale", "max_scale", "target", "concurrency", "gpu"),
+)
 
 
 def _complete(objects: list[Object]) -> None:
@@ -211,14 +227,19 @@ def _put_service(variables: Variables, service: Object, objects: list[Object]) -
     service["metadata"]["name"] = name
     if variables.name:
         set_env(function, "FUNCTION_MODEL_NAME", name)
+    agent.put(variables, service)
+    # Components and sources of events name the demo, in whichever overlay they are.
+    olds = {old, agent.demo().name} - {name}
+    if olds:
         _prefer(service, name)
-        for item in objects:
-            if item is not service and belongs(item, old):
-                item |= _renamed(item, old, name)
+    for item in objects if olds else ():
+        for one in olds:
+            if item is not service and belongs(item, one):
+                item |= _renamed(item, one, name)
     uri = variables.weights_uri or get_env(function, "WEIGHTS_URI")
     if uri:
         set_weights(service, uri)
-        _prefetch(objects, old, name, uri)
+        _prefetch(objects, olds | {name}, name, uri)
     template = service["spec"]["template"]
     annotations = template.setdefault("metadata", {}).setdefault("annotations", {})
     for key, value in (("min-scale", variables.min_scale), ("max-scale", variables.max_scale), ("target", variables.target)):
@@ -287,13 +308,13 @@ def _prefer(service: Object, name: str) -> None:
                 expression["key"] = _LABEL + name
 
 
-def _prefetch(objects: list[Object], old: str, name: str, uri: str) -> None:
+def _prefetch(objects: list[Object], olds: set[str], name: str, uri: str) -> None:
     """Let the agents bring what the Service is going to ask for, under the Service's name."""
     for item in objects:
         if item["kind"] == "DaemonSet" and item["metadata"]["name"] == _AGENT:
             for one in pod_spec(item)["containers"]:
                 listed = (get_env(one, "WEIGHTS_PREFETCH") or "").split()
-                changed = [f"{name}={uri}" if entry.partition("=")[0] == old else entry for entry in listed]
+                changed = [f"{name}={uri}" if entry.partition("=")[0] in olds else entry for entry in listed]
                 if listed:
                     set_env(one, "WEIGHTS_PREFETCH", " ".join(changed))
 
@@ -309,23 +330,7 @@ def pin(objects: list[Object], service: Object, uri: str) -> None:
     """Put the weights' URI with its snapshot wherever the one without stands."""
     set_weights(service, uri)
     name = service["metadata"]["name"]
-    _prefetch(objects, name, name, uri)
-
-
-def get_env(one: Object, name: str) -> str | None:
-    """A container's variable, if it is a plain one."""
-    return next((variable.get("value") for variable in one.get("env", []) if variable["name"] == name), None)
-
-
-def set_env(one: Object, name: str, value: str) -> None:
-    """Set a container's variable."""
-    variables: list[dict[str, Any]] = one.setdefault("env", [])
-    found = next((variable for variable in variables if variable["name"] == name), None)
-    if found is None:
-        variables.append({"name": name, "value": value})
-    else:
-        found.clear()
-        found |= {"name": name, "value": value}
+    _prefetch(objects, {name}, name, uri)
 
 
 def deadline_s(service: Object) -> float:

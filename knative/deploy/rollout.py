@@ -9,11 +9,11 @@ import sys
 import time
 from collections.abc import Callable
 
-from knative.deploy import preflight, progress
+from knative.deploy import agent, preflight, progress
 from knative.deploy.errors import DeployError, KubectlError
 from knative.deploy.kubectl import NOT_FOUND, Kubectl
-from knative.deploy.objects import Object, belongs, one_service, pod_spec
-from knative.deploy.render import check_annotations, deadline_s, dump, get_env, pin, render
+from knative.deploy.objects import Object, belongs, get_env, one_service, pod_spec
+from knative.deploy.render import check_annotations, deadline_s, dump, pin, render
 from knative.deploy.variables import Variables
 
 POLL_S = 1.0
@@ -34,6 +34,7 @@ def deploy(variables: Variables, kubectl: Kubectl, say: Say) -> Object:
     """Apply the overlay and wait until it is ready; returns the Service as the cluster has it. Raises DeployError."""
     objects = render(variables, kubectl)
     service = one_service(objects)
+    agent.check(variables, objects)
     name, namespace = service["metadata"]["name"], service["metadata"].get("namespace", "default")
     for note in preflight.check(kubectl, namespace, objects, variables.overlay_in_words()):
         say(f"note: {note}")

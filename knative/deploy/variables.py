@@ -1,15 +1,17 @@
 """What a person chooses on the command line, as `NAME=value`: the words of the Makefile, checked before anything else happens."""
 
 import difflib
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from knative.autoscaler.config import TARGET_MIN
 from knative.autoscaler.spec import CONTAINER_CONCURRENCY_MAX
 from knative.deploy.errors import VariableError
+from weights_cache.environment import is_secret
 
 _LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 # A registry with its port, a path, and a tag or a digest (github.com/distribution/reference, less what nobody writes).
@@ -20,6 +22,17 @@ _IMAGE = re.compile(
 _WEIGHTS = re.compile(r"s3://[^/#\s]+/[^#\s]*[^/#\s](#[0-9a-f]{32})?")
 # As SQS has them, and those who imitate it: an account or a word for it, and the queue's name.
 _QUEUE = re.compile(r"https?://[^/\s@?#]+/[\w-]+/[\w-]{1,80}(\.fifo)?", re.ASCII)
+_AGENT = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+SET = "SET_"  # before the name of a variable of the function's own
+_NAMED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# What has a variable of its own here, and what Knative keeps for itself.
+_INSTEAD = {
+    "FUNCTION_AGENT": "AGENT=",
+    "FUNCTION_DEVICE": "DEVICE=",
+    "FUNCTION_MODEL_NAME": "NAME=",
+    "WEIGHTS_URI": "WEIGHTS_URI=",
+}
+_OF_KNATIVE = ("PORT", "K_SERVICE", "K_CONFIGURATION", "K_REVISION")
 _EVENTS = ("sqs", "sqs-keda", "amqp", "broker", "kafka", "rabbitmq", "integration-source")
 _SHORT = 5  # characters of a value that can be no secret
 # Of the Makefile, and of no concern here.
@@ -36,6 +49,11 @@ class Variables:
     image: str | None = None  # of the function
     weights_image: str | None = None  # of the sidecar and the agent
     weights_uri: str | None = None
+    agent: str | None = None  # package.module:Class
+    example: str | None = None  # a request that shows the agent at work, as JSON
+    device: str | None = None  # where the model runs
+    components: tuple[str, ...] | None = None  # of manifests/components, on top of the overlay's own
+    environment: Mapping[str, str] = field(default_factory=dict)  # variables of the function's container: what SET_NAME= says of NAME
     min_scale: int | None = None
     max_scale: int | None = None
     target: float | None = None  # requests at once that a pod should have
@@ -53,6 +71,8 @@ class Variables:
     container: str = "function"  # whose log
     follow: bool = False  # go on with the log
     variant: str = "cpu"  # of the function's image
+    agent_dir: Path | None = None  # a folder with an agent, that `build` makes an image of
+    base_image: str | None = None  # the function's image that this one stands on
     options: str = ""  # more options of the engine's `build`
     sbom: Path | None = None  # a folder that `build` copies the images' lists of packages to
     kubectl: Path | None = None  # the executable
@@ -61,11 +81,15 @@ class Variables:
     def parse(cls, words: Iterable[str]) -> "Variables":
         """From `NAME=value` words; an empty value counts as none. Raises VariableError."""
         values: dict[str, Any] = {}
+        environment: dict[str, str] = {}
         for word in words:
             key, separator, text = word.partition("=")
             if not separator:
                 raise VariableError(word, "", "variables are given as NAME=value")
             if key in _OTHERS or not text:
+                continue
+            if key.startswith(SET):
+                environment[_settable(key)] = text
                 continue
             if key not in _CHECKS:
                 near = difflib.get_close_matches(key, _CHECKS, n=1)
@@ -73,7 +97,7 @@ class Variables:
                 # What it holds nobody can say: it may be a token.
                 raise VariableError(key, text if len(text) <= _SHORT else "…", f"there is no such variable; {known}")
             values[key.lower()] = _CHECKS[key](key, text)
-        found = cls(**values)
+        found = cls(**values, environment=environment)
         if found.max_scale and found.min_scale and found.max_scale < found.min_scale:
             raise VariableError("MAX_SCALE", found.max_scale, f"must be at least MIN_SCALE ({found.min_scale}), or 0 for no limit")
         if found.results_url and not found.queue_url:
@@ -86,7 +110,8 @@ class Variables:
 
     def overlay_in_words(self) -> str:
         """The words that choose the overlay, and what it is given on top."""
-        return f"ENV={self.env}" + (f" GPU={self.gpu}" if self.gpu else "")
+        components = f" COMPONENTS={','.join(self.components)}" if self.components else ""
+        return f"ENV={self.env}{components}" + (f" GPU={self.gpu}" if self.gpu else "")
 
 
 def _matching(pattern: re.Pattern[str], expected: str) -> Callable[[str, str], str]:
@@ -124,17 +149,62 @@ def _yes(name: str, text: str) -> bool:
     return words[text.lower()]
 
 
+def _json(name: str, text: str) -> str:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise VariableError(name, text, f"must be the JSON body of a request: {error}") from error
+    return text
+
+
+def _names(name: str, text: str) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys(re.split(r"[,\s]+", text.strip(", \t\n"))))
+    if not all(re.fullmatch(r"[a-z][-a-z0-9]*", one) for one in found):
+        raise VariableError(name, text, "must be names with commas between them")
+    return found
+
+
+def _folder(name: str, text: str) -> Path:
+    if not Path(text).is_dir():
+        raise VariableError(name, text, "must be a folder")
+    return Path(text)
+
+
+def _settable(key: str) -> str:
+    """The variable that SET_… names. Raises VariableError for one that is not to be set so; its value is not repeated."""
+    name = key.removeprefix(SET)
+    if not _NAMED.fullmatch(name):
+        raise VariableError(key, "…", "a variable's name has letters, digits and _, no digit first")
+    if name in _INSTEAD:
+        raise VariableError(key, "…", f"has a variable of its own: {_INSTEAD[name]}")
+    if name in _OF_KNATIVE:
+        raise VariableError(key, "…", "is Knative's own to set")
+    if name.startswith("AWS_"):
+        raise VariableError(
+            key, "…", "credentials are the sidecar's alone, and are in the Secret weights-store; the function needs none for its weights"
+        )
+    if is_secret(name):
+        raise VariableError(
+            key, "…", "looks like a secret, and whoever may read Services could read it: put it into a Secret, and name that in an overlay"
+        )
+    return name
+
+
 _queue = _matching(_QUEUE, "must be the URL of an SQS queue: https://sqs.REGION.amazonaws.com/ACCOUNT/NAME")
-_name = _matching(_LABEL, "must be a label: small letters, digits and -, a letter first, at most 63")
+label = _matching(_LABEL, "must be a label: small letters, digits and -, a letter first, at most 63")
 _image = _matching(_IMAGE, "must be an image: registry/path:tag, or with @sha256: and 64 hex digits")
 
 _CHECKS: Mapping[str, Callable[[str, str], Any]] = {
     "ENV": _matching(re.compile(r"[\w./-]+"), "must be the name of an overlay, or a folder with a kustomization.yaml"),
-    "NAME": _name,
-    "NAMESPACE": _name,
+    "NAME": label,
+    "NAMESPACE": label,
     "IMAGE": _image,
     "WEIGHTS_IMAGE": _image,
     "WEIGHTS_URI": _matching(_WEIGHTS, "must be s3://bucket/prefix, or s3://bucket/prefix#snapshot with the 32 hex digits of one"),
+    "AGENT": _matching(_AGENT, "must be package.module:Class"),
+    "EXAMPLE": _json,
+    "DEVICE": _matching(re.compile(r"cpu|cuda(:\d+)?"), "must be cpu, cuda or cuda:0"),
+    "COMPONENTS": _names,
     "MIN_SCALE": _whole(0, 1_000_000),
     "MAX_SCALE": _whole(0, 1_000_000),
     "TARGET": _target,
@@ -149,11 +219,13 @@ _CHECKS: Mapping[str, Callable[[str, str], Any]] = {
     "DATA": lambda _, text: text,
     "ROUTE": _matching(re.compile(r"/\S*"), "must begin with /"),
     "ADDRESS": _matching(re.compile(r"https?://[^/\s]+"), "must be http://host:port"),
-    "CONTAINER": _name,
+    "CONTAINER": label,
     "FOLLOW": _yes,
     "VARIANT": _matching(re.compile("cpu|cuda"), "must be cpu or cuda"),
+    "AGENT_DIR": _folder,
+    "BASE_IMAGE": _image,
     "OPTIONS": lambda _, text: text,
     "SBOM": lambda _, text: Path(text),
     "KUBECTL": lambda _, text: Path(text),
 }
-assert {key.lower() for key in _CHECKS} == {field.name for field in fields(Variables)}
+assert {key.lower() for key in _CHECKS} == {one.name for one in fields(Variables)} - {"environment"}

@@ -41,11 +41,16 @@ def masked(text: str) -> str:
     return _BEARER.sub(rf"\1{HIDDEN}", text)
 
 
+def is_secret(name: str) -> bool:
+    """Whether the name of a variable says that its value is a secret."""
+    return bool(_SECRET_NAME.search(name)) and not name.endswith(("_FILE", "_PATH", "_ID"))
+
+
 def hiding(environ: Mapping[str, str]) -> Callable[[str], str]:
     """`masked` that also hides the values of variables whose names say that they are secrets: libraries repeat what they are given."""
     secrets: set[str] = set()
     for name, value in environ.items():
-        if _SECRET_NAME.search(name) and not name.endswith(("_FILE", "_PATH", "_ID")):
+        if is_secret(name):
             secrets |= {value, *value.splitlines()}
             if "HEADERS" in name.upper():  # name=value,name=value
                 secrets |= {re.split("[=:]", pair, maxsplit=1)[-1].strip() for pair in value.split(",")}

@@ -12,8 +12,8 @@ import yaml
 from knative.autoscaler import ScaleSpec
 from knative.deploy.errors import DeployError, VariableError
 from knative.deploy.kubectl import Kubectl
-from knative.deploy.objects import Object, containers, pod_spec
-from knative.deploy.render import MANIFESTS, get_env, render
+from knative.deploy.objects import Object, containers, get_env, pod_spec
+from knative.deploy.render import MANIFESTS, render
 from knative.deploy.variables import Variables
 from knative.queue_source.settings import from_environment
 from knative.queue_source.source import LAST_S

@@ -7,8 +7,8 @@ import pytest
 from knative.autoscaler import Autoscaler, ScaleSpec
 from knative.autoscaler.zero import Activity, Status, reconcile
 from knative.deploy.kubectl import Kubectl
-from knative.deploy.objects import container, one_service
-from knative.deploy.render import TELL_FAILURE, get_env, render
+from knative.deploy.objects import container, get_env, one_service
+from knative.deploy.render import TELL_FAILURE, render
 from knative.deploy.variables import Variables
 
 TICK_S = 2.0

@@ -27,6 +27,8 @@ from tests.support import BIN, clean_environment, free_port, request, running, w
 
 URI = "s3://models/minilm#0123456789abcdef0123456789abcdef"
 
+MINILM = "AGENT=function.agents.minilm:MiniLM"  # under whatever name
+
 Run = Callable[..., Result]
 
 
@@ -50,7 +52,7 @@ def run(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def deploy(run: Run, *words: str) -> Result:
-    return run("deploy", f"WEIGHTS_URI={URI}", *words)
+    return run("deploy", f"WEIGHTS_URI={URI}", MINILM, *words)
 
 
 def test_a_deploy_applies_everything_tells_how_far_it_is_and_prints_the_url(cluster: Cluster, run: Run) -> None:

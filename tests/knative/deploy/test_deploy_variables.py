@@ -10,8 +10,8 @@ import yaml
 
 from knative.deploy.errors import DeployError, VariableError
 from knative.deploy.kubectl import Kubectl
-from knative.deploy.objects import Object, container, containers, one_service, pod_spec
-from knative.deploy.render import MANIFESTS, get_env, pin, render
+from knative.deploy.objects import Object, container, containers, get_env, one_service, pod_spec
+from knative.deploy.render import MANIFESTS, pin, render
 from knative.deploy.variables import Variables
 
 SNAPSHOT = "0123456789abcdef" * 2

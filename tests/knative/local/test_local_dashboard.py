@@ -15,8 +15,8 @@ import pytest
 from playwright.sync_api import Browser, Dialog, Locator, Page, expect, sync_playwright
 
 from knative.deploy.kubectl import Kubectl
-from knative.deploy.objects import container, one_service
-from knative.deploy.render import render, set_env
+from knative.deploy.objects import container, one_service, set_env
+from knative.deploy.render import render
 from knative.deploy.variables import Variables
 from tests.knative.local.running import Platform, platform_running, queue_source, service
 from tests.support import wait_until
