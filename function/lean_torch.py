@@ -103,6 +103,8 @@ class _Finder(MetaPathFinder):
         if not name.startswith("torch."):
             return None
         if self._phase == "importing" and (met := [left_out for left_out in LEFT_OUT if f"{name}.".startswith(f"{left_out}.")]):
+            if name in met and not PathFinder.find_spec(name, path):
+                return None  # this version of torch asks for it and does without
             self._met.update(met)
             return ModuleSpec(name, _Empty(self), is_package=True)
         if self._phase == "lean" and not self._is_completing():

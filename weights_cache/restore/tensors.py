@@ -12,7 +12,6 @@ _DTYPES = {
     "I8": torch.int8,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "I16": torch.int16,
@@ -26,8 +25,12 @@ _DTYPES = {
     "U64": torch.uint64,
     "F64": torch.float64,
     "C64": torch.complex64,
-    "F4": torch.float4_e2m1fn_x2,  # two values an element, so the last dimension is half as long
 }
+_NEWER_DTYPES = {  # since torch 2.7 and 2.8
+    "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",  # two values an element, so the last dimension is half as long
+}
+_DTYPES |= {kind: getattr(torch, name) for kind, name in _NEWER_DTYPES.items() if hasattr(torch, name)}
 
 
 # What `dtype=` leaves alone: numbers that mean something only beside their scales, or that are no approximations.
