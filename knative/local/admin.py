@@ -56,13 +56,18 @@ class Admin:
         services: Mapping[tuple[str, str], LiveService],
         queues: QueueWatch,
         status: Callable[[], dict[str, Any]],
+        reload: Callable[[], object],
         state_dir: Path,
         session: aiohttp.ClientSession,
         port: int,
     ) -> None:
-        """services: by (namespace, name), those of each moment. status: makes the document of `/api/status`. port: where they answer."""
+        """services: by (namespace, name), those of each moment. status: makes the document of `/api/status`. port: where they answer.
+
+        reload: has manifests, code and weights read again.
+        """
         self._services = services
         self._status = status
+        self._reload = reload
         self._feed = Feed(status)
         self._logs = Logs(state_dir / "logs")
         self._volumes = state_dir / "volumes"
@@ -82,6 +87,7 @@ class Admin:
             "/api/weights": ("GET", self._tell_weights),
             "/api/logs": ("GET", self._tell_logs),
             "/api/invoke": ("POST", self._invoke),
+            "/api/reload": ("POST", self._take_changes),
             "/metrics": ("GET", self._tell_metrics),
         }
 
@@ -124,6 +130,11 @@ class Admin:
 
     async def _tell_status(self, _: web.BaseRequest) -> web.Response:
         return _json(self._status())
+
+    async def _take_changes(self, _: web.BaseRequest) -> web.Response:
+        """As SIGHUP. What becomes of it is in `/api/status`."""
+        self._reload()
+        return _json({"reload": "asked for"}, 202)
 
     async def _tell_metrics(self, _: web.BaseRequest) -> web.Response:
         return _answer(self._metrics.text(), "text/plain")

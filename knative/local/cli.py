@@ -48,6 +48,7 @@ def _names(context: click.Context, option: click.Parameter, names: tuple[str, ..
     metavar="N",
     help="How many GPUs there are for `nvidia.com/gpu`. [default: as many as are found]",
 )
+@click.option("--reload", is_flag=True, help="Take changed code and weights as soon as they are saved, through new pods that take over.")
 @click.option(
     "--env",
     "inherits",
@@ -66,6 +67,7 @@ def run(
     fork_server: bool,
     gpus: int | None,
     inherits: tuple[str, ...],
+    reload: bool,
 ) -> None:
     """Run the Knative Services in MANIFESTS on this machine until Ctrl-C.
 
@@ -73,8 +75,8 @@ def run(
     """
     from knative.local import plain
     from knative.local.descriptors import raise_limit
-    from knative.local.embedded import Seed
     from knative.local.platform import Platform, PlatformSettings
+    from knative.local.seeds import Seed
     from knative.local.terminal import Terminal
 
     raise_limit()
@@ -82,7 +84,15 @@ def run(
         if port == MAX_PORT and not admin_port:
             raise PlatformError(f"--admin-port: must be named with --port {port}, after which there is none")
         settings = PlatformSettings(
-            port, admin_port or port + 1, state_dir, default_service, [Seed.parse(text) for text in seeds], fork_server, gpus, inherits
+            port,
+            admin_port or port + 1,
+            state_dir,
+            default_service,
+            [Seed.parse(text) for text in seeds],
+            fork_server,
+            gpus,
+            inherits,
+            reload,
         )
 
         async def main() -> None:

@@ -1,11 +1,9 @@
 """The server that comes with the platform, a process of its own: an object store and queues, started when a manifest names one of them."""
 
 import asyncio
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -19,34 +17,12 @@ from knative.local.launch import Process
 from knative.local.process import ContainerProcess
 from knative.local.procfs import MARK
 from knative.local.queues import ACCOUNT, CONTENTS, EMBEDDED, REGION, Queue, dead_letters
+from knative.local.seeds import Seed
 from knative.local.tasks import describe
 
 START_LIMIT_S, START_LOOK_S = 60.0, 0.05
 LOOK_S = 2.0  # between two looks at what is in it
 ANSWER_S = 5.0  # for one of them
-
-
-@dataclass(frozen=True)
-class Seed:
-    """A directory to be put into the object store before the first request."""
-
-    directory: Path
-    uri: str
-
-    @property
-    def place(self) -> str:
-        """What the path of each of its objects begins with."""
-        return self.uri.removeprefix("s3://").rstrip("/") + "/"
-
-    @classmethod
-    def parse(cls, text: str) -> "Seed":
-        """From `DIR=s3://bucket/prefix`. Raises PlatformError."""
-        directory, separator, uri = text.rpartition("=")
-        if not separator or not re.match("s3://[^/]", uri):
-            raise PlatformError(f"--seed {text!r}: must be DIR=s3://bucket/prefix")
-        if not Path(directory).is_dir():
-            raise PlatformError(f"--seed {text!r}: there is no directory {directory!r}")
-        return cls(Path(directory), uri)
 
 
 class EmbeddedServer:
@@ -90,12 +66,12 @@ class EmbeddedServer:
             await asyncio.sleep(START_LOOK_S)
         self._looking.start()
 
-    async def serve_objects(self, seeds: Sequence[Seed]) -> None:
-        """Be an object store with these directories in it. Raises PlatformError."""
+    async def serve_objects(self, seeds: Sequence[Seed]) -> list[str]:
+        """Be an object store with these directories in it, of which it returns the snapshots. Raises PlatformError."""
         self._tell(f"object store at {self.address}, in memory")
-        for seed in seeds:
-            await self.fill(seed)
+        snapshots = [await self.fill(seed) for seed in seeds]
         self._seeds += seeds
+        return snapshots
 
     async def serve_queues(self, names: Iterable[str]) -> None:
         """Have these queues, each with a dead-letter queue. Raises PlatformError."""
@@ -156,19 +132,23 @@ class EmbeddedServer:
 
         await asyncio.to_thread(create)
 
-    async def fill(self, seed: Seed) -> None:
-        """Put a directory into it, with `relight push` in a process of its own, which shows its progress. Raises PlatformError."""
+    async def fill(self, seed: Seed) -> str:
+        """Put a directory into it, with `relight push` in a process of its own, which shows its progress; the snapshot that it is now.
+
+        Raises PlatformError.
+        """
         env = inherited() | EMBEDDED | {"AWS_ENDPOINT_URL": self.address, "AWS_DEFAULT_REGION": REGION}
         command = (sys.executable, "-m", "weights_cache", "push", str(seed.directory), seed.uri, "--create-bucket")
-        child = await asyncio.create_subprocess_exec(*command, env=env, stdout=asyncio.subprocess.DEVNULL)
+        child = await asyncio.create_subprocess_exec(*command, env=env, stdout=asyncio.subprocess.PIPE)
         try:
-            status = await child.wait()
+            told, _ = await child.communicate()
         except asyncio.CancelledError:
             child.kill()
             await child.wait()
             raise
-        if status:
-            raise PlatformError(f"{seed.directory} could not be put into the embedded object store (exit status {status})")
+        if child.returncode:
+            raise PlatformError(f"{seed.directory} could not be put into the embedded object store (exit status {child.returncode})")
+        return told.decode().strip()
 
 
 def _counted(seeds: Sequence[Seed], queues: Sequence[str]) -> str:

@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from knative.local.embedded import EmbeddedServer, Seed
+from knative.local.embedded import EmbeddedServer
 from knative.local.errors import PlatformError
 from knative.local.fork_server import PROGRAM, ForkServer
 from knative.local.limits import Limiter, delegated
@@ -15,6 +15,8 @@ from knative.local.pod import Pod
 from knative.local.pod_maker import PodMaker
 from knative.local.queue_watch import QueueWatch
 from knative.local.schema import CPU, MEMORY
+from knative.local.seeds import Seed
+from knative.local.weights import cached
 
 LONG_START_S = 15.0
 
@@ -22,14 +24,12 @@ LONG_START_S = 15.0
 class Helpers:
     """Starts them for the manifests of the moment, and ends them."""
 
-    def __init__(
-        self, logs: Path, seeds: Sequence[Seed], maker: PodMaker, pods: Callable[[], Iterable[Pod]], say: Callable[[str], object]
-    ) -> None:
-        """maker: is told of each. pods: those of each moment. say: tells the user."""
+    def __init__(self, logs: Path, maker: PodMaker, pods: Callable[[], Iterable[Pod]], say: Callable[[str], object]) -> None:
+        """maker: is told of each, and has the seeds. pods: those of each moment. say: tells the user."""
         self.queue_watch: QueueWatch | None = None  # set before anything is started
         self._logs = logs
-        self._seeds = seeds
         self._maker = maker
+        self._pushed: dict[str, str] = {}  # by the place of a seed, the stamp that its directory had
         self._pods = pods
         self._say = say
         self._embedded: EmbeddedServer | None = None
@@ -38,6 +38,7 @@ class Helpers:
     async def start(self, manifests: Manifests, *, with_fork_server: bool) -> None:
         """What these manifests have a use for, if it is not there. Raises PlatformError."""
         await self._start_embedded(manifests)
+        await self._push_changed()
         self._set_limits(manifests)
         commands = [(*container.command, *container.args)[1:] for s in manifests.services for container in s.spec.containers]
         if with_fork_server and not self._maker.fork_server and PROGRAM in commands:
@@ -45,7 +46,7 @@ class Helpers:
             self._maker.fork_server = ForkServer(self._logs / "fork-server.log", self._is_starting, self._say, places.mark, places.inherits)
 
     async def _start_embedded(self, manifests: Manifests) -> None:
-        wants_objects = bool(self._seeds) or manifests.mentions(OBJECT_STORE)
+        wants_objects = bool(self._maker.seeds.all) or manifests.mentions(OBJECT_STORE)
         wants_queues = manifests.mentions(QUEUES)
         addresses = self._maker.addresses
         if not self._embedded and (wants_objects or wants_queues):
@@ -56,8 +57,13 @@ class Helpers:
             if not addresses:
                 await self._embedded.start()
             if wants_objects and OBJECT_STORE not in addresses:
-                await self._embedded.serve_objects(self._seeds)
+                seeds = self._maker.seeds.all
+                self._pushed = {seed.place: seed.stamp() for seed in seeds}
+                snapshots = await self._embedded.serve_objects(seeds)
                 addresses[OBJECT_STORE] = self._embedded.address
+                for seed, snapshot in zip(seeds, snapshots, strict=True):
+                    if await asyncio.to_thread(_has_other, self._maker.places.state_dir / "volumes", seed, snapshot):
+                        self._maker.seeds.pin(seed, self._pushed[seed.place], snapshot)
             if wants_queues:
                 await self._embedded.serve_queues(manifests.queues)
                 addresses[QUEUES] = self._embedded.address
@@ -68,6 +74,15 @@ class Helpers:
             raise
         assert self.queue_watch
         self.queue_watch.embedded = self._embedded
+
+    async def _push_changed(self) -> None:
+        """Directories that have changed since they were put into the store; whoever starts with them now is to have them."""
+        for seed in self._maker.seeds.all:
+            stamp = await asyncio.to_thread(seed.stamp)
+            if self._embedded and self._pushed.get(seed.place) not in (None, stamp):
+                snapshot = await self._embedded.fill(seed)
+                self._pushed[seed.place] = stamp
+                self._maker.seeds.pin(seed, stamp, snapshot)
 
     def _set_limits(self, manifests: Manifests) -> None:
         """Say once which mechanism holds containers to their limits, as soon as there are any."""
@@ -97,3 +112,9 @@ class Helpers:
             "fork_server": fork_server and fork_server.status(),
             "limits": self._maker.limiter.describe(),
         }
+
+
+def _has_other(volumes: Path, seed: Seed, snapshot: str) -> bool:
+    """Whether a cache has other weights by this name, of an earlier run: a pod would start with those, and ask the store meanwhile."""
+    uri, _, latest = snapshot.partition("#")
+    return any(row["uri"] == uri and row["snapshot"] != latest for row in cached(volumes))

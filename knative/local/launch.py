@@ -3,6 +3,7 @@
 Starts nothing.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,19 +13,24 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
+from knative.local.code import Code
 from knative.local.errors import ManifestError
 from knative.local.inheritance import inherited
 from knative.local.limits import NO_LIMITS, Limits
-from knative.local.manifest import Manifests, QueueSource, Service
+from knative.local.manifest import OBJECT_STORE, Manifests, QueueSource, Service
 from knative.local.procfs import MARK
+from knative.local.queues import EMBEDDED
 from knative.local.rules import AnyContainer
 from knative.local.schema import CPU, MEMORY, ProbeSpec
+from knative.local.seeds import Seeds
 
 # Two pods share this machine's ports, which in a cluster they would not.
 SIDECAR_PORT, DEFAULT_SIDECAR_PORT = "WEIGHTS_PORT", 8090
 _PORT_SETTINGS = {SIDECAR_PORT, "FUNCTION_METRICS_PORT"}
 # Our programs, as commands have them.
 FUNCTION, SIDECAR = ("-m", "function"), ("weights_cache", "serve")
+AGENT, AGENT_PATH = "FUNCTION_AGENT", "FUNCTION_AGENT_PATH"
+WEIGHTS, ENDPOINT = "WEIGHTS_URI", "AWS_ENDPOINT_URL"
 # Which queue a queue source polls, and where it tells of its work.
 QUEUE_URL, QUEUE_PORT = "QUEUE_SOURCE_URL", "QUEUE_SOURCE_PORT"
 LOOPBACK = "127.0.0.1"
@@ -124,6 +130,24 @@ def check_references(manifests: Manifests) -> None:
                     raise ManifestError(workload.file, where, "holds a NUL character, which no process can be told")
 
 
+def with_content(service: Service, places: Places, seeds: Seeds) -> Service:
+    """The Service with what its pods would run now besides what its manifest says: its agent's code, and the weights of a seed.
+
+    Reads files, so not in the loop. `check_references` has found it to be right.
+    """
+    containers = service.spec.containers
+    index = next((index for index, container in enumerate(containers) if _runs(container, FUNCTION)), None)
+    if index is None:
+        return service
+    env = _declared_env(service, index, service.manifests)
+    mounts = {mount.mount_path.rstrip("/"): places.volume(service, "", mount.name) for mount in containers[index].volume_mounts}
+    here = _rewriter(mounts, {})
+    path = here(env[AGENT_PATH]) if AGENT_PATH in env else _agent_path(service, containers[index], here)
+    folders = [Path(folder).absolute() for folder in path.split(os.pathsep) if folder]
+    code = Code.read(env[AGENT], folders) if AGENT in env else None
+    return dataclasses.replace(service, code=code, weights=seeds.stamp(env.get(WEIGHTS, "")))
+
+
 def plan_pod(
     service: Service,
     *,
@@ -133,17 +157,18 @@ def plan_pod(
     manifests: Manifests,
     free_port: Callable[[], int],
     addresses: Mapping[str, str],
+    seeds: Seeds | None = None,
 ) -> PodPlan:
     """The processes of one new pod.
 
     free_port: called for each port of the pod. addresses: what a manifest calls an embedded server, and where that is on this machine.
-    Raises ManifestError for a reference to a ConfigMap or Secret that is not there.
+    seeds: what is in the embedded object store. Raises ManifestError for a reference to a ConfigMap or Secret that is not there.
     """
     main = service.user_container
     declared = main.ports[0].container_port if main.ports else 8080
     ports = {declared: free_port()}
     given = {"K_SERVICE": service.name, "K_CONFIGURATION": service.name, "K_REVISION": revision}
-    plan = _Plan(service, pod, places, manifests, free_port, addresses, ports, given)
+    plan = _Plan(service, pod, places, manifests, free_port, addresses, ports, given, seeds or Seeds())
     index = service.spec.containers.index(main)
     return PodPlan(ports[declared], plan.processes(index, {"PORT": str(ports[declared])}, ProbeSpec()))
 
@@ -182,6 +207,7 @@ class _Plan:
     addresses: Mapping[str, str]
     ports: dict[int, int]
     given: Mapping[str, str]
+    seeds: Seeds = dataclasses.field(default_factory=Seeds)
 
     def processes(self, main: int, own: Mapping[str, str], default: ProbeSpec | None = None) -> tuple[Process, ...]:
         """All of them. main: the index of the one that has the variables `own`, and `default` for want of a readiness probe."""
@@ -220,6 +246,8 @@ class _Plan:
             env[SIDECAR_PORT] = str(ports[self._sidecar_port])
         here = _rewriter(mounts, self.addresses)
         env = {name: here(value) for name, value in env.items()}
+        if isinstance(workload, Service):
+            env |= self._own_model(workload, container, env, here)
         if _TELLS in env:
             env[_TELLS] = "0"
         argv = tuple(_expand(here(word), env) for word in (*container.command, *container.args))
@@ -239,6 +267,28 @@ class _Plan:
             startup=probe(container.startup_probe, every_s=10),
             limits=limits,
         )
+
+    def _own_model(self, service: Service, container: AnyContainer, env: Mapping[str, str], here: Callable[[str], str]) -> dict[str, str]:
+        """What our programs are told of this machine besides: where the agent is looked for, and where seeded weights are."""
+        is_function, is_sidecar = _runs(container, FUNCTION), _runs(container, SIDECAR)
+        told = set(env) | set(self.places.inherits)
+        found = {AGENT_PATH: _agent_path(service, container, here)} if is_function and AGENT_PATH not in told else {}
+        uri = env.get(WEIGHTS, "")
+        if not (is_function or is_sidecar) or not self.seeds.of(uri):
+            return found
+        if is_sidecar and ENDPOINT not in told and OBJECT_STORE in self.addresses:
+            found |= EMBEDDED | {ENDPOINT: self.addresses[OBJECT_STORE]}
+        return found | {WEIGHTS: self.seeds.pinned(uri, service.weights)}
+
+
+def _agent_path(service: Service, container: AnyContainer, here: Callable[[str], str]) -> str:
+    """Where an agent's module is looked for: as ever in the working directory, then beside the manifest, and where we were started."""
+    with contextlib.suppress(FileNotFoundError):  # somebody has removed the directory that we are in
+        started_in = Path.cwd()
+        folders = [started_in / here(container.working_dir)] if container.working_dir else []
+        folders += [(started_in / service.file).parent, started_in]
+        return os.pathsep.join(dict.fromkeys(str(folder) for folder in folders if os.pathsep not in str(folder)))
+    return ""
 
 
 def _runs(container: AnyContainer, program: tuple[str, ...]) -> bool:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from knative.autoscaler import ScaleSpec, SpecError
 from knative.autoscaler.config import HPA, KPA
 from knative.autoscaler.spec import ANNOTATION_PREFIX
+from knative.local.code import Code
 from knative.local.errors import ManifestError
 from knative.local.rules import broken_rules, broken_source_rules
 from knative.local.schema import (
@@ -115,11 +116,17 @@ class Service(_Named):
     traffic: Sequence[TrafficTarget]  # never empty
     scale: ScaleSpec
     manifests: "Manifests" = field(repr=False, compare=False)  # what it was read with: its ConfigMaps and Secrets
+    code: Code | None = None  # of its agent; see launch.with_content
+    weights: str = ""  # a stamp of the directory that they come from, if they come from one of this machine
 
     @property
     def spec(self) -> PodSpec:
         """The pods of a new revision."""
         return self.template.spec
+
+    def runs_as(self, other: "Service") -> bool:
+        """Whether a pod of one would be the same as one of the other: by the template, the agent's code and the weights."""
+        return (self.template, self.code, self.weights) == (other.template, other.code, other.weights)
 
     @property
     def recreate(self) -> bool:

@@ -20,18 +20,18 @@ from knative.local.activator import Activator
 from knative.local.address import announce
 from knative.local.admin import Admin
 from knative.local.devices import Devices, check, found
-from knative.local.embedded import Seed
 from knative.local.errors import PlatformError
 from knative.local.fork_server import ForkServer
 from knative.local.helpers import Helpers
-from knative.local.launch import Places, check_references
-from knative.local.manifest import Manifests, Service, Sources
+from knative.local.launch import Places, check_references, with_content
+from knative.local.manifest import Manifests, Service
 from knative.local.pod_maker import PodMaker
 from knative.local.ports import HOST, Ports
 from knative.local.procfs import end_marked
 from knative.local.queue_watch import QueueWatch
-from knative.local.reloader import Reloader
+from knative.local.reloader import Readable, Reloader
 from knative.local.router import Router
+from knative.local.seeds import Seed, Seeds
 from knative.local.service import LiveService
 from knative.local.tasks import Tasks
 from knative.local.terminal import Terminal
@@ -50,24 +50,25 @@ class PlatformSettings:
     fork_server: bool = True
     gpus: int | None = None  # None: as many as are found
     inherits: tuple[str, ...] = ()  # see `inheritance.inherited`
+    reload: bool = False  # whether changed code and weights are taken at once
 
 
 class Platform:
     """One machine's worth of Knative for some manifests."""
 
-    def __init__(self, settings: PlatformSettings, sources: Sources, terminal: Terminal) -> None:
+    def __init__(self, settings: PlatformSettings, sources: Readable, terminal: Terminal) -> None:
         """Raises PlatformError for a mistake in the manifests, or if the default service is none of them."""
         self._settings = settings
         self._terminal = terminal
         self._devices = Devices(found(settings.gpus, os.environ), self._make_room)
-        self._reloader = Reloader(sources, self._check, terminal)
-        self._maker = PodMaker(Places(settings.state_dir, inherits=settings.inherits), self._devices, terminal.about)
+        self._maker = PodMaker(Places(settings.state_dir, inherits=settings.inherits), self._devices, terminal.about, Seeds(settings.seeds))
+        self._reloader = Reloader(sources, self._check, self._content, terminal, takes_content=settings.reload)
         self._ports = Ports(terminal.say)
         self._router = Router()
         self._activator = Activator(self._router, self._ports)
         self._workloads = Workloads(self._maker, self._ports, self._activator, terminal, self._domain)
         self._workloads.services.update(self._workloads.new(self._reloader.manifests.services))
-        self._helpers = Helpers(settings.state_dir / "logs", settings.seeds, self._maker, lambda: self._workloads.pods, terminal.note)
+        self._helpers = Helpers(settings.state_dir / "logs", self._maker, lambda: self._workloads.pods, terminal.note)
         self._tasks = Tasks(self._task_failed)
         self._stop = asyncio.Event()
         self._mistake: Exception | None = None
@@ -93,7 +94,14 @@ class Platform:
 
     async def _run(self, started: AsyncExitStack) -> None:
         await self._start(started)
-        await self._reloader.run(self._prepare, self._stop.set)
+        await self._reloader.run(self._prepare, self._notice, self._stop.set)
+
+    def _content(self, service: Service) -> Service:
+        return with_content(service, self._maker.places, self._maker.seeds)
+
+    def _notice(self, manifests: Manifests) -> bool:
+        """See Reloader."""
+        return self._workloads.notice(manifests.services)
 
     def _task_failed(self, what: str, error: Exception) -> None:
         """The start, or taking what changes: there is no platform without them."""
@@ -118,7 +126,7 @@ class Platform:
         self._route(manifests)
         await started.enter_async_context(self._ports.call_port(settings.port, self._activator.handle))
         await started.enter_async_context(workloads.sinks)
-        admin = Admin(workloads.services, queue_watch, self.status, settings.state_dir, session, settings.port)
+        admin = Admin(workloads.services, queue_watch, self.status, self._reloader.ask, settings.state_dir, session, settings.port)
         await started.enter_async_context(self._ports.admin_port(settings.admin_port, admin.handle))
         started.push_async_callback(admin.close)  # before its port, which would wait for those who watch
         started.callback(announce(settings.state_dir, f"http://{HOST}:{settings.admin_port}"))

@@ -16,14 +16,16 @@ from knative.local.manifest import QueueSource
 from knative.local.pod import Pod
 from knative.local.ports import HOST
 from knative.local.revision import Revision
+from knative.local.seeds import Seeds
 
 
 class PodMaker:
     """What all pods have in common. Its fields are set as what they name comes to be there."""
 
-    def __init__(self, places: Places, devices: Devices, about: Callable[[str, str], object]) -> None:
+    def __init__(self, places: Places, devices: Devices, about: Callable[[str, str], object], seeds: Seeds | None = None) -> None:
         """about: told what happens to the pod of a source, with the source's name."""
         self.places = places
+        self.seeds = seeds or Seeds()
         self.addresses: dict[str, str] = {}  # of what a manifest may name that is here
         self.limiter = Limiter()  # until a manifest has limits
         self.fork_server: ForkServer | None = None
@@ -43,6 +45,7 @@ class PodMaker:
             manifests=revision.service.manifests,
             free_port=self.free_port,
             addresses=self.addresses,
+            seeds=self.seeds,
         )
         supervisor = revision.supervisor
         changed = self.exposure.watch(revision.name, supervisor.pod_changed)

@@ -1,12 +1,13 @@
-"""Takes what changes in the manifests while the platform runs: all of what they say, or nothing."""
+"""Takes what changes while the platform runs, in the manifests or in what they run: all of it, or nothing."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from rich.markup import escape
 
 from knative.local.errors import PlatformError
-from knative.local.manifest import Manifests, Sources
+from knative.local.manifest import Manifests, Service
 from knative.local.tasks import describe
 from knative.local.terminal import Terminal
 from knative.local.watch import Watch
@@ -15,38 +16,92 @@ from knative.local.watch import Watch
 Prepare = Callable[[Manifests], Awaitable[Callable[[], Awaitable[object]]]]
 
 
-class Reloader:
-    """Reads the manifests at the start, and whenever a file has changed or SIGHUP came."""
+class Readable(Protocol):
+    """Where manifests come from; see manifest.Sources."""
 
-    def __init__(self, sources: Sources, check: Callable[[Manifests], object], terminal: Terminal) -> None:
-        """check: raises PlatformError for what cannot run here. Raises PlatformError for a mistake in the manifests."""
+    @property
+    def can_change(self) -> bool:
+        """Whether another look may find something else."""
+
+    def read(self) -> Manifests:
+        """What they say now. Raises ManifestError."""
+
+    def stamp(self) -> object:
+        """Something that is different once they have changed."""
+
+
+class Reloader:
+    """Reads the manifests, and what they run, at the start, and whenever a file has changed or somebody asks (SIGHUP, the dashboard)."""
+
+    def __init__(
+        self,
+        sources: Readable,
+        check: Callable[[Manifests], object],
+        content: Callable[[Service], Service],
+        terminal: Terminal,
+        *,
+        takes_content: bool = False,
+    ) -> None:
+        """check: raises PlatformError for what cannot run here. content: see launch.with_content.
+
+        takes_content: whether code and weights are taken as soon as they have changed. Raises PlatformError for a mistake in the manifests.
+        """
         self.problem: str | None = None  # with the manifests as they are now
-        self._watch = Watch(sources)  # first: what changes while they are read is seen
         self._sources = sources
         self._check = check
+        self._content = content
         self._terminal = terminal
+        self._takes_content = takes_content
+        self._sources_stamp = sources.stamp()  # first: what changes while they are read is seen
         self.manifests = self._read()
+        self._watch = Watch(self._stamp)
 
     def _read(self) -> Manifests:
         manifests = self._sources.read()
         self._check(manifests)
+        manifests.services = [self._content(service) for service in manifests.services]
         return manifests
 
-    async def run(self, prepare: Prepare, hung_up: Callable[[], object]) -> None:
-        """Without end. hung_up: called when our terminal is gone."""
+    def _stamp(self) -> object:
+        content = map(self._content, self.manifests.services)
+        return self._sources.stamp(), [(service.code, service.weights) for service in content]
+
+    def ask(self) -> None:
+        """Have all be read again, for the dashboard."""
+        self._watch.ask("asked for")
+
+    async def run(self, prepare: Prepare, notice: Callable[[Manifests], bool], hung_up: Callable[[], object]) -> None:
+        """Without end. hung_up: called when our terminal is gone.
+
+        notice: told of code or weights that have changed; whether they are to be taken now all the same.
+        """
         self._watch.listen()
         while True:
-            by_signal = await self._watch.changed()
-            if self._watch.hung_up:
+            by = await self._watch.changed()
+            stamp = await asyncio.to_thread(self._sources.stamp)
+            if by and self._watch.hung_up:
                 hung_up()
-            elif self._sources.can_change:
-                await self._reload(prepare, by_signal=by_signal)
-            else:
+            elif by == "SIGHUP" and not self._sources.can_change and not await self._has_other_content():
                 self._terminal.note(
                     "SIGHUP: the manifests came from standard input, which cannot be read again; name a file to be able to change them"
                 )
+            elif by or stamp != self._sources_stamp:
+                self._sources_stamp = stamp
+                await self._reload(prepare, f"manifests read again{f' ({by})' if by else ''}")
+            elif self._takes_content or await self._notice(notice):
+                await self._reload(prepare, "code or weights have changed: taking them")
 
-    async def _reload(self, prepare: Prepare, *, by_signal: bool) -> None:
+    async def _has_other_content(self) -> bool:
+        now = await asyncio.to_thread(lambda: list(map(self._content, self.manifests.services)))
+        return now != self.manifests.services
+
+    async def _notice(self, notice: Callable[[Manifests], bool]) -> bool:
+        try:
+            return notice(await asyncio.to_thread(self._read))
+        except PlatformError:  # a manifest is written just now; that is a change of its own
+            return False
+
+    async def _reload(self, prepare: Prepare, what: str) -> None:
         try:
             manifests = await asyncio.to_thread(self._read)
             take = await prepare(manifests)
@@ -55,7 +110,7 @@ class Reloader:
             self._terminal.say(f"[red]nothing was changed[/]: {escape(self.problem)}")
             return
         self.manifests, self.problem = manifests, None
-        self._terminal.say(f"[dim]manifests read again{' (SIGHUP)' if by_signal else ''}[/]")
+        self._terminal.say(f"[dim]{what}[/]")
         try:
             await take()
         except Exception as error:  # noqa: BLE001  what runs goes on, and the user is told

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcon
 from dataclasses import replace
 from typing import Any, Literal
 
-from knative.local.errors import Stopping
+from knative.local.errors import RevisionFailed, Stopping
 from knative.local.manifest import Service
 from knative.local.meter import ConcurrencyMeter, Load
 from knative.local.pod import Pod
@@ -38,8 +38,12 @@ class Revision:
         name: str = "",
         record: Record | None = None,
         on_change: Callable[["Revision"], object] = lambda _: None,
+        is_outdated: Callable[["Revision"], bool] = lambda _: False,
     ) -> None:
-        """make_pod(revision, name): a pod that has not been started. record: the Service's. on_change: called when it settles or fails."""
+        """make_pod(revision, name): a pod that has not been started. record: the Service's. on_change: called when it settles or fails.
+
+        is_outdated: see Rollout; asked before a pod starts, and when it is ready.
+        """
         self.service = service
         self.name = name or f"{service.name}-00001"
         self.record = record or Record()
@@ -48,7 +52,7 @@ class Revision:
         self._beating: asyncio.Task[None] | None = None
         self.meter = ConcurrencyMeter(self.last_left)
         self.waiting = Waiting(service.name)
-        self.supervisor = Supervisor(self, self._tasks, make_pod, watcher, on_change)
+        self.supervisor = Supervisor(self, self._tasks, make_pod, watcher, on_change, is_outdated)
         self.pods = self.supervisor.pods
         self.failures = self.supervisor.failures
         self.scaling = self.supervisor.scaling
@@ -136,6 +140,12 @@ class Revision:
 
     def receive(self, turn: Turn) -> None:
         """One more who waits, who has waited for another revision until now."""
+        try:
+            self.failures.check()
+        except RevisionFailed as error:
+            if not turn.done():
+                turn.set_exception(error)
+            return
         self.waiting.join(turn)
         self.waiting.serve(self.pods.take)
         if self.waiting:

@@ -1,14 +1,18 @@
 """Which revisions of a Service there are, which of them gets a request, and how a changed template becomes a new one.
 
 changed template → a new revision starts → it is ready → the traffic moves → the old one finishes what its pods have, and goes to zero
+
+The agent's code and its weights are a part of the template: no two pods of a revision run different ones. There is one version of the
+files on this machine, so a revision whose code has changed cannot have another pod; where it would need one, a new revision takes over.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
 
+from knative.local.code import Code
 from knative.local.errors import ManifestError
 from knative.local.manifest import RECREATE, ROLLOUT, Service
 from knative.local.pod import Pod
@@ -20,6 +24,7 @@ from knative.local.tasks import Tasks
 from knative.local.trouble import Trouble
 
 KEPT = 10  # revisions without traffic, so that it can go back to them by name
+SHOWN = 3  # files in a message
 LOOK_S = 0.05  # between two looks whether pods are gone
 
 
@@ -36,6 +41,8 @@ class Rollout:
         self._record = record
         self._tasks = tasks
         self._created = 0
+        self.stale: list[str] = []  # what has changed of the files that the newest revision was made of, and was not taken
+        self._is_renewing = False
         self._check_names(service)
         self.latest = self._create(service)  # the latest that was ready, or the first
         self.next: Revision | None = None  # what is to become the latest
@@ -73,25 +80,85 @@ class Rollout:
             self._roll_out(same or self._create(service))
         self._reroute()
 
+    def notice(self, service: Service) -> bool:
+        """Tell of what has changed on this machine, if anything; whether it is to be taken now, as no pod that works would have to go.
+
+        service: the manifest as ever, with the code and the weights that there are now.
+        """
+        before, newest = self.stale, self._newest
+        self.stale = _changed_files(newest.service, service)
+        if not self.stale:
+            return False
+        if self.next_failure or newest.failures.present or (newest.pods.kept and not self.latest.pods.ready):
+            return True
+        if self.latest.pods.kept and self.stale != before:
+            self._tell(
+                f"{_listed(self.stale)} changed since {newest.name} was made, which goes on as it is; "
+                "`relight run --reload` takes it at once, SIGHUP or the dashboard now, and so does the next pod that starts"
+            )
+        return False
+
+    def is_outdated(self, revision: Revision) -> bool:
+        """Whether a pod of the revision that starts now would run other code than its others. If so another revision is to take over."""
+        code = revision.service.code
+        if code is None or (now := code.now()) == code:
+            return False
+        if not self._is_renewing:
+            self._is_renewing = True
+            asyncio.get_running_loop().call_soon(self._renew, revision, now)
+        return True
+
+    def _renew(self, revision: Revision, code: Code) -> None:
+        """Have a revision with the code that there is now, as `revision` needs a pod and cannot have one."""
+        self._is_renewing = False
+        assert revision.service.code
+        files = _listed(revision.service.code.changed(code))
+        if revision not in (self.latest, self.next):
+            if not revision.pods.kept and not revision.failures.pause_s:
+                reason = f"{revision.name} cannot start: {files} changed since, and there is one version of the files here"
+                revision.failures.start_failed(Trouble(reason))
+            return
+        service = replace(self.service, code=code)
+        same = self._same(service)
+        if same is None or same is not self._newest:
+            self.service = service
+            same = same or self._create(service)
+            self._tell(f"{files} changed since {revision.name} was made: {same.name} takes over")
+            self._roll_out(same)
+        if self.next and not self.service.recreate and not self.latest.pods.kept:  # nobody is served by the old one, nor will be
+            self.latest, self.next, self.next_failure = self.next, None, None
+        self._reroute()
+        if self.latest.waiting:
+            self.latest.scaling.asked()
+
     def _create(self, service: Service) -> Revision:
         name = self._name(service)
         self._created += 1
-        revision = Revision(service, self._make_pod, self._watcher, name=name, record=self._record, on_change=self._changed)
+        self.stale = []
+        revision = Revision(
+            service,
+            self._make_pod,
+            self._watcher,
+            name=name,
+            record=self._record,
+            on_change=self._changed,
+            is_outdated=self.is_outdated,
+        )
         self.revisions[name] = revision
         return revision
 
     def _name(self, service: Service) -> str:
-        """What the next revision would be called."""
+        """What the next revision would be called. Where only code or weights have changed, the name of the template is taken."""
         numbered = (f"{service.name}-{number:05d}" for number in count(self._created + 1))
-        return service.template.metadata.name or next(name for name in numbered if name not in self.revisions)
+        wanted = service.template.metadata.name
+        return wanted if wanted and wanted not in self.revisions else next(name for name in numbered if name not in self.revisions)
 
     def _same(self, service: Service) -> Revision | None:
-        """The revision that has this template already: one by its name, the newest, or the one that a roll-out has not yet replaced."""
+        """The revision that runs the same already: one by its name, the newest, or the one that a roll-out has not yet replaced."""
         if not self.revisions:
             return None
-        if named := self.revisions.get(service.template.metadata.name):
-            return named
-        return next((revision for revision in (self._newest, self.latest) if revision.service.template == service.template), None)
+        named = self.revisions.get(service.template.metadata.name)
+        return next((found for found in (named, self._newest, self.latest) if found and found.service.runs_as(service)), None)
 
     def _check_names(self, service: Service) -> None:
         """Whether each revision that the traffic names is there, or comes with this very manifest."""
@@ -197,3 +264,14 @@ class Rollout:
             "state": "failed" if self.next_failure else "waiting" if self.next.scaling.held else "starting",
             "trouble": trouble and trouble.reason,
         }
+
+
+def _changed_files(before: Service, now: Service) -> list[str]:
+    """What has changed of the files that a revision was made of."""
+    files = before.code.changed(now.code) if before.code and now.code else []
+    return [*files, *(["the weights"] if before.weights != now.weights else [])]
+
+
+def _listed(files: Sequence[str]) -> str:
+    """The first of them, for a message."""
+    return ", ".join(files[:SHOWN]) + (f" and {len(files) - SHOWN} more" if len(files) > SHOWN else "")

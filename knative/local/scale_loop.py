@@ -30,10 +30,11 @@ class ScaleLoop:
         let_go: Callable[[Pod], object],
         is_late: Callable[[Pod], object],
         is_slow: Callable[[Pod], object],
+        is_outdated: Callable[[], bool] = lambda: False,
     ) -> None:
         """let_go: called with each pod that is one too many. is_late: with each that was not ready by its progress deadline.
 
-        is_slow: each second with each that was not ready for SLOW_S.
+        is_slow: each second with each that was not ready for SLOW_S. is_outdated: whether no pod may start, as another revision takes over.
         """
         self.scaler = Scaler(service.scale, meter, time.monotonic())
         self.held = False  # no pods yet, whoever waits
@@ -45,6 +46,7 @@ class ScaleLoop:
         self._let_go = let_go
         self._is_late = is_late
         self._is_slow = is_slow
+        self._is_outdated = is_outdated
         self._has_gpus = any(container.resources.gpus for container in service.spec.containers)
 
     @property
@@ -114,7 +116,7 @@ class ScaleLoop:
         if self._has_gpus and self.scaler.settled and not self._meter.current and not self._waiting:
             # A pod that has given its GPU up is not wanted back before somebody calls.
             wanted = min(wanted, max(kept, self.scaler.spec.min_scale))
-        if wanted > kept and not self._failures.pause_s:
+        if wanted > kept and not self._failures.pause_s and not self._is_outdated():
             for _ in range(wanted - kept):
                 self._pods.add()
         for pod in self._pods.surplus(wanted):

@@ -61,6 +61,7 @@ class Supervisor:
         make_pod: Callable[[Revision, str], Pod],
         watcher: Watcher,
         on_change: Callable[[Revision], object],
+        is_outdated: Callable[[Revision], bool],
     ) -> None:
         """See Revision; its meter, its record and those who wait must be there."""
         self._revision = revision
@@ -69,11 +70,12 @@ class Supervisor:
         self._make_pod = make_pod
         self._watcher = watcher
         self._on_change = on_change
+        self._is_outdated = partial(is_outdated, revision)
         service = revision.service
         self.pods = PodSet(service.spec.container_concurrency, self._make, tasks, self._pod_gone, self._cannot_make)
         self.failures = Failures(self.pods, self._waiting, self._failed)
         self.scaling = ScaleLoop(
-            service, revision.meter, self.pods, self._waiting, self.failures, self._let_go, self._is_late, self._is_slow
+            service, revision.meter, self.pods, self._waiting, self.failures, self._let_go, self._is_late, self._is_slow, self._is_outdated
         )
 
     def _make(self) -> Pod:
@@ -90,6 +92,8 @@ class Supervisor:
     def pod_changed(self, pod: Pod) -> None:
         """Called by a pod whose phase, report or trouble changed."""
         self._watcher.progress(self._revision, pod)
+        if pod.phase == "ready" and not self._is_of_revision(pod):
+            self._let_go(pod)  # whoever waits is answered by the revision that takes over
         if self.pods.follow(pod):
             self._readiness_changed(pod)
         if self.scaling.is_closed or pod not in self.pods.kept:
@@ -98,6 +102,14 @@ class Supervisor:
             self._start_failed(pod, pod.why_not_ready())
         elif pod.troubles.is_stuck:
             self.failures.pod_is_stuck()
+
+    def _is_of_revision(self, pod: Pod) -> bool:
+        """Whether a pod that is ready has started with the revision's code; what was changed after that does not count."""
+        if pod.proven_at != pod.began_at and pod in self.pods.kept and not self.scaling.is_closed:
+            if self._is_outdated():
+                return False
+            pod.proven_at = pod.began_at
+        return True
 
     def _readiness_changed(self, pod: Pod) -> None:
         if pod.phase == "ready":
@@ -127,7 +139,7 @@ class Supervisor:
         trouble, at_once = self.failures.pod_hangs(pod, limit_s)
         self._record.hung(pod, trouble.reason)
         self._watcher.hung(self._revision, pod, trouble.reason)
-        if at_once and self.scaling.scaler.spec.reachable and not self.scaling.held:
+        if at_once and self.scaling.scaler.spec.reachable and not self.scaling.held and not self._is_outdated():
             self.pods.add()
 
     def needs_pod(self) -> bool:

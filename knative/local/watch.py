@@ -1,10 +1,9 @@
-"""When manifests are read again: a file was written, or SIGHUP came."""
+"""When manifests are read again: a file was written, SIGHUP came, or somebody has asked for it."""
 
 import asyncio
 import os
 import signal
-
-from knative.local.manifest import Sources
+from collections.abc import Callable
 
 LOOK_S = 0.5  # between two looks; a change counts once it is the same in two, so that nothing half-written is read
 
@@ -12,10 +11,12 @@ LOOK_S = 0.5  # between two looks; a change counts once it is the same in two, s
 class Watch:
     """Waits for changes of files, without end."""
 
-    def __init__(self, sources: Sources) -> None:
-        self._sources = sources
-        self._stamp = sources.stamp()
+    def __init__(self, stamp: Callable[[], object]) -> None:
+        """stamp: something that is different once a file has changed; it reads, so not in the loop."""
+        self._look = stamp
+        self._stamp = stamp()
         self._told = asyncio.Event()
+        self._by = ""
         self._had_terminal = _has_terminal()
 
     @property
@@ -25,23 +26,28 @@ class Watch:
 
     def listen(self) -> None:
         """Take SIGHUP for a change."""
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._told.set)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.ask, "SIGHUP")
 
-    async def changed(self) -> bool:
-        """Returns when something has changed; whether it was SIGHUP that said so."""
+    def ask(self, by: str) -> None:
+        """Have all be read again, changed or not. by: who wants it, for people."""
+        self._by = by
+        self._told.set()
+
+    async def changed(self) -> str:
+        """Returns when something has changed, or somebody asks: who, nothing if nobody did."""
         before = self._stamp
         while True:
             try:
                 async with asyncio.timeout(LOOK_S):
                     await self._told.wait()
                 self._told.clear()
-                self._stamp = await asyncio.to_thread(self._sources.stamp)
-                return True
+                self._stamp = await asyncio.to_thread(self._look)
+                return self._by
             except TimeoutError:
-                stamp = await asyncio.to_thread(self._sources.stamp)
+                stamp = await asyncio.to_thread(self._look)
                 if stamp == before != self._stamp:
                     self._stamp = stamp
-                    return False
+                    return ""
                 before = stamp
 
 

@@ -64,6 +64,11 @@ class Workloads:
         make = self._maker.for_revision
         return {key(service): LiveService(service, make, self._watcher) for service in services if key(service) not in self.services}
 
+    def notice(self, services: Sequence[Service]) -> bool:
+        """Tell of code and weights that have changed; whether a Service is to have them now."""
+        found = [live.rollout.notice(service) for service in services if (live := self.services.get(key(service)))]
+        return any(found)
+
     def take(self, manifests: Manifests, new: dict[Key, LiveService]) -> list[LiveService]:
         """Have what the manifests say; those that stand in none of them any more are returned, for `see_off`."""
         wanted = {key(service) for service in manifests.services}

@@ -334,4 +334,4 @@ def test_on_a_machine_with_few_descriptors_fewer_may_watch(monkeypatch: pytest.M
     for limit, most in ((20, 4), (128, 16), (1 << 20, VIEWERS)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
         session = cast(aiohttp.ClientSession, None)
-        assert Admin({}, cast(QueueWatch, None), dict, tmp_path, session, 1)._most_lasting == most
+        assert Admin({}, cast(QueueWatch, None), dict, print, tmp_path, session, 1)._most_lasting == most

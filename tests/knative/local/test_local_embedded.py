@@ -10,9 +10,10 @@ from urllib.request import urlopen
 import boto3
 import pytest
 
-from knative.local.embedded import EmbeddedServer, Seed
+from knative.local.embedded import EmbeddedServer
 from knative.local.errors import PlatformError
 from knative.local.queues import EMBEDDED, Depth, Queue
+from knative.local.seeds import Seed
 from tests.support import free_port
 
 KEYS: Any = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "region_name": "us-east-1"}
