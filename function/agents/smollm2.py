@@ -22,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from function.agent import BadInput, Weights
+from function.agents.byte_alphabet import BYTES
 from function.agents.inputs import read_input, whole_texts
 from function.agents.llama import Cache, Llama
 from function.agents.sampling import FURTHER_PARAMETERS, Chooser, Sampling, Stops
@@ -149,7 +150,7 @@ class SmolLM2:
         """A token's part of the text; special ones have none."""
         if token in self._special:
             return b""
-        return bytes(_BYTES[character] for character in self._tokenizer.id_to_token(token) or "")
+        return bytes(BYTES[character] for character in self._tokenizer.id_to_token(token) or "")
 
     def _read(self, item: Any) -> tuple[str, Sampling]:
         """The text to go on with, and how."""
@@ -167,13 +168,3 @@ class SmolLM2:
 def _refuse(message: str) -> None:
     """What a chat template calls when it cannot use the messages."""
     raise BadInput(f"the model's chat template refuses the messages: {message}")
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Byte by character, as byte-level BPE (Radford et al., 2019) writes bytes: printable Latin-1 as itself, the others from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
-
-
-_BYTES = _byte_alphabet()
