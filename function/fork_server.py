@@ -1,8 +1,11 @@
-"""`python -m function.fork_server FD`: a process that has imported everything, and becomes `python -m function` as often as it is asked.
+"""`python -m function.fork_server FD ORDER`: a process that has imported everything, and becomes `python -m function` as often as asked.
 
-Whoever starts it (the local platform) holds the other end of the socket FD, and is told `warm` there. Each message on it asks for one
-process and carries the socket of a conversation with that process alone. It is answered, in turn, with the process id, 0 if there is
-none. In the conversation, which may begin at once or long after,
+ORDER is a file, by its number, that says what functions import besides our server: `warm_imports.Order` as JSON. Whoever starts it (the
+local platform) holds the other end of the socket FD, and is told there `importing LIBRARY` before each; then `warm`, with what it holds
+as JSON, or `without`, with a library that cannot be held and why. After the latter it ends: there is to be another one without it.
+
+After `warm`, each message asks for one process and carries the socket of a conversation with that process alone. It is answered, in
+turn, with the process id, 0 if there is none. In the conversation, which may begin at once or long after,
 
 1. the platform sends the log's file, and an order, one line of JSON: `env`, `cwd` (or null), and `parent`, its own process id;
 2. the new process says `ready`; or `refused: …`, and ends;
@@ -24,19 +27,22 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from function import server
+from function import server, warm_imports
+from function.warm_imports import OURS, Importer, LeftOut, Order
 
-WARM = b"warm"
 PROGRAM = "function"
-# What functions import besides our server: what agents need, as far as it is installed here.
+# What many functions import, as far as it is installed here.
 _LIBRARIES = ("torch", "tokenizers", "weights_cache.restore", "function.agents.minilm", "function.agents.smollm2")
-_OURS = ("function", "weights_cache")
 CHANGED = "our code has changed"
+REPLACED = "packages have been installed or removed"
 ADOPTION_S = 5.0
+# What a fresh process has imported before it looks for its agent.
+_BEFORE_AGENT = frozenset(name for name in sys.modules if "." not in name)
 
 _prctl = ctypes.CDLL(None).prctl
 _PR_SET_PDEATHSIG = 1
@@ -45,37 +51,64 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     """Serve until the platform is gone; in each process that is forked off, be `python -m function`."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    _warm_up()
-    control.send(WARM)
-    conversation, code = _serve(control)
+    held = _warm_up(control, Order(**json.loads(Path(f"/proc/self/fd/{sys.argv[2]}").read_bytes())))
+    os.close(int(sys.argv[2]))
+    conversation = _serve(control, held)
     # From here on we are a function's process.
     control.close()
-    _become(conversation, code)
+    _become(conversation, held)
     runpy.run_module(PROGRAM, run_name="__main__", alter_sys=True)
 
 
-def _warm_up() -> None:
-    """Import everything. Ends the process if that started a thread, which no fork would have."""
-    for name in _LIBRARIES:
-        with contextlib.suppress(ModuleNotFoundError):
-            importlib.import_module(name)
+class _Held:
+    """What was imported, and as of when."""
+
+    def __init__(self, importer: Importer, sites: dict[str, int]) -> None:
+        self.importer = importer
+        self._sites = sites
+        self._code = _stamps()
+
+    def outdated(self) -> str | None:
+        """Why this is not what a fresh process would import; None if it is."""
+        if _stamps() != self._code:
+            return CHANGED
+        return REPLACED if warm_imports.sites() != self._sites else None
+
+
+def _warm_up(control: socket.socket, order: Order) -> _Held:
+    """Import everything. Ends the process if something is left behind that forks must not have."""
+    sites = warm_imports.sites()  # as they were before anything was read
+    importer = Importer(order, lambda library: control.send(f"importing {library}".encode()))
+    try:
+        importer.run(_LIBRARIES)
+    except LeftOut as error:
+        sys.stderr.write(f"fork server: {error}\n")
+        traceback.print_exception(error.__cause__)
+        control.send(b"without " + json.dumps({"library": error.library, "reason": error.reason, "stamp": error.stamp}).encode())
+        sys.stderr.flush()
+        os._exit(1)
     if threads := [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]:
         sys.exit(f"fork server: imports have started {len(threads)} threads, which a forked function would lack")
+    warm_imports.inherited = frozenset(sys.modules)
+    ctypes.CDLL(None).fflush(None)  # what native code has printed would be printed by each fork
     gc.collect()
     gc.disable()  # until there is a function: what is collected here would be copied for each
     gc.freeze()
+    held = _Held(importer, sites)
+    libraries = {library: round(importer.seconds.get(library, 0.0), 3) for library in importer.libraries}
+    control.send(b"warm " + json.dumps({"libraries": libraries, "bytes": warm_imports.own_bytes()}).encode())
+    return held
 
 
-def _serve(control: socket.socket) -> tuple[socket.socket, dict[str, int]]:
-    """Fork once for each message; returns in the new processes alone, with their conversation and the stamps of what was imported."""
-    code = _stamps()
+def _serve(control: socket.socket, held: _Held) -> socket.socket:
+    """Fork once for each message; returns in the new processes alone, with their conversation."""
     told, tell = os.pipe()  # by the process in between, which knows the process id
     while True:
         message, files, _, _ = socket.recv_fds(control, 16, 1)
         if not message:
             os._exit(0)  # the platform is gone
-        if _stamps() != code:
-            sys.stderr.write(f"fork server: {CHANGED}; it takes a new process to run it\n")
+        if reason := held.outdated():
+            sys.stderr.write(f"fork server: {reason}; it takes a new process to have it as it is now\n")
             os._exit(1)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -85,7 +118,7 @@ def _serve(control: socket.socket) -> tuple[socket.socket, dict[str, int]]:
             if new == 0:
                 os.close(told)
                 os.close(tell)
-                return socket.socket(fileno=files[0]), code
+                return socket.socket(fileno=files[0])
             os.write(tell, b"%d" % max(new, 0))
             os._exit(0)
         for file in files:
@@ -104,7 +137,7 @@ def _fork() -> int:
         return -1
 
 
-def _become(conversation: socket.socket, code: dict[str, int]) -> None:
+def _become(conversation: socket.socket, held: _Held) -> None:
     """Make this process what the platform would have started; ends it if that is not possible or not wanted any more."""
     os.setsid()
     with conversation, conversation.makefile("rb") as lines:
@@ -119,7 +152,7 @@ def _become(conversation: socket.socket, code: dict[str, int]) -> None:
         order = json.loads(line)
         _wait_for_adoption(order["parent"])
         try:
-            if reason := CHANGED if _stamps() != code else _enter(order):
+            if reason := held.outdated() or _enter(order, held.importer):
                 conversation.sendall(f"refused: {reason}\n".encode())
                 os._exit(1)
             conversation.sendall(b"ready\n")
@@ -132,34 +165,42 @@ def _become(conversation: socket.socket, code: dict[str, int]) -> None:
     gc.enable()
 
 
-def _enter(order: dict[str, Any]) -> str | None:
+def _enter(order: dict[str, Any], importer: Importer) -> str | None:
     """Take over the working directory and the environment; returns why this process could not be what a fresh one would be."""
+    env: dict[str, str] = order["env"]
     if order["cwd"] is not None:
         try:
             os.chdir(order["cwd"])
         except OSError as error:
             return f"{order['cwd']}: {error.strerror}"
-        if hidden := sorted(_shadowed()):
+        if hidden := sorted(_hidden(Path(), set())):
             return f"{order['cwd']} has {', '.join(hidden)} of its own"
+    for folder in filter(None, env.get("FUNCTION_AGENT_PATH", "").split(os.pathsep)):
+        if hidden := sorted(_hidden(Path(folder), _BEFORE_AGENT)):
+            return f"{folder} has {', '.join(hidden)} of its own"
+    if name := importer.disagreement(env):
+        return f"{name} is read when libraries are imported, and was another here"
     os.environ.clear()
-    os.environ.update(order["env"])
+    os.environ.update(importer.added | env)
     time.tzset()
     if not sys.flags.safe_path:
         sys.path[0] = str(Path.cwd())  # where `python -m` looks first
     importlib.invalidate_caches()
+    warm_imports.differ()
     sys.argv = ["-m"]  # runpy puts the program in its place
     sys.orig_argv[1:] = ["-m", PROGRAM]
     return None
 
 
-def _shadowed() -> Iterator[str]:
-    """Modules that are loaded here, and of which the working directory has others: a fresh process would load those."""
-    loaded = {name for name in sys.modules if "." not in name}
-    for entry in os.scandir():
-        name = entry.name.partition(".")[0]
-        is_module = entry.name.endswith((".py", ".so")) or (entry.is_dir() and Path(entry, "__init__.py").exists())
-        if is_module and name in loaded:
-            yield name
+def _hidden(folder: Path, but: Collection[str]) -> Iterator[str]:
+    """Modules that are loaded here, without those of `but`, and of which a folder has others: a fresh process would load those."""
+    loaded = {name for name in sys.modules if "." not in name and name not in but}
+    with contextlib.suppress(OSError):  # a function that needs it will say so
+        for entry in os.scandir(folder):
+            name = entry.name.partition(".")[0]
+            is_module = entry.name.endswith((".py", ".so")) or (entry.is_dir() and Path(entry, "__init__.py").exists())
+            if is_module and name in loaded:
+                yield name
 
 
 def _wait_for_adoption(parent: int) -> None:
@@ -189,7 +230,7 @@ def _stamps() -> dict[str, int]:
     """When each file of ours that is loaded was changed last."""
     stamps = {}
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in _OURS and (file := getattr(module, "__file__", None)):
+        if name.partition(".")[0] in OURS and (file := getattr(module, "__file__", None)):
             try:
                 stamps[file] = Path(file).stat().st_mtime_ns
             except OSError:

@@ -16,7 +16,7 @@ from typing import Any
 from gunicorn.app.base import BaseApplication
 from prometheus_client import start_http_server
 
-from function import children, process, tracing
+from function import children, process, tracing, warm_imports
 from function.app import create
 from function.cors import Cors
 from function.ending import Ending
@@ -166,6 +166,7 @@ def main() -> None:
     """Serve until SIGTERM. Exits 2 with one line on stderr when a setting is wrong, 3 when the agent cannot be brought up."""
     plain = {**children.handlers(), signal.SIGTERM: signal.SIG_DFL}  # see function/__main__.py
     process.prepare()
+    warm_imports.expect()
     install()
     try:
         settings, weights = from_environment()

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from knative.local.fork_server import Forked, ForkServer
+from knative.local.fork_server import ForkServer
 from knative.local.launch import Process
 from knative.local.limits import Confinement, Limiter
 from knative.local.procfs import MARK, end_marked
 from knative.local.tasks import Tasks
+from knative.local.warm_process import Forked
 
 # As the kubelet has them: the first restart is at once, the next after 10 s, doubling. But one that was well since it started, or that was
 # killed from outside, has short pauses only: callers are held for it, and it can start.
@@ -176,13 +177,14 @@ class ContainerProcess:
 
     async def _begin(self, log: IO[bytes]) -> asyncio.subprocess.Process | Forked:
         """The process. Raises OSError."""
-        if self._fork_server and (forked := await self._fork_server.fork(self.process, log, self._enter)):
+        process = self._fork_server.listening(self.process) if self._fork_server else self.process
+        if self._fork_server and (forked := await self._fork_server.fork(process, log, self._enter)):
             return forked
         try:
             return await asyncio.create_subprocess_exec(
-                *self.process.argv,
-                env=self.process.env,
-                cwd=self.process.cwd,
+                *process.argv,
+                env=process.env,
+                cwd=process.cwd,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=asyncio.subprocess.STDOUT,

@@ -17,11 +17,12 @@ import pytest
 
 from knative.local import fork_server as fork_server_module
 from knative.local import process as process_module
-from knative.local.fork_server import Forked, ForkServer
+from knative.local.fork_server import ForkServer
 from knative.local.inheritance import inherited
 from knative.local.launch import Process
 from knative.local.limits import Limits
 from knative.local.process import ContainerProcess, tail
+from knative.local.warm_process import Forked
 from tests.knative.local.running import platform_running, service
 from tests.support import ROOT, free_port, request, wait_until
 
@@ -97,9 +98,10 @@ class Stage:
 
     async def spare(self) -> int:
         """The process id of the process that waits for the next function."""
-        await until("a spare process", lambda: self.server._spare)
-        assert self.server._spare
-        return self.server._spare.child.pid
+        await until("a spare process", lambda: self.server._current and self.server._current._spare)
+        assert self.server._current
+        assert self.server._current._spare
+        return self.server._current._spare.child.pid
 
     def process(self, agent: str = "telling:Agent", name: str = "function", **settings: str) -> Process:
         port = free_port()
@@ -374,11 +376,11 @@ def test_it_waits_while_somebody_else_starts(site: Path, tmp_path: Path) -> None
         await asyncio.sleep(0.1)
         assert stage.server.starts == 0
         stage.is_busy = False
-        await until("its process", lambda: stage.server._child)
+        pids = children()
+        await until("its process", lambda: children() - pids)
         stage.is_busy = True
-        child = stage.server._child
-        assert child
-        await until("it stopped", lambda: state(child.pid) == "T" or stage.server.pid)
+        (child,) = children() - pids
+        await until("it stopped", lambda: state(int(child)) == "T" or stage.server.pid)
         stage.is_busy = False
         await stage.warm()
         assert stage.server.starts == 1

@@ -1,0 +1,366 @@
+"""Imports made ahead of need, for processes that are forked; and what a function that is ready tells of its own.
+
+A library is imported once, in a process that nobody calls, and every fork has it. That must not be noticed, so after each import there is
+a look at what a fork would carry along: threads, which it would lack, signal handlers, files, changed variables, and the like. A library
+that leaves anything behind is left out: the process is of no use any more, and whoever started it starts another one without that library.
+
+Which variables are read meanwhile is noted: a function that has others than this process had is no fork of it.
+"""
+
+import ast
+import importlib
+import importlib.util
+import json
+import locale
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+OURS = ("function", "weights_cache")
+# Of no matter: the mark of a process, and threads, of which the platform has seen to it that what a fork has is what is asked for.
+_NOT_NOTED = ("RELIGHT_CONTAINER", "OMP_NUM_THREADS")
+FILE = "RELIGHT_IMPORTS_FILE"  # where a function is to tell what it has imported; given by the local platform
+# What native code of libraries reads when it is loaded, which cannot be seen; besides names that begin with the library's own.
+_READ_BY_NATIVE_CODE = {
+    "arrow": ("ARROW_",),
+    "cv2": ("OPENCV_",),
+    "jaxlib": ("JAX_", "XLA_"),
+    "onnxruntime": ("ORT_",),
+    "tensorflow": ("TF_", "XLA_"),
+    "tokenizers": ("RAYON_",),
+    "transformers": ("HF_", "HUGGINGFACE_"),
+}
+
+
+# What this process has imported
+
+
+def site_of(file: str | None) -> str | None:
+    """The folder of installed packages that a file lies in; None for our own code, the user's, and Python's."""
+    for name in ("site-packages", "dist-packages"):
+        head, found, _ = (file or "").partition(f"{os.sep}{name}{os.sep}")
+        if found:
+            return f"{head}{os.sep}{name}"
+    return None
+
+
+def imported(besides: Iterable[str] = ()) -> list[str]:
+    """The modules of libraries and of ours that are there, in the order in which they came, without those of `besides`."""
+    known = set(besides)
+    return [name for name, module in list(sys.modules.items()) if name not in known and _is_found_again(name, module)]
+
+
+def _is_found_again(name: str, module: object) -> bool:
+    """Whether a module comes from a file of a library or of ours, and importing this name would bring the same."""
+    spec = getattr(module, "__spec__", None)
+    if getattr(spec, "name", None) != name:  # not what Python knows as that name
+        return False
+    origin = getattr(spec, "origin", None)
+    return isinstance(origin, str) and (site_of(origin) is not None or name.partition(".")[0] in OURS)
+
+
+# What a function tells
+
+
+_file: str | None = None
+inherited: frozenset[str] = frozenset()  # the modules that this process was forked with; none in a fresh one
+
+
+def expect() -> None:
+    """Take what the local platform has said out of the environment, before anything else reads that. Later: `tell`."""
+    global _file
+    _file = os.environ.pop(FILE, None)
+
+
+def tell() -> None:
+    """Tell the local platform what this function has imported, if it wants to know; called once the agent is ready."""
+    if _file:
+        text = json.dumps({"fresh": not inherited, "modules": imported(inherited)})
+        with suppress(OSError):  # the platform is gone, or its disk is full
+            Path(f"{_file}.new").write_text(text)
+            Path(f"{_file}.new").rename(_file)
+
+
+# What an agent's source says
+
+
+def named_in_source(agent: str, folders: Sequence[Path]) -> list[str]:
+    """What the module of `module:Class` imports that is not in the same folders, as `module` or `module:attribute`."""
+    found: dict[str, None] = {}
+    waiting, seen = [agent.partition(":")[0]], set()
+    while waiting:
+        module = waiting.pop(0)
+        if module in seen:
+            continue
+        seen.add(module)
+        if file := _source(module, folders):
+            with suppress(OSError, SyntaxError, ValueError):  # the function will say so
+                package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+                for name, attribute in _imports(ast.parse(file.read_bytes()), package):
+                    is_near = _source(name, folders) is not None
+                    waiting += [name] if is_near else []
+                    waiting += [f"{name}.{attribute}"] if is_near and attribute else []
+                    if not is_near and name not in OURS:
+                        found[f"{name}:{attribute}" if attribute else name] = None
+    return list(found)
+
+
+def _source(module: str, folders: Sequence[Path]) -> Path | None:
+    for folder in folders:
+        base = folder.joinpath(*module.split("."))
+        for file in (base.with_suffix(".py"), base / "__init__.py"):
+            if file.is_file():
+                return file
+    return None
+
+
+def _imports(tree: ast.AST, package: str) -> Iterator[tuple[str, str]]:
+    """(module, attribute or nothing) of all that is imported anywhere but for a type checker."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            if module and module != "__future__":
+                yield from ((module, "" if alias.name == "*" else alias.name) for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            for child in node.orelse:
+                yield from _imports(ast.Module([child], []), package)
+        else:
+            yield from _imports(node, package)
+
+
+# Importing ahead
+
+
+class LeftOut(Exception):
+    """A library cannot be held: this process is of no use, and the next one is to do without it."""
+
+    def __init__(self, library: str, reason: str, stamp: int = 0) -> None:
+        """stamp: of the library as it is installed, if it is to be left out until that changes; else 0."""
+        super().__init__(f"{library} {reason}")
+        self.library, self.reason, self.stamp = library, reason, stamp
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be imported.
+
+    functions: the variables that each will have, as far as they are known. modules: as `imported` names them. sources: of agents that
+    were never seen running, `agent` and `folders` to look for it in; what their source names is imported. without: libraries that are
+    left out, with their stamps. most_bytes: of the process's own memory.
+    """
+
+    functions: Sequence[Mapping[str, str]] = ()
+    modules: Sequence[str] = ()
+    sources: Sequence[Mapping[str, Any]] = ()
+    without: Mapping[str, int] = field(default_factory=dict)
+    most_bytes: int = 1 << 62
+
+    def names(self) -> Iterator[str]:
+        """All that is to be imported, in turn."""
+        yield from self.modules
+        for source in self.sources:
+            agent: str = source["agent"]
+            module, _, name = agent.partition(":")
+            folders = [Path(folder) for folder in source["folders"]]
+            if module.partition(".")[0] in OURS:  # which may be imported, and then tells where its class really is
+                yield agent
+                agent = f"{getattr(getattr(sys.modules.get(module), name, None), '__module__', module)}:{name}"
+                folders = [Path(__file__).parent.parent]
+            yield from named_in_source(agent, folders)
+
+
+class Importer:
+    """Imports what is ordered into this process."""
+
+    def __init__(self, order: Order, tell: Callable[[str], object] = lambda library: None) -> None:
+        """tell: called with the name of the library that comes next, so that it is known of one that never returns."""
+        self.seconds: dict[str, float] = {}  # what each library took that was asked for
+        self.added: dict[str, str] = {}  # variables that libraries have set
+        self.env = dict(os.environ)  # the variables as they were then
+        self._order = order
+        self._tell = tell
+        self._began_with = set(sys.modules)
+        self._reads: dict[str, None] = {}
+        self._told = ""
+
+    def run(self, first: Sequence[str]) -> None:
+        """Import `first` and what was ordered. Raises LeftOut."""
+        variables = {name: value for env in reversed(self._order.functions) for name, value in env.items()}
+        os.environ.update(variables)
+        self.env = dict(os.environ)
+        with _reads(self._reads):
+            for name in (*first, *self._order.names()):
+                library = name.partition(":")[0].partition(".")[0]
+                stamp = self._order.without.get(library)
+                if stamp is None or (stamp and stamp != _stamp(library)):
+                    self._import(name, library)
+
+    @property
+    def libraries(self) -> list[str]:
+        """The installed packages and modules that are there and were not before; what took longest is first."""
+        found = {name.partition(".")[0]: None for name in imported(self._began_with) if name.partition(".")[0] not in OURS}
+        return sorted(found, key=lambda library: -self.seconds.get(library, 0.0))
+
+    def disagreement(self, env: Mapping[str, str]) -> str | None:
+        """A variable for which a function with this environment would have needed an import of its own; None if there is none."""
+        for name in (*self._reads, *_beginning_with(_prefixes(self.libraries), {**self.env, **env})):
+            if env.get(name) != self.env.get(name):
+                return name
+        return next((name for name, value in self.added.items() if env.get(name, value) != value), None)
+
+    def _import(self, name: str, library: str) -> None:
+        module_name, _, attribute = name.partition(":")
+        if module_name in sys.modules and (not attribute or attribute in vars(sys.modules[module_name])):
+            return
+        if library != self._told:
+            self._tell(library)
+            self._told = library
+        before, began, known = _state(), time.monotonic(), len(self._reads)
+        try:
+            module = importlib.import_module(module_name)
+            if attribute:
+                getattr(module, attribute, None)
+        except ImportError:
+            pass  # what was ordered is not installed, or not any more, or something that it needs
+        except BaseException as error:
+            if not (library in OURS and isinstance(error, Exception)):  # what an agent of ours asks for is seen by its own name
+                raise self._left_out(library, f"cannot be imported: {type(error).__name__}: {error}"[:300]) from error
+        self.seconds[library] = self.seconds.get(library, 0.0) + time.monotonic() - began
+        self._check(library, before, list(self._reads)[known:])
+
+    def _check(self, library: str, before: Mapping[str, object], reads: Sequence[str]) -> None:
+        after = _state()
+        for what, value in before.items():
+            if after[what] != value:
+                raise self._left_out(library, f"{what} when it is imported")
+        self._check_variables(library, reads)
+        if (used := own_bytes()) > self._order.most_bytes:
+            raise LeftOut(library, f"would take the fork server to {used >> 20} MiB, of at most {self._order.most_bytes >> 20}")
+
+    def _check_variables(self, library: str, reads: Sequence[str]) -> None:
+        expected = {**self.env, **self.added}
+        for name in expected:
+            if os.environ.get(name) != expected[name]:
+                raise self._left_out(library, f"changes the variable {name} when it is imported")
+        self.added |= {name: value for name, value in os.environ.items() if name not in expected}
+        functions = self._order.functions
+        names = {name for env in functions for name in _beginning_with(_prefixes([library]), env)}
+        for name in sorted({*reads, *names}):
+            if len({env.get(name) for env in functions}) > 1:
+                raise LeftOut(library, f"reads {name} when it is imported, in which the functions differ")
+
+    def _left_out(self, library: str, reason: str) -> LeftOut:
+        return LeftOut(library, reason, _stamp(library))
+
+
+def own_bytes() -> int:
+    """This process's memory that is no file's."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
+
+
+def sites() -> dict[str, int]:
+    """When a package was last added to or taken from each folder that they are installed in, or replaced."""
+    return {folder: _changed(folder) for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")}
+
+
+def differ() -> None:
+    """Give this process, which has just been forked, random numbers of its own. (Python's `random` does that itself.)"""
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()
+
+
+def _stamp(library: str) -> int:
+    """When something was last installed where a library is; 0 if it cannot be told."""
+    with suppress(ImportError, ValueError, AttributeError):
+        spec = importlib.util.find_spec(library)
+        if spec and (folder := site_of(spec.origin)):
+            return _changed(folder)
+    return 0
+
+
+def _changed(path: str) -> int:
+    try:
+        return Path(path).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _prefixes(libraries: Iterable[str]) -> tuple[str, ...]:
+    """What the names of variables begin with that these may read unseen."""
+    return tuple(prefix for library in libraries for prefix in (f"{library.upper()}_", *_READ_BY_NATIVE_CODE.get(library, ())))
+
+
+def _beginning_with(prefixes: tuple[str, ...], names: Iterable[str]) -> Iterator[str]:
+    return (name for name in names if name.startswith(prefixes))
+
+
+class _reads:  # noqa: N801  used like a function
+    """Notes which variables are read, as long as it is entered."""
+
+    def __init__(self, names: dict[str, None]) -> None:
+        theirs = type(os.environ)
+
+        class Noting(theirs):  # type: ignore[misc, valid-type]
+            def __getitem__(self, key: str) -> str:
+                if key not in _NOT_NOTED:
+                    names[key] = None
+                return str(super().__getitem__(key))
+
+            # All of them are read for a program that is started, or to choose by the beginning of a name, of which `_prefixes` knows.
+            def copy(self) -> dict[str, str]:
+                return {key: super(Noting, self).__getitem__(key) for key in self}
+
+            def items(self) -> Any:
+                return self.copy().items()
+
+        self._theirs, self._noting = theirs, Noting
+
+    def __enter__(self) -> None:
+        os.environ.__class__ = self._noting
+
+    def __exit__(self, *_: object) -> None:
+        os.environ.__class__ = self._theirs
+
+
+def _state() -> dict[str, object]:
+    """What no import may change, each by what is said of a library that does."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return {
+        "starts threads": len(os.listdir("/proc/self/task")),  # noqa: PTH208  names are enough
+        "starts processes": Path(f"/proc/self/task/{os.getpid()}/children").read_text(),
+        "sets signal handlers": (
+            [status[name] for name in ("SigBlk", "SigIgn", "SigCgt")],
+            [signal.getsignal(number) for number in signal.valid_signals()],
+        ),
+        "opens files or devices": sorted(_open_files()),
+        "changes the working directory": str(Path.cwd()),
+        "changes the umask": status["Umask"],
+        "changes how logs are written": (logging.root.level, list(logging.root.handlers), logging.root.manager.disable),
+        "replaces standard files or hooks": (sys.stdin, sys.stdout, sys.stderr, sys.excepthook, threading.excepthook),
+        "changes the locale": locale.setlocale(locale.LC_ALL),
+        "changes the default time-out of sockets": socket.getdefaulttimeout(),
+        "seeds Python's random numbers": random.getstate(),
+    }
+
+
+def _open_files() -> Iterator[str]:
+    """All but ordinary files: to share the place in one that is only read does no harm."""
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208  names are enough
+        with suppress(OSError):  # that of the listing itself
+            target = str(Path("/proc/self/fd", name).readlink())
+            if not target.startswith("/") or target.startswith("/dev/"):
+                yield target
