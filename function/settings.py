@@ -101,6 +101,17 @@ class FunctionSettings:
         text="threads of torch, or of onnxruntime; 0 takes the container's CPU limit, or 1 without one",
     )
     lean_torch: bool = setting("FUNCTION_LEAN_TORCH", True, text="import of torch without its compilers, until something needs them")
+    task: str | None = setting(
+        "FUNCTION_TASK",
+        None,
+        text="what the model of `function.agents.transformers:Pipeline` is for, as `text-classification`; by default its config says it",
+    )
+    dtype: str | None = setting(
+        "FUNCTION_DTYPE",
+        None,
+        text="for the agents of `function.agents.transformers`: `float32`, `bfloat16` or `float16`; by default as in the weights, "
+        "which replicas then share",
+    )
     onnx_file: str | None = setting(
         "FUNCTION_ONNX_FILE", None, text="the model among several `.onnx` files, for `function.agents.onnx:Session`, as `onnx/model.onnx`"
     )

@@ -1,0 +1,166 @@
+"""One forward pass for the inputs of a batch: rows of tokens of several lengths, side by side.
+
+A row that is shorter than the longest is padded, and its padding masked. Not every model keeps the mask (some mix all tokens, or count
+positions from the end), so that padding is relied on only once it was seen to change nothing; else rows of one length share a pass.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from function.agent import BadInput
+
+MOST_CELLS = 32_768  # of one pass, padding counted
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of what padding may change, by the largest number; in 16 bits:
+_TOLERANCE_16 = 3e-2
+
+
+@dataclass
+class Row:
+    """What one forward pass has in one row: numbers of tokens by the model's name for them, or tensors [1, …] that all are alike."""
+
+    inputs: dict[str, Any]
+    extra: dict[str, Any] = field(default_factory=dict)  # for the end, and not for the model
+
+    def __len__(self) -> int:
+        """In tokens; 1 for what has none."""
+        return max((len(value) for value in self.inputs.values() if isinstance(value, list)), default=1)
+
+    def size(self) -> tuple[Any, ...]:
+        """The same for rows that need no padding to share a pass."""
+        return len(self), *(tuple(value.shape) for value in self.inputs.values() if isinstance(value, Tensor))
+
+
+class Forward:
+    """The forward pass of one model, for any number of rows."""
+
+    def __init__(self, model: Any, tokenizer: Any, outputs: Sequence[str], *, is_by_token: bool) -> None:
+        """outputs: of the model, by name. is_by_token: they have a number for each token, and not for the row."""
+        self._model = model
+        self._outputs = outputs
+        self._is_by_token = is_by_token
+        self._pad = getattr(tokenizer, "pad_token_id", None)
+        self._is_left = getattr(tokenizer, "padding_side", "right") == "left"
+        self._more = {"use_cache": False} if _takes(model, "use_cache") else {}
+        self._pads: bool | None = None  # whether padding changes nothing; None: not tried
+
+    def run(self, rows: Sequence[Row]) -> list[dict[str, Tensor]]:
+        """The outputs for each row, [1, …] on the CPU, without what is padding."""
+        order = sorted(range(len(rows)), key=lambda index: rows[index].size())
+        found: list[dict[str, Tensor]] = [{}] * len(rows)
+        for group in self._groups([rows[index] for index in order]):
+            for output in self._pass(group):
+                found[order.pop(0)] = output
+        return found
+
+    def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Those that share a pass; rows come by size."""
+        if len(rows[0]) != len(rows[-1]) and self._pads is None:
+            self._pads = self._pad is not None and "attention_mask" in rows[0].inputs and self._is_same_when_padded(rows[0], rows[-1])
+        alike = [list(rows)] if self._pads else [list(group) for _, group in groupby(rows, Row.size)]
+        return [part for group in alike for part in _parts(group)]
+
+    def _is_same_when_padded(self, short: Row, long: Row) -> bool:
+        (alone,), (together, _) = self._pass([short]), self._pass([short, long])
+        return all(_are_close(alone[name], together[name]) for name in alone)
+
+    def _pass(self, rows: Sequence[Row]) -> list[dict[str, Tensor]]:
+        device = self._model.device
+        with torch.inference_mode():
+            inputs = {name: joined(name, rows, self._pad, is_left=self._is_left).to(device) for name in rows[0].inputs}
+            outputs = self._model(**inputs, **self._more)
+            found = {name: outputs[name].cpu() for name in self._outputs}
+        return [{name: self._cut(output[at : at + 1], len(row)) for name, output in found.items()} for at, row in enumerate(rows)]
+
+    def _cut(self, output: Tensor, length: int) -> Tensor:
+        if not self._is_by_token:
+            return output
+        return output[:, -length:] if self._is_left else output[:, :length]
+
+
+def joined(name: str, rows: Sequence[Row], pad: int | None, *, is_left: bool) -> Tensor:
+    """One input of the model for all rows, those that are shorter filled up at their beginning or end."""
+    values = [row.inputs[name] for row in rows]
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)
+    longest = max(map(len, values))
+    filling = [pad if name == "input_ids" else 0]
+    full = [filling * (longest - len(value)) for value in values]
+    return torch.tensor([more + value if is_left else value + more for value, more in zip(values, full, strict=True)])
+
+
+def _takes(model: Any, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
+
+
+def _parts(rows: Sequence[Row]) -> list[list[Row]]:
+    """Cut so that none has too many cells."""
+    size = max(1, MOST_CELLS // max(map(len, rows)))
+    return [list(rows[at : at + size]) for at in range(0, len(rows), size)]
+
+
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    tolerance = _TOLERANCE.get(one.dtype, _TOLERANCE_16) * float(one.abs().max())
+    return bool(((one - other).abs() <= tolerance).all())
+
+
+class Texts:
+    """Makes rows of texts, as long as the model takes them."""
+
+    def __init__(self, tokenizer: Any, limit: int | None) -> None:
+        """limit: tokens that the model takes, None if any number."""
+        self.tokenizer = tokenizer
+        self.limit = limit
+        if limit:
+            tokenizer.model_max_length = limit  # by which the library's own code cuts, too
+
+    def rows(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, truncation: bool | str = False, keep: Sequence[str] = ()
+    ) -> list[Row]:
+        """One for each text. pairs: second texts. keep: of what the tokenizer tells, besides what the model wants, in `extra`.
+
+        Raises BadInput for a text that is too long, unless `truncation` says that it be cut.
+        """
+        cut = {"truncation": truncation, "max_length": self.limit} if truncation and self.limit else {}
+        wanted = {f"return_{name.replace('offset_mapping', 'offsets_mapping')}": True for name in keep}
+        found = self.encode(list(texts), None if pairs is None else list(pairs), **cut, **wanted)
+        names = [name for name in self.tokenizer.model_input_names if name in found]
+        rows = []
+        for at in range(len(texts)):
+            rows.append(Row({name: found[name][at] for name in names}, {name: found[name][at] for name in keep}))
+            self.check(len(rows[-1]))
+        return rows
+
+    def encode(self, *texts: Any, **options: Any) -> Any:
+        """What the tokenizer makes of them. Raises BadInput for a text that it cannot take."""
+        try:
+            return self.tokenizer(*texts, **options)
+        except (UnicodeEncodeError, TypeError):
+            raise BadInput("the text holds half a character (a lone surrogate)") from None
+
+    def check(self, length: int) -> None:
+        """Raises BadInput for a text of too many tokens."""
+        if self.limit and length > self.limit:
+            raise BadInput(
+                f"the text has {length} tokens, and the model takes {self.limit}: shorten it, or have it cut with the parameter "
+                '"truncation": true'
+            )
+        if not length:
+            raise BadInput("the text is empty: the tokenizer makes no token of it")
+
+
+def token_limit(model: Any, tokenizer: Any) -> int | None:
+    """How many tokens a model takes: what its tokenizer says, and no more than it has positions for. None if any number."""
+    said = tokenizer.model_max_length
+    found = [said] if 0 < said < 1 << 30 else []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ("position_embeddings", "embed_positions", "wpe") and isinstance(module, torch.nn.Embedding):
+            # Where numbers are left out at the beginning: those of BART's kind say how many, those of RoBERTa's count from the padding's.
+            before = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
+            found.append(module.num_embeddings - before)
+    return min(found, default=None)
