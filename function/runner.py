@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from function import cpus, lean_torch
+from function import cpus, lean_torch, warm_imports
 from function.agent import load_agent
 from function.batcher import Batcher, Recent, Slice, Span
 from function.errors import FunctionError, Unavailable
@@ -106,6 +106,7 @@ class Runner:
             )
             return error
         log.info("ready after %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in dict(self._progress.stages).items()))
+        warm_imports.tell()
         try:
             self._serve(agent)
             agent.close()
