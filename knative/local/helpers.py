@@ -9,6 +9,7 @@ from typing import Any
 from knative.local.embedded import EmbeddedServer
 from knative.local.errors import PlatformError
 from knative.local.fork_server import PROGRAM, ForkServer
+from knative.local.imports import Imports
 from knative.local.limits import Limiter, delegated
 from knative.local.manifest import OBJECT_STORE, QUEUES, Manifests
 from knative.local.pod import Pod
@@ -43,7 +44,16 @@ class Helpers:
         commands = [(*container.command, *container.args)[1:] for s in manifests.services for container in s.spec.containers]
         if with_fork_server and not self._maker.fork_server and PROGRAM in commands:
             places = self._maker.places
-            self._maker.fork_server = ForkServer(self._logs / "fork-server.log", self._is_starting, self._say, places.mark, places.inherits)
+            self._maker.fork_server = ForkServer(
+                self._logs / "fork-server.log",
+                self._is_starting,
+                self._say,
+                places.mark,
+                places.inherits,
+                Imports(places.state_dir / "imports"),
+            )
+        if self._maker.fork_server:
+            self._maker.fork_server.want(self._maker.functions(manifests.services))
 
     async def _start_embedded(self, manifests: Manifests) -> None:
         wants_objects = bool(self._maker.seeds.all) or manifests.mentions(OBJECT_STORE)

@@ -2,7 +2,8 @@
 
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import count
 from pathlib import Path
 
 import aiohttp
@@ -10,9 +11,9 @@ import aiohttp
 from knative.local.devices import Devices
 from knative.local.exposure import Exposure
 from knative.local.fork_server import ForkServer
-from knative.local.launch import Places, PodPlan, plan_pod, plan_source
+from knative.local.launch import Places, PodPlan, Process, plan_pod, plan_source
 from knative.local.limits import Limiter
-from knative.local.manifest import QueueSource
+from knative.local.manifest import QueueSource, Service
 from knative.local.pod import Pod
 from knative.local.ports import HOST
 from knative.local.revision import Revision
@@ -50,6 +51,24 @@ class PodMaker:
         supervisor = revision.supervisor
         changed = self.exposure.watch(revision.name, supervisor.pod_changed)
         return self._pod(name, plan, changed, supervisor.process_ended, self.fork_server, is_urgent=lambda _: supervisor.needs_pod())
+
+    def functions(self, services: Iterable[Service]) -> list[Process]:
+        """The processes that pods of these will have, each as two pods would: what differs between those differs between any two."""
+        found = []
+        for service in services:
+            for pod in ("one", "other"):
+                plan = plan_pod(
+                    service,
+                    revision=pod,
+                    pod=pod,
+                    places=self.places,
+                    manifests=service.manifests,
+                    free_port=count(1 if pod == "one" else 1000).__next__,
+                    addresses=self.addresses,
+                    seeds=self.seeds,
+                )
+                found += plan.processes
+        return found
 
     def for_source(self, source: QueueSource, name: str, sink: str) -> Pod:
         """The one of a source, whose events go to `sink`, an address."""
