@@ -54,10 +54,10 @@ reload: setup ## Render the demo's manifests again, after a change: `make run` t
 # The names of what was said on the command line (NAME=, NAMESPACE=, IMAGE=, …). `relight cluster` finds the values in its environment,
 # where no shell has touched their quotes, and knows which there are.
 SAID = $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
-render: setup ## Print the manifests of an overlay (ENV=, NAME=, NAMESPACE=, IMAGE=, WEIGHTS_URI=, MIN_SCALE=, MAX_SCALE=, TARGET=, CONCURRENCY=, GPU=, EVENTS=, QUEUE_URL=)
+render: setup ## Print the manifests of an overlay (ENV=, COMPONENTS=, NAME=, NAMESPACE=, IMAGE=, WEIGHTS_URI=, AGENT=, EXAMPLE=, DEVICE=, SET_…=, MIN_SCALE=, MAX_SCALE=, TARGET=, CONCURRENCY=, GPU=, EVENTS=, QUEUE_URL=)
 	@$(BIN)/relight cluster render --from-make "$(SAID)"
 
-cluster: setup ## Print what an administrator applies once for an overlay (ENV=)
+cluster: setup ## Print what an administrator applies once for an overlay (ENV=, COMPONENTS=)
 	@$(BIN)/relight cluster config --from-make "$(SAID)"
 
 deploy undeploy status logs invoke build push: setup
@@ -68,7 +68,7 @@ undeploy: ## Delete what deploy made
 status: ## Show the Service, its revisions and pods
 logs: ## Print the logs of its pods (CONTAINER=, FOLLOW=true)
 invoke: ## Send it a request (DATA=, ROUTE=, ADDRESS=)
-build: ## Build the images (IMAGE=, WEIGHTS_IMAGE=, QUEUE_IMAGE=, VARIANT=cpu or cuda, SBOM=folder, OPTIONS=)
+build: ## Build the images (IMAGE=, WEIGHTS_IMAGE=, QUEUE_IMAGE=, VARIANT=cpu or cuda, SBOM=folder, OPTIONS=), or with AGENT_DIR=folder an agent's
 push: ## Push the images
 
 test: setup ## Run all tests (most of them wait most of the time, so there are more processes than cores)

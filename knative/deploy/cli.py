@@ -144,7 +144,10 @@ def invoke(variables: Variables) -> None:
 @cluster.command()
 @_variables
 def build(variables: Variables) -> None:
-    """Build the images (IMAGE=, WEIGHTS_IMAGE=, QUEUE_IMAGE=, VARIANT=cpu|cuda, SBOM=folder, OPTIONS=)."""
+    """Build the images (IMAGE=, WEIGHTS_IMAGE=, QUEUE_IMAGE=, VARIANT=cpu|cuda, SBOM=folder, OPTIONS=).
+
+    With AGENT_DIR=folder: the image of the agent in that folder, as IMAGE=, on top of the function's (BASE_IMAGE=).
+    """
     images.build(variables, click.echo)
 
 

@@ -4,14 +4,22 @@ import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
-from knative.deploy.errors import DeployError
+from knative.deploy.errors import DeployError, VariableError
 from knative.deploy.variables import Variables
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]  # of our sources, if this is no installed package
+CONTAINERFILES = ("Containerfile", "Dockerfile")
+REQUIREMENTS = "requirements.txt"
+# What is in many a folder with an agent, and no part of its code.
+_NO_CODE = (".*", "__pycache__", "*.egg-info", "weights", "*.safetensors", "*.gguf", "*.bin", "*.onnx", "venv", "build", "dist")
 ENGINES = ("docker", "podman")
 ANSWER_S = 60.0  # for an engine to say how it is
 VARIABLES = {"function": "IMAGE", "weights-cache": "WEIGHTS_IMAGE", "queue-source": "QUEUE_IMAGE"}
@@ -19,9 +27,15 @@ SBOM = "/opt/relight/sbom.cdx.json"  # in each image: what is installed in it, a
 
 
 def version() -> str:
-    """Of the sources that images are built from."""
+    """Of the sources that images are built from, or of the package where there are none."""
+    if not _has_sources():
+        return metadata.version("relight")
     number: str = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     return number
+
+
+def _has_sources() -> bool:
+    return (ROOT / "Containerfile").is_file()
 
 
 def names(variables: Variables) -> dict[str, str]:
@@ -35,19 +49,96 @@ def names(variables: Variables) -> dict[str, str]:
 
 
 def build(variables: Variables, say: Callable[[str], object]) -> None:
-    """Raises DeployError if there is no engine, or a build fails, or an SBOM cannot be written."""
+    """Ours; with AGENT_DIR the image of the agent in that folder, and what of ours it stands on and is not here yet.
+
+    Raises DeployError if there is no engine, or a build fails, or an SBOM cannot be written.
+    """
+    if variables.agent_dir:
+        _build_agent(variables.agent_dir, variables, say)
+        return
+    if not _has_sources():
+        raise DeployError(f"there are no sources of Relight here to build images from, but those of the installed package: {ROOT}")
     engine = find_engine()
     for target, image in names(variables).items():
-        say(f"building {image}")
-        _run(engine, build_arguments(target, image, variables))
-        if variables.sbom:
-            path = variables.sbom / f"{target}.cdx.json"
-            try:
-                variables.sbom.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(sbom(engine, image))
-            except OSError as error:
-                raise DeployError(f"SBOM={variables.sbom}: {error.strerror}") from error
-            say(f"wrote {path}")
+        _build(engine, target, image, variables, say)
+
+
+def _build(engine: str, target: str, image: str, variables: Variables, say: Callable[[str], object]) -> None:
+    say(f"building {image}")
+    _run(engine, build_arguments(target, image, variables))
+    if variables.sbom:
+        path = variables.sbom / f"{target}.cdx.json"
+        try:
+            variables.sbom.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(sbom(engine, image))
+        except OSError as error:
+            raise DeployError(f"SBOM={variables.sbom}: {error.strerror}") from error
+        say(f"wrote {path}")
+
+
+def _build_agent(folder: Path, variables: Variables, say: Callable[[str], object]) -> None:
+    """The image of an agent, on top of ours."""
+    ours = names(replace(variables, image=variables.base_image))
+    base = ours["function"]
+    if not variables.image or variables.image == base:
+        raise VariableError("AGENT_DIR", folder, f"name its image, IMAGE=registry/path:tag, which is another than {base}")
+    engine = find_engine()
+    if not _is_here(engine, base):
+        if variables.base_image:
+            say(f"{base} is not here yet; {Path(engine).name} fetches it")
+        elif _has_sources():
+            _build(engine, "function", base, variables, say)
+        else:
+            raise DeployError(f"{base} is not here, nor the sources that it is made of: name Relight's function image with BASE_IMAGE=")
+    if _has_sources() and not _is_here(engine, ours["weights-cache"]):
+        _build(engine, "weights-cache", ours["weights-cache"], variables, say)
+    say(f"building {variables.image} from {folder}")
+    with _context(folder, base) as arguments:
+        own = ["--tag", variables.image, "--build-arg", f"BASE={base}", *shlex.split(variables.options)]
+        _run(engine, ["build", *own, *arguments])
+
+
+@contextmanager
+def _context(folder: Path, base: str) -> Iterator[list[str]]:
+    """The last words of `build`: a folder's own recipe with the folder, or one made for it with what of the folder is code."""
+    for name in CONTAINERFILES:
+        if (folder / name).is_file():
+            yield ["--file", str(folder / name), str(folder)]
+            return
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "agent"
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*_NO_CODE))
+        (copy / CONTAINERFILES[0]).write_text(containerfile(base, has_requirements=(folder / REQUIREMENTS).is_file()))
+        yield ["--file", str(copy / CONTAINERFILES[0]), str(copy)]
+
+
+def containerfile(base: str, *, has_requirements: bool = True) -> str:
+    """The recipe of an agent's image."""
+    packages = f"""\
+# Its packages go into the environment that the server runs in, which is root's. pip compiles what it installs: nothing can be
+# compiled later, the root is read-only in a cluster. An index of your own: make build OPTIONS="--build-arg PIP_INDEX_URL=…"
+ARG PIP_INDEX_URL
+ARG PIP_NO_INDEX
+ARG PIP_FIND_LINKS
+COPY {REQUIREMENTS} /tmp/
+RUN pip --python /opt/relight/bin/python install --no-cache-dir --root-user-action ignore --requirement /tmp/{REQUIREMENTS}
+"""
+    return f"""\
+# Relight's function with what is in this folder: `make build` makes it.
+ARG BASE={base}
+FROM ${{BASE}}
+USER 0
+{packages if has_requirements else ""}\
+# Its modules, for everybody to read and compiled too, and where the server looks for them.
+COPY . /app
+RUN chmod -R a+rX /app && python -m compileall -q --invalidation-mode unchecked-hash /app
+ENV FUNCTION_AGENT_PATH=/app
+USER 65532:65532
+"""
+
+
+def _is_here(engine: str, image: str) -> bool:
+    return not subprocess.run([engine, "image", "inspect", image], capture_output=True, check=False).returncode
 
 
 def build_arguments(target: str, image: str, variables: Variables) -> list[str]:
@@ -70,13 +161,21 @@ def sbom(engine: str, image: str) -> bytes:
 
 
 def push(variables: Variables, say: Callable[[str], object]) -> None:
-    """All but a queue source that nobody named. Raises DeployError if there is no engine, an image has no registry, or a push fails."""
+    """All but a queue source that nobody named; with AGENT_DIR, of what is not the agent's own what is here under the name that was said.
+
+    Raises DeployError if there is no engine, an image has no registry, or a push fails.
+    """
     wanted = {target: image for target, image in names(variables).items() if target != "queue-source" or variables.queue_image}
+    if variables.agent_dir and not variables.weights_image:
+        del wanted["weights-cache"]
     for target, image in wanted.items():
         if "/" not in image:
             raise DeployError(f"{image} names no registry: say where to, as {VARIABLES[target]}=registry.example.com/{image}")
     engine = find_engine()
-    for image in wanted.values():
+    for target, image in wanted.items():
+        if variables.agent_dir and target != "function" and not _is_here(engine, image):
+            say(f"{image} is not here, and so not pushed")
+            continue
         say(f"pushing {image}")
         _run(engine, ["push", image])
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from knative.deploy.render import MANIFESTS, NEEDS
+from knative.deploy.agent import MANIFESTS
+from knative.deploy.render import NEEDS
 from tests.support import BIN
 
 Object = dict[str, Any]

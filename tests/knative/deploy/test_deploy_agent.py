@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from knative.deploy import agent
+from knative.deploy.agent import MANIFESTS
 from knative.deploy.errors import DeployError, VariableError
 from knative.deploy.kubectl import Kubectl
 from knative.deploy.objects import Object, container, containers, get_env, one_service, pod_spec, set_env
-from knative.deploy.render import MANIFESTS, render, render_cluster
+from knative.deploy.render import render, render_cluster
 from knative.deploy.variables import Variables
 from tests.support import BIN, ROOT, clean_environment
 

@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from knative.autoscaler import ScaleSpec
+from knative.deploy.agent import MANIFESTS
 from knative.deploy.errors import DeployError, VariableError
 from knative.deploy.kubectl import Kubectl
 from knative.deploy.objects import Object, containers, get_env, pod_spec
-from knative.deploy.render import MANIFESTS, render
+from knative.deploy.render import render
 from knative.deploy.variables import Variables
 from knative.queue_source.settings import from_environment
 from knative.queue_source.source import LAST_S

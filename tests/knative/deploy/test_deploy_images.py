@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from knative.deploy import images
+from knative.deploy.agent import MANIFESTS
 from knative.deploy.errors import DeployError
-from knative.deploy.render import MANIFESTS
 from knative.deploy.variables import Variables
 from tests.support import ROOT
 
@@ -75,7 +75,9 @@ def test_an_image_that_there_is_not_has_no_list_of_its_packages() -> None:
 
 @pytest.fixture
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the only container engine there is was told: it takes $SECONDS for `info`, and ends a `push` with $STATUS."""
+    """What the only container engine there is was told: it takes $SECONDS for `info`, ends a `push` with $STATUS, has the images that are
+    named in $HAS, and tells what is in a folder that it builds from.
+    """
     folder, told = tmp_path / "bin", tmp_path / "told"
     folder.mkdir()
     told.touch()
@@ -84,6 +86,8 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f'echo "$*" >> {told}',
         'if [ "$1" = push ]; then exit "${STATUS:-0}"; fi',
         'if [ "$1" = info ]; then exec /bin/sleep "${SECONDS:-0}"; fi',
+        'if [ "$1" = image ]; then case " $HAS " in *" $3 "*) exit 0;; *) exit 1;; esac; fi',
+        f'if [ "$1" = build ]; then for last; do :; done; echo $(/bin/ls -A "$last") >> {told}; fi',
     ]
     (folder / "docker").write_text("\n".join(lines))
     (folder / "docker").chmod(0o755)
@@ -101,6 +105,77 @@ def test_what_is_named_is_pushed_and_a_queue_source_only_if_it_is(engine: Path) 
     images.push(replace(NAMED, queue_image="registry.example.com/queue:1"), said.append)
     pushes = [line for line in engine.read_text().splitlines() if line.startswith("push")]
     assert pushes == [f"push registry.example.com/{name}:1" for name in ("function", "weights", "function", "weights", "queue")]
+
+
+OURS = " ".join(images.names(Variables()).values())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An agent and what else is in such a folder."""
+    found = tmp_path / "agent"
+    for place in ("my_model.py", "words/__init__.py", "weights/model.safetensors", ".venv/pyvenv.cfg", "requirements.txt"):
+        (found / place).parent.mkdir(parents=True, exist_ok=True)
+        (found / place).touch()
+    return found
+
+
+def builds(engine: Path) -> list[str]:
+    """What was built, and below each the files that it was built from."""
+    return [line for line in engine.read_text().splitlines() if not line.startswith(("info", "image"))]
+
+
+def test_an_agents_image_stands_on_ours_and_has_its_code_alone(engine: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAS", OURS)
+    said: list[str] = []
+    images.build(Variables(agent_dir=folder, image="example/mine:1", options="--network=host"), said.append)
+    assert said == [f"building example/mine:1 from {folder}"]
+    build, content = builds(engine)
+    base = images.names(Variables())["function"]
+    assert build.startswith(f"build --tag example/mine:1 --build-arg BASE={base} --network=host --file ")
+    assert content.split() == ["Containerfile", "my_model.py", "requirements.txt", "words"]
+
+
+def test_a_folders_own_recipe_is_taken_and_the_image_that_it_stands_on_may_be_named(
+    engine: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "Dockerfile").touch()
+    monkeypatch.setenv("HAS", OURS)
+    said: list[str] = []
+    images.build(Variables(agent_dir=folder, image="example/mine:1", base_image="example/function:2"), said.append)
+    assert said[0] == "example/function:2 is not here yet; docker fetches it"
+    assert builds(engine)[0] == f"build --tag example/mine:1 --build-arg BASE=example/function:2 --file {folder}/Dockerfile {folder}"
+
+
+def test_what_of_ours_is_not_here_yet_is_built_before_an_agents_image(engine: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAS", "")
+    images.build(Variables(agent_dir=folder, image="example/mine:1", variant="cuda"), print)
+    made = [re.findall(r"--tag (\S+)", line)[0] for line in builds(engine) if line.startswith("build")]
+    assert made == [f"relight-function:{images.version()}-cuda", f"relight-weights-cache:{images.version()}", "example/mine:1"]
+    monkeypatch.setattr(images, "ROOT", folder)  # as of a package that was installed
+    with pytest.raises(DeployError, match=f"relight-function:{images.version()} is not here, nor the sources .* BASE_IMAGE="):
+        images.build(Variables(agent_dir=folder, image="example/mine:1"), print)
+
+
+def test_an_agents_image_has_a_name_of_its_own(folder: Path) -> None:
+    for image in (None, images.names(Variables())["function"]):
+        with pytest.raises(
+            DeployError, match=r"AGENT_DIR=\S+: name its image, IMAGE=registry/path:tag, which is another than relight-function"
+        ):
+            images.build(Variables(agent_dir=folder, image=image), print)
+
+
+def test_a_recipe_without_requirements_installs_nothing_and_ends_as_nobody() -> None:
+    without = images.containerfile("base:1", has_requirements=False).splitlines()
+    assert [line.split()[0] for line in without if not line.startswith("#")] == ["ARG", "FROM", "USER", "COPY", "RUN", "ENV", "USER"]
+    assert (without[-2], without[-1]) == ("ENV FUNCTION_AGENT_PATH=/app", "USER 65532:65532")
+    assert set(without) < set(images.containerfile("base:1").splitlines())
+
+
+def test_with_an_agents_image_a_sidecar_that_is_not_here_is_not_pushed(engine: Path, folder: Path) -> None:
+    said: list[str] = []
+    images.push(replace(NAMED, agent_dir=folder), said.append)
+    assert said == ["pushing registry.example.com/function:1", "registry.example.com/weights:1 is not here, and so not pushed"]
 
 
 def test_nothing_is_pushed_while_one_image_names_no_registry(engine: Path) -> None:

@@ -19,11 +19,14 @@ import yaml
 
 from knative.autoscaler import ScaleSpec
 from knative.deploy import flags
+from knative.deploy.agent import MANIFESTS
 from knative.deploy.kubectl import Kubectl
 from knative.deploy.objects import containers, pod_spec, services
-from knative.deploy.render import MANIFESTS, render, render_cluster
+from knative.deploy.render import render, render_cluster
 from knative.deploy.variables import Variables
 from knative.local.manifest import read_manifests
+from knative.project.files import KINDS
+from knative.project.init import make_project
 from tests.knative.deploy import eventing_kinds
 from tests.knative.deploy.combinations import Combination, render_each
 from tests.knative.deploy.combinations import combinations as allowed
@@ -53,10 +56,14 @@ def combinations(request: pytest.FixtureRequest) -> list[Combination]:
 
 
 @pytest.fixture(scope="module")
-def functions(combinations: list[Combination]) -> list[tuple[str, list[Object]]]:
-    """Each rendering by its name: the combinations, and the overlays."""
+def functions(combinations: list[Combination], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, list[Object]]]:
+    """Each rendering by its name: the combinations, the overlays, and what `relight init` makes."""
     kubectl = Kubectl()
     overlays = [(f"overlay {name}", render(Variables(env=name), kubectl)) for name in OVERLAYS]
+    for kind in KINDS:
+        folder = tmp_path_factory.mktemp("project") / f"my-{kind}"
+        make_project(folder, kind)
+        overlays.append((f"project {kind}", render(Variables(env=str(folder), image="r.example.com/mine:1"), kubectl)))
     return overlays + [(" ".join(one.components) or "base", one.objects + one.cluster) for one in combinations]
 
 

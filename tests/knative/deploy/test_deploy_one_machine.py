@@ -4,9 +4,10 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from knative.deploy.agent import MANIFESTS
 from knative.deploy.kubectl import Kubectl
 from knative.deploy.objects import Object, container, one_service, set_env
-from knative.deploy.render import MANIFESTS, NEEDS, render
+from knative.deploy.render import NEEDS, render
 from knative.deploy.variables import Variables
 from tests.knative.deploy.combinations import render_each
 from tests.knative.local.running import platform_running

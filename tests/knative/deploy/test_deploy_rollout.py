@@ -17,10 +17,11 @@ import yaml
 from click.testing import CliRunner, Result
 
 from knative.deploy import flags, rollout
+from knative.deploy.agent import MANIFESTS
 from knative.deploy.cli import cluster as command
 from knative.deploy.kubectl import Kubectl
 from knative.deploy.progress import pods_in_words
-from knative.deploy.render import MANIFESTS, render_cluster
+from knative.deploy.render import render_cluster
 from knative.deploy.variables import Variables
 from tests.knative.deploy.cluster import SERVING, Cluster, Object, becomes_ready, configured, pod, revise, serving
 from tests.support import BIN, clean_environment, free_port, request, running, wait_until

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
+from knative.deploy.agent import MANIFESTS
 from knative.deploy.errors import DeployError, VariableError
 from knative.deploy.kubectl import Kubectl
 from knative.deploy.objects import Object, container, containers, get_env, one_service, pod_spec
-from knative.deploy.render import MANIFESTS, pin, render
+from knative.deploy.render import pin, render
 from knative.deploy.variables import Variables
 
 SNAPSHOT = "0123456789abcdef" * 2

@@ -1,0 +1,139 @@
+"""`relight init`: what it writes and what it refuses. That the folders answer is tested with docs/your-model.md."""
+
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from knative.deploy import agent
+from knative.deploy.kubectl import Kubectl
+from knative.deploy.objects import container, get_env, one_service
+from knative.deploy.render import render
+from knative.deploy.variables import Variables
+from knative.project.cli import init
+from knative.project.files import KINDS
+from knative.project.init import make_project
+from tests.support import BIN, ROOT, clean_environment
+
+STYLE = ["--isolated", "--line-length", "140", "--select", "B,E,F,SIM,UP,W"]
+
+
+@pytest.fixture(scope="module")
+def projects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a project of each kind, by the kind's name."""
+    folder = tmp_path_factory.mktemp("projects")
+    for kind in KINDS:
+        make_project(folder / f"my-{kind}", kind)
+    return folder
+
+
+def run(folder: Path, *words: str, monkeypatch: pytest.MonkeyPatch) -> Result:
+    monkeypatch.chdir(folder)
+    return CliRunner().invoke(init, words)
+
+
+def test_a_new_folder_has_the_functions_name_everywhere_and_says_what_is_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run(tmp_path, "wild-flowers", "--from", "transformers", monkeypatch=monkeypatch)
+    assert (done.exit_code, done.stdout.splitlines()) == (
+        0,
+        [
+            "wild-flowers: A model of Hugging Face's transformers, served by Relight without code.",
+            "  cd wild-flowers",
+            "  python save_weights.py NAME-OR-FOLDER   # writes weights/",
+            "  relight run                             # serves it at http://127.0.0.1:8080/, from zero",
+            "  relight invoke wild-flowers             # in another terminal: the first answer",
+            "README.md there has the way to a cluster.",
+        ],
+    )
+    made = {path.relative_to(tmp_path / "wild-flowers"): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"service.yaml", "Containerfile", ".github/workflows/ci.yaml", "test_function.py"} <= {str(path) for path in made}
+    for path, text in made.items():
+        assert "minilm" not in text.lower(), path
+        assert not {"@NAME@", "@VERSION@", "@OUTPUT@", "@SOURCE@"} & set(text.split()), path
+
+
+def test_without_a_name_this_folder_is_the_project_and_what_is_hidden_in_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "flowers"
+    (folder / ".git").mkdir(parents=True)
+    done = run(folder, monkeypatch=monkeypatch)
+    assert (done.exit_code, "cd flowers" in done.stdout) == (0, False)
+    assert yaml.safe_load((folder / "service.yaml").read_text())["metadata"]["name"] == "flowers"
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "reason"),
+    [
+        ("Flowers", None, "NAME=Flowers: must be a label: small letters, digits and -, a letter first, at most 63"),
+        ("my/flowers", None, "my/flowers: name the function alone; its folder is made here"),
+        ("flowers", "flowers/notes.txt", "is not empty (notes.txt): nothing was written"),
+        ("flowers", "flowers/.gitignore", "is not empty (.gitignore): nothing was written"),
+        ("flowers", "flowers", "flowers: File exists"),
+    ],
+)
+def test_a_name_that_cannot_be_and_a_folder_with_something_in_it_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, there: str | None, reason: str
+) -> None:
+    if there:
+        (tmp_path / there).parent.mkdir(exist_ok=True)
+        (tmp_path / there).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    done = run(tmp_path, name, monkeypatch=monkeypatch)
+    assert (done.exit_code, reason in done.stderr) == (1, True), done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_project_is_an_overlay_with_its_own_agent_and_weights(projects: Path) -> None:
+    for kind, about in KINDS.items():
+        variables = Variables(env=str(projects / f"my-{kind}"), namespace="models", image="r.example.com/mine:1")
+        objects = render(variables, Kubectl())
+        agent.check(variables, objects)
+        service = one_service(objects)
+        function, sidecar = (container(service, name) for name in ("function", "weights-cache"))
+        assert {item["metadata"]["namespace"] for item in objects} == {"models"}
+        assert (get_env(function, "FUNCTION_AGENT"), get_env(function, "FUNCTION_MODEL_NAME")) == (about.agent, f"my-{kind}")
+        assert {get_env(one, "WEIGHTS_URI") for one in (function, sidecar)} == {f"s3://models/my-{kind}"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(["yamllint", "--strict", "--config-file", str(ROOT / ".yamllint"), "."], id="yamllint"),
+        pytest.param(["hadolint", *(f"my-{kind}/Containerfile" for kind in KINDS)], id="hadolint"),
+        pytest.param(["ruff", "check", *STYLE, "."], id="ruff"),
+        pytest.param(["ruff", "format", "--check", "--isolated", "--line-length", "140", "."], id="format"),
+    ],
+)
+def test_the_linters_have_nothing_to_say(projects: Path, command: list[str]) -> None:
+    done = subprocess.run([BIN / command[0], *command[1:]], cwd=projects, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_ci_calls_what_the_makefile_has(projects: Path) -> None:
+    for kind in KINDS:
+        folder = projects / f"my-{kind}"
+        jobs = yaml.safe_load((folder / ".github/workflows/ci.yaml").read_text())["jobs"]
+        commands = " ".join(step.get("run", "") for job in jobs.values() for step in job["steps"]).split()
+        called = {commands[index + 1] for index, word in enumerate(commands) if word == "make"}
+        assert called == {"test", "render", "build", "deploy"}
+        subprocess.run(["make", "--dry-run", *sorted(called)], cwd=folder, check=True, capture_output=True)
+
+
+def test_the_projects_own_test_passes_with_a_fake_agent_and_finds_a_misspelt_setting(projects: Path) -> None:
+    folder = projects / "my-transformers"
+    environ = clean_environment(PATH=f"{BIN}:/usr/bin:/bin", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    done = subprocess.run(["make", "test"], cwd=folder, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, "2 passed" in done.stdout) == (0, True), done.stdout
+    (folder / "service.yaml").write_text((folder / "service.yaml").read_text().replace("FUNCTION_DEVICE", "FUNCTION_DEVISE"))
+    done = subprocess.run(["make", "test"], cwd=folder, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, "did you mean FUNCTION_DEVICE?" in done.stdout) == (2, True), done.stdout
+
+
+def test_templates_belong_to_the_package() -> None:
+    """What `pip install` brings can make projects, too."""
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["knative"]
+    templates = [path for path in (ROOT / "knative/project/templates").rglob("*") if path.is_file()]
+    assert {path.suffix for path in templates} == {".txt"}
+    assert "project/templates/**/*.txt" in package
