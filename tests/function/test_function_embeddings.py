@@ -17,31 +17,7 @@ from weights_cache.settings import WeightsSettings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 URI = "s3://models/embeddings"
-WORDS = [
-    "the",
-    "a",
-    "man",
-    "is",
-    "eating",
-    "food",
-    "query",
-    ":",
-    "passage",
-    "bread",
-    "stock",
-    "market",
-    "fell",
-    "sharply",
-    "today",
-    ".",
-    "Ä",
-    "b",
-    "c",
-    "d",
-    "e",
-    "f",
-    "g",
-]
+VOCABULARY = "the a man is eating food query : passage bread stock market fell sharply today . Ä b c d e f g"
 TEXTS = ["the man is eating food .", "bread", "a b c d e f g " * 6, "  The  STOCK ", "query : passage"]
 Loader = Callable[[Path], Any]
 
@@ -52,7 +28,7 @@ def tokenizer(*, ends: bool = True, **options: Any) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    names = [*special.values(), *dict.fromkeys(WORDS)]
+    names = [*special.values(), *VOCABULARY.split()]
     made = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     if ends:
