@@ -201,12 +201,11 @@ class Importer:
         variables = {name: value for env in reversed(self._order.functions) for name, value in env.items()}
         os.environ.update(variables)
         self.env = dict(os.environ)
-        with _reads(self._reads):
-            for name in (*first, *self._order.names()):
-                library = name.partition(":")[0].partition(".")[0]
-                stamp = self._order.without.get(library)
-                if stamp is None or (stamp and stamp != _stamp(library)):
-                    self._import(name, library)
+        for name in (*first, *self._order.names()):
+            library = name.partition(":")[0].partition(".")[0]
+            stamp = self._order.without.get(library)
+            if stamp is None or (stamp and stamp != _stamp(library)):
+                self._import(name, library)
 
     @property
     def libraries(self) -> list[str]:
@@ -230,9 +229,10 @@ class Importer:
             self._told = library
         before, began, known = _state(), time.monotonic(), len(self._reads)
         try:
-            module = importlib.import_module(module_name)
-            if attribute:
-                getattr(module, attribute, None)
+            with _reads(self._reads):
+                module = importlib.import_module(module_name)
+                if attribute:
+                    getattr(module, attribute, None)
         except ImportError:
             pass  # what was ordered is not installed, or not any more, or something that it needs
         except BaseException as error:
