@@ -18,6 +18,7 @@ Row = Sequence[str]
 
 CELL = 120  # characters
 LOG_LINES = 12
+NAMED = 4  # libraries of the fork server
 SERVICE_HEAD = ("SERVICE", "STATE", "PODS", "BUSY", "QUEUED", "REQUESTS", "ERRORS", "ERROR RATE", "P50", "P95", "P99", "LAST START", "URL")
 REVISION_HEAD = ("REVISION", "STATE", "TRAFFIC", "PODS", "BUSY", "REQUESTS", "ERRORS", "TAGS")
 POD_HEAD = ("POD", "PHASE", "BUSY", "AGE", "RESTARTS", "WEIGHTS")
@@ -210,7 +211,7 @@ def pod_rows(status: dict[str, Any]) -> Iterator[Row]:
 def plain(status: dict[str, Any]) -> str:
     """Lines with columns, for whatever reads them."""
     first, *more = ["\n".join(_aligned([head, *rows])) for head, rows in _blocks(status)] or [""]
-    return "\n\n".join([first, *map(str, _problems(status)), *more, *_waits(status)])
+    return "\n\n".join([first, *map(str, _problems(status)), *more, *_waits(status), *_held(status)])
 
 
 def rich(status: dict[str, Any], width: int | None = None) -> Group:
@@ -224,7 +225,8 @@ def rich(status: dict[str, Any], width: int | None = None) -> Group:
         found.append([table, ""])
     problems = [Text.assemble(("✕ ", "red"), str(problem), "\n") for problem in _problems(status)]
     waits = [Text.assemble(("◌ ", "yellow"), text) for text in _waits(status)]
-    return Group(*chain(*found[:1], problems, *found[1:], waits))
+    held = [Text(text, "dim") for text in _held(status)]
+    return Group(*chain(*found[:1], problems, *found[1:], waits, held))
 
 
 def _fitting(head: Row, rows: Sequence[Row], width: int | None) -> list[int]:
@@ -247,6 +249,15 @@ def _waits(status: dict[str, Any]) -> Iterator[str]:
     """What pods wait for that are not started."""
     pods = [pod for service in status["services"] for pod in service["pods"]]
     return (line(f"{pod['name']} {pod['waits_for']}") for pod in pods if pod.get("waits_for"))
+
+
+def _held(status: dict[str, Any]) -> Iterator[str]:
+    """What the fork server has imported for those that start, and what it has not."""
+    found = status.get("fork_server") or {}
+    if modules := found.get("modules"):
+        more = f" and {len(modules) - NAMED} more" if len(modules) > NAMED else ""
+        without = "".join(f"; without {library}, which {reason}" for library, reason in found["left_out"].items())
+        yield line(f"fork server: {size(found['bytes'])}, with {', '.join(modules[:NAMED])}{more}{without}")
 
 
 def _aligned(rows: Sequence[Row]) -> Iterator[str]:
