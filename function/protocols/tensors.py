@@ -109,11 +109,12 @@ class Tensor:
         except UnicodeDecodeError:
             raise BadInput(f'output "{self.name}" is not text, which JSON cannot hold; ask for it with "binary_data": true') from None
 
-    def to_bytes(self) -> bytes:
-        """The elements in binary."""
-        if hasattr(self.elements, "tobytes"):
-            found: bytes = self.elements.tobytes()
-            return found
+    def to_bytes(self) -> bytes | memoryview:
+        """The elements in binary; those of an array where they lie."""
+        if isinstance(self.elements, memoryview):
+            return self.elements
+        if _is_array(type(self.elements)):
+            return memoryview(self.elements.view("uint8"))
         if self.datatype != "BYTES":
             code = _code(self.datatype)
             return b"".join(struct.pack(f"<{len(piece)}{code}", *piece) for piece in _pieces(self.elements))

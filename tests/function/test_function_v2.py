@@ -790,6 +790,12 @@ def test_binary_data_is_what_numpy_makes_of_it(tensor: Tensor) -> None:
     assert tensor.to_bytes() == np.array(rows([tensor]), np.dtype(kind).newbyteorder("<")).tobytes()
 
 
+def test_an_arrays_bytes_are_where_it_lies() -> None:
+    for array in (np.ones(3, np.float16), np.zeros(0, np.float32), np.array([True])):
+        found = inferred("y", [array]).to_bytes()
+        assert (bytes(found), np.shares_memory(np.frombuffer(found, np.uint8), array)) == (array.tobytes(), array.size > 0)
+
+
 @KEPT
 @given(a_tensor())
 def test_an_agent_that_echoes_its_rows_gives_them_back_whatever_their_shape(tensor: Tensor) -> None:
