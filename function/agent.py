@@ -55,6 +55,8 @@ class InferenceAgent(Protocol):
       `close()` is called when nobody wants it any more;
     - `inputs` and `outputs`, lists of TensorSpec: what `/v2/models/<name>` says; without them one BYTES tensor each, one row an input;
     - `arrays = True`: it is handed numpy arrays, not lists, for the rows of tensors of the Open Inference Protocol;
+    - `size(self, input) -> int | float`: how large an input is, in a unit that says how long it takes (tokens, pixels), at next to no cost:
+      inputs of like sizes are then computed together where padding costs more than another batch;
     - `media_types = ("image/*", "audio/wav")`: it takes bodies of these types at `POST /`, each as one input of bytes.
 
     Python lets no thread but the main one set signal handlers, and the model's is another one: an agent that needs them starts a process.
@@ -131,6 +133,7 @@ _ARGUMENTS = {
     "stream": ("input",),
     "start": ("input",),
     "step": ("sequences",),
+    "size": ("input",),
 }
 
 
@@ -155,7 +158,7 @@ def _check_methods(agent: Any) -> None:
 def _check_method(name: str, method: Callable[..., Any], arguments: Sequence[str]) -> None:
     if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
         raise _WrongShape(f"{name} is `async def`, and there is no event loop; write `def {name}`, with asyncio.run(...) inside if needed")
-    if inspect.isgeneratorfunction(method) and name in ("load", "warm_up", "close"):
+    if inspect.isgeneratorfunction(method) and name in ("load", "warm_up", "close", "size"):
         raise _WrongShape(f"{name} has a `yield`, so that calling it does nothing; write it without")
     signature = _signature(method)
     if signature is None or _can_be_called(signature, arguments):

@@ -4,6 +4,9 @@ Calls wait in two classes, interactive and batch; a batch of inputs is made of o
 batch work delays an interactive caller by the one batch that is running at most. A long call is taken in pieces of a batch each. Streams
 of the two classes share steps, see there.
 
+Of an agent that tells how large inputs are, such a batch is cut into parts of like sizes where that saves time, as it is measured: nobody
+pays for another's padding, and nobody is computed behind who came after the batch was full. A long call is sorted, too.
+
 Nobody is waited for unless company is likely: if the last batch held several calls, its callers are about to ask again (adaptive batching
 as in Clipper, NSDI 2017). That is worth what sharing saves: the part of a batch's time that does not depend on how many are in it. Where
 callers take longer than that to be back, they are computed in two halves, one while the other is answered and asks again.
@@ -17,7 +20,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+from function.cost import Cost, Recent
 from function.errors import ClientGone, TimedOut
+from function.parts import Parts, Slice, Taken
 from function.priority import Priority
 
 SWEEP_S = 0.02  # between two looks at all that wait for those who do not any more
@@ -47,46 +52,6 @@ class CallContext:
     def late(self, lacking: str = "answer", kind: type[TimedOut] = TimedOut) -> TimedOut:
         """What the caller is told at the deadline."""
         return kind(f"no {lacking} within {self.timeout_s:g} s" + (" (FUNCTION_TIMEOUT_S)" if self.is_own_deadline else ""))
-
-
-class Recent:
-    """The average of what was seen of late (exponentially weighted); 0 before anything was."""
-
-    def __init__(self) -> None:
-        self.value = 0.0
-
-    def add(self, seen: float) -> None:
-        """One more."""
-        self.value += (0.2 if self.value else 1.0) * (seen - self.value)
-
-
-class Cost:
-    """What batches of late took, as a fixed part and one for each input: a line through them (least squares, exponentially weighted)."""
-
-    def __init__(self) -> None:
-        self._means: list[float] | None = None  # of inputs, seconds, inputs², inputs · seconds
-
-    def add(self, inputs: int, seconds: float) -> None:
-        """One more batch."""
-        seen = (inputs, seconds, inputs * inputs, inputs * seconds)
-        means = self._means or seen
-        self._means = [mean + 0.1 * (value - mean) for mean, value in zip(means, seen, strict=True)]
-
-    @property
-    def mean_s(self) -> float:
-        """All of it; inf before there was any."""
-        return self._means[1] if self._means else math.inf
-
-    @property
-    def fixed_s(self) -> float:
-        """The fixed part; all of it while nothing tells the two apart."""
-        if not self._means:
-            return math.inf
-        inputs, seconds, squares, products = self._means
-        variance = squares - inputs * inputs
-        if variance < 1e-3 * squares:
-            return seconds
-        return min(max(seconds - (products - inputs * seconds) / variance * inputs, 0.0), seconds)
 
 
 class Reply:
@@ -139,7 +104,10 @@ class Call:
     context: CallContext
     arrived: float
     outputs: list[Any] = field(default_factory=list)
+    answered: int = 0  # inputs that have their output
     taken: int = 0  # inputs that were handed to the model, or are about to be
+    sizes: Sequence[float | None] | None = None  # of its inputs, once they are told; None of one that is not known
+    order: Sequence[int] | None = None  # in which its inputs are taken, if it is not their own
     reply: Reply = field(default_factory=Reply)
     parameters: Mapping[str, Any] | None = None  # what the request says in "parameters"
     group: bytes = b""  # which parameters these are: calls in a batch have the same
@@ -154,10 +122,13 @@ class Call:
             self.fail(self.context.late())
         return self.reply.is_settled()
 
-    def add(self, outputs: Sequence[Any]) -> None:
-        """The next outputs; with the last one the caller is answered."""
-        self.outputs.extend(outputs)
-        if len(self.outputs) == len(self.inputs):
+    def add(self, outputs: Sequence[Any], at: Sequence[int] | None = None) -> None:
+        """The outputs of the inputs at these places, or else the next ones; with the last one the caller is answered."""
+        self.outputs = self.outputs or [None] * len(self.inputs)
+        for place, output in zip(at if at is not None else range(self.answered, self.answered + len(outputs)), outputs, strict=True):
+            self.outputs[place] = output
+        self.answered += len(outputs)
+        if self.answered == len(self.inputs):
             self.reply.set(self.outputs)
 
     def fail(self, error: Exception) -> None:
@@ -185,15 +156,6 @@ class StreamCall:
         return True
 
 
-@dataclass(frozen=True)
-class Slice:
-    """The part of a call that is in a batch."""
-
-    call: Call
-    inputs: Sequence[Any]
-    is_first: bool  # of a call that is in several batches
-
-
 class Batcher:
     """The queue in front of one model: filled from any thread, emptied by the model's."""
 
@@ -218,6 +180,7 @@ class Batcher:
         self._back_s = Recent()  # from there until all had asked again
         self._cost = Cost()
         self.places = max_batch  # streams that an idle model lets begin at once
+        self.parts = Parts()  # of batches that were taken; the model's thread's
 
     def put(self, item: Call | StreamCall) -> bool:
         """Queue it; False if too many wait already."""
@@ -273,14 +236,14 @@ class Batcher:
     def wait(self) -> None:
         """Until something is there, or nothing will come any more; the model is idle."""
         with self._lock:
-            self._is_idle = True
-            self._lock.wait_for(lambda: self._is_stopped or any(self._calls) or any(self._stream_calls))
+            self._is_idle = not self.parts
+            self._lock.wait_for(lambda: self._is_stopped or bool(self.parts) or any(self._calls) or any(self._stream_calls))
 
     def wait_for_calls(self, seconds: float) -> None:
         """The same for a moment, while it has streams that wait for their readers: those that want to begin may find no place."""
         with self._lock:
-            self._is_idle = True
-            self._lock.wait_for(lambda: self._is_stopped or any(self._calls), seconds)
+            self._is_idle = not self.parts
+            self._lock.wait_for(lambda: self._is_stopped or bool(self.parts) or any(self._calls), seconds)
 
     def stop(self) -> None:
         """Nothing will come any more: nobody waits for it."""
@@ -291,33 +254,45 @@ class Batcher:
     def computed(self, inputs: int, seconds: float, *, is_idle: bool) -> None:
         """A batch is done; its callers are about to be told. is_idle: the model takes the next at once."""
         self._cost.add(inputs, seconds)
+        self.parts.computed(seconds)
         with self._lock:
             self._others, self._away, self._ended = sum(map(len, self._calls)), self._company, self._clock()
-            self._is_idle = is_idle
+            self._is_idle = is_idle and not self.parts
 
     def batch(self, *, may_wait: bool) -> list[Slice]:
         """The next inputs for the model, empty if none wait. may_wait: for company, if it is likely; otherwise there are none until it is
         there, or has had its time, as the model has something else to do."""
+        parts = self.parts
         with self._lock:
-            most = self._max_batch
-            if self._company > 1 and any(self._calls):
-                everybody, saved_s = self._company + self._others, self._cost.fixed_s
-                patience_s = min(self._wait_s, saved_s)
-                if not may_wait:
-                    if self._clock() < self._ended + patience_s and not self._are_here(everybody):
-                        return []
-                elif saved_s < self._back_s.value < self._cost.mean_s:
-                    most = math.ceil(everybody / 2)
-                else:
-                    # Not from when the oldest call came: one that missed the last batch would then be taken alone, and its company after
-                    # it, for ever in turn, although all are there within a moment.
-                    self._lock.wait_for(lambda: self._are_here(everybody), patience_s)
-            slices = list(self._slices(Priority.INTERACTIVE, most)) or list(self._slices(Priority.BATCH, most))
-            if slices:
-                self._company, self._is_idle = len(slices), False
+            most = self._max_batch if parts else self._gather(may_wait=may_wait)
+            for priority in Priority:
+                taken = [] if parts.of(priority) else list(self._take(priority, most))
+                if taken or parts.of(priority):
+                    break
+            self._is_idle = self._is_idle and not taken
             if self.waiting():  # whose turn may be far off
                 self._sweep()
-            return slices
+        if taken:
+            parts.add(priority, taken)
+        slices = parts.next(priority, self._clock())
+        self._company = len(slices) or self._company
+        return slices
+
+    def _gather(self, *, may_wait: bool) -> int:
+        """Wait for company, if that is likely; returns of how many calls a batch is to be at most, 0 if it has to wait longer."""
+        if self._company < 2 or not any(self._calls):
+            return self._max_batch
+        everybody, fixed_s = self._company + self._others, self.parts.fixed_s
+        saved_s = self._cost.fixed_s if fixed_s is None else fixed_s
+        patience_s = min(self._wait_s, saved_s)
+        if not may_wait:
+            return self._max_batch if self._clock() >= self._ended + patience_s or self._are_here(everybody) else 0
+        if not self.parts.was_cut and saved_s < self._back_s.value < self._cost.mean_s:
+            return math.ceil(everybody / 2)
+        # Not from when the oldest call came: one that missed the last batch would then be taken alone, and its company after it, for ever
+        # in turn, although all are there within a moment.
+        self._lock.wait_for(lambda: self._are_here(everybody), patience_s)
+        return self._max_batch
 
     def _are_here(self, everybody: int) -> bool:
         return sum(map(len, self._calls)) >= everybody or sum(self._inputs) >= self._max_batch
@@ -333,8 +308,8 @@ class Batcher:
         for stream_calls in self._stream_calls:
             _sift(stream_calls, now)
 
-    def _slices(self, priority: Priority, most: int) -> Iterator[Slice]:
-        """Of so many calls at most, all with the same parameters."""
+    def _take(self, priority: Priority, most: int) -> Iterator[Taken]:
+        """What fits into a batch, of so many calls at most, all of one group: calls, and from which of its inputs up to which."""
         queue, room, now = self._calls[priority], self._max_batch, self._clock()
         first: Call | None = None
         while queue and room and most:
@@ -348,12 +323,11 @@ class Batcher:
             first = first or call
             most -= 1
             start, call.taken = call.taken, min(call.taken + room, len(call.inputs))
-            inputs = call.inputs[start : call.taken]
-            room -= len(inputs)
-            self._inputs[priority] -= len(inputs)
+            room -= call.taken - start
+            self._inputs[priority] -= call.taken - start
             if call.taken == len(call.inputs):
                 queue.popleft()
-            yield Slice(call, inputs, start == 0)
+            yield call, start, call.taken
 
     def has_stream_calls(self) -> bool:
         """Whether streams wait for a place."""

@@ -9,6 +9,7 @@ All but the constructor is called in the model's thread. `busy_since` says since
 
 import copy
 import logging
+import math
 import os
 import sys
 import time
@@ -71,7 +72,9 @@ class GuardedAgent:
         """Touches nothing of it but its attributes. Raises what they raise."""
         self._agent: Any = agent
         self.shares_steps = self._has("step")
+        self.tells_sizes = self._has("size")
         self._takes_parameters = takes_parameters(agent.predict)
+        self._has_failed_to_tell = False  # a size, so that the log says it once
         self.serving: Sequence[CallContext] = ()  # whose requests it is working on, for the log
         self.busy_since: float | None = None  # in a call after it became ready, on `time.monotonic`'s clock
 
@@ -126,6 +129,23 @@ class GuardedAgent:
             more = {"parameters": copy.deepcopy(dict(parameters or {}))} if self._takes_parameters else {}
             found = self._agent.predict(list(inputs), **more)  # its own, as it may take inputs out of it, and change parameters
             return list(plain(_as_list(found, len(inputs), "predict", "output")))
+
+    def sizes(self, inputs: Sequence[Any]) -> list[float | None]:
+        """How large each input is; None where the agent cannot tell, which is no reason not to compute it. Raises FunctionError."""
+        with self._guarded():
+            return [self._size(item) for item in inputs]
+
+    def _size(self, item: Any) -> float | None:
+        try:
+            size = float(self._agent.size(item))
+            if 0 <= size < math.inf:
+                return size
+            raise ValueError(f"size returned {size}, not a number of 0 and more")
+        except BaseException as error:  # noqa: BLE001  as around a call
+            if not self._has_failed_to_tell:
+                self._has_failed_to_tell = True
+                log_failure("the agent's size() failed; such inputs share batches as if there was none (this is said once)", error)
+            return None
 
     def start(self, input: Any) -> Sequence_:  # noqa: A002  the contract's word
         """A sequence that shares steps. Raises FunctionError."""

@@ -16,10 +16,13 @@ from typing import Any
 
 from function import cpus, lean_torch, warm_imports
 from function.agent import load_agent
-from function.batcher import Batcher, Recent, Slice, Span
+from function.batcher import Batcher, Span
+from function.cost import Recent
 from function.errors import FunctionError, Unavailable
 from function.failing import says_enough
 from function.guarded_agent import GuardedAgent, Traits, log_failure
+from function.parts import Slice
+from function.priority import Priority
 from function.settings import FunctionSettings
 from function.streams import Made, Streams
 from weights_cache.reader import Weights
@@ -158,6 +161,7 @@ class Runner:
 
     def _serve(self, agent: GuardedAgent) -> None:
         streams = self.streams = Streams(agent, self._settings.max_batch)
+        self._batcher.parts.measure = agent.sizes if agent.tells_sizes else None
         while not self._is_closing:
             is_making = streams.has_due()
             if not is_making:
@@ -166,9 +170,11 @@ class Runner:
                     self._batcher.wait_for_calls(PAUSE_S)
                 else:
                     self._batcher.wait()
-            if slices := self._batcher.batch(may_wait=not is_making):
+            while slices := self._batcher.batch(may_wait=not is_making):
                 self._predict(agent, slices)
                 del slices  # whose inputs may be large, and are not to stay until the next
+                if not self._batcher.parts.of(Priority.INTERACTIVE):
+                    break
             for stream_call in self._batcher.stream_calls(streams.room()):
                 streams.start(stream_call)
             if self._batcher.has_stream_calls():
@@ -197,17 +203,17 @@ class Runner:
         self._took(began, slices, len(inputs))  # before the callers are woken, who would be in its way
         at = 0
         for part in slices:
-            part.call.add(outputs[at : at + len(part.inputs)])
+            part.call.add(outputs[at : at + len(part.inputs)], part.at)
             at += len(part.inputs)
 
     def _predict_apart(self, agent: GuardedAgent, slices: Sequence[Slice]) -> None:
         for part in slices:
-            for item in part.inputs:
+            for number, item in enumerate(part.inputs):
                 if part.call.is_over(time.monotonic()):
                     break
                 try:
                     agent.serving = [part.call.context]
-                    part.call.add(agent.predict([item], part.call.parameters))
+                    part.call.add(agent.predict([item], part.call.parameters), part.at and part.at[number : number + 1])
                 except FunctionError as error:
                     part.call.fail(error)
 

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from function.batcher import CallContext, Recent, Span, StreamCall
+from function.batcher import CallContext, Span, StreamCall
+from function.cost import Recent
 from function.errors import ClientGone, FunctionError, NoPlace, TimedOut, TooSlow
 from function.guarded_agent import GuardedAgent, Sequence_, Usage
 from function.priority import Priority

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from function.batcher import Batcher, Call, CallContext, Cost, Slice, StreamCall
+from function.batcher import Batcher, Call, CallContext, StreamCall
+from function.cost import Cost
 from function.errors import ClientGone, TimedOut
+from function.parts import Slice
 from function.priority import Priority
 from function.streams import Stream
 from tests.support import wait_until
