@@ -17,6 +17,7 @@ from pathlib import Path
 
 MOST_FILES = 1000  # what is imported beyond them is not followed
 MOST_BYTES = 8 << 20  # of a file that is read; of a larger one its stamp stands for what is in it
+SHOWN = 3  # files in a message
 _OURS = {"function", "weights_cache"}  # what a function has imported before it looks for its agent
 _SUFFIXES = (*SOURCE_SUFFIXES, *EXTENSION_SUFFIXES)
 
@@ -66,6 +67,11 @@ class Code:
         """The names of the files that are others in `new`, came to it or are gone."""
         paths = [path for path in self.files.keys() | new.files.keys() if self.files.get(path) != new.files.get(path)]
         return sorted(_shown(path, self.folders) for path in paths)
+
+
+def listed(files: Sequence[str]) -> str:
+    """The first of them, for a message."""
+    return ", ".join(files[:SHOWN]) + (f" and {len(files) - SHOWN} more" if len(files) > SHOWN else "")
 
 
 def _located(module: str, folders: Sequence[Path], stamps: dict[Path, Stamp]) -> Iterator[tuple[str, Path]]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from knative.local.code import Code
 from knative.local.errors import ManifestError
 from knative.local.inheritance import inherited
 from knative.local.limits import NO_LIMITS, Limits
@@ -122,30 +121,12 @@ def check_references(manifests: Manifests) -> None:
     for workload in manifests.workloads:
         containers: Sequence[AnyContainer] = workload.spec.containers
         for index, container in enumerate(containers):
-            told = {f"env: {name}": value for name, value in _declared_env(workload, index, manifests).items()}
+            told = {f"env: {name}": value for name, value in declared_env(workload, index, manifests).items()}
             told |= {"command": "".join(container.command), "args": "".join(container.args)}
             for field, text in told.items():
                 if "\0" in field + text:  # a secret perhaps, so it is not repeated
                     where = f"{workload.where}: spec.template.spec.containers[{index}].{field}"
                     raise ManifestError(workload.file, where, "holds a NUL character, which no process can be told")
-
-
-def with_content(service: Service, places: Places, seeds: Seeds) -> Service:
-    """The Service with what its pods would run now besides what its manifest says: its agent's code, and the weights of a seed.
-
-    Reads files, so not in the loop. `check_references` has found it to be right.
-    """
-    containers = service.spec.containers
-    index = next((index for index, container in enumerate(containers) if _runs(container, FUNCTION)), None)
-    if index is None:
-        return service
-    env = _declared_env(service, index, service.manifests)
-    mounts = {mount.mount_path.rstrip("/"): places.volume(service, "", mount.name) for mount in containers[index].volume_mounts}
-    here = _rewriter(mounts, {})
-    path = here(env[AGENT_PATH]) if AGENT_PATH in env else _agent_path(service, containers[index], here)
-    folders = [Path(folder).absolute() for folder in path.split(os.pathsep) if folder]
-    code = Code.read(env[AGENT], folders) if AGENT in env else None
-    return dataclasses.replace(service, code=code, weights=seeds.stamp(env.get(WEIGHTS, "")))
 
 
 def plan_pod(
@@ -180,7 +161,7 @@ def plan_source(
     given = {"K_SINK": sink}
     if source.declared.ce_overrides.extensions:
         given["K_CE_OVERRIDES"] = json.dumps({"extensions": source.declared.ce_overrides.extensions})
-    environments = [_declared_env(source, index, source.manifests) for index in range(len(source.spec.containers))]
+    environments = [declared_env(source, index, source.manifests) for index in range(len(source.spec.containers))]
     index = next((index for index, env in enumerate(environments) if QUEUE_URL in env), 0)
     ports: dict[int, int] = {}
     own: dict[str, str] = {}
@@ -226,8 +207,8 @@ class _Plan:
         """Where our sidecar listens in a cluster; 0 without one. Its default, too, is two pods' here."""
         containers: Sequence[AnyContainer] = self.workload.spec.containers
         for index, container in enumerate(containers):
-            if _runs(container, SIDECAR):
-                declared = _declared_env(self.workload, index, self.manifests).get(SIDECAR_PORT, "")
+            if runs(container, SIDECAR):
+                declared = declared_env(self.workload, index, self.manifests).get(SIDECAR_PORT, "")
                 return int(declared) if declared.isdigit() else DEFAULT_SIDECAR_PORT
         return 0
 
@@ -237,14 +218,14 @@ class _Plan:
             mount.mount_path.rstrip("/"): self.places.volume(workload, self.pod, mount.name) / mount.sub_path
             for mount in container.volume_mounts
         }
-        env = _declared_env(workload, index, self.manifests)
+        env = declared_env(workload, index, self.manifests)
         env = {
             name: str(ports.get(int(value), value)) if name.endswith("_PORT") and value.isdigit() else value for name, value in env.items()
         }
         env |= {**own, **self.given}
-        if self._sidecar_port and SIDECAR_PORT not in env and (_runs(container, SIDECAR) or _runs(container, FUNCTION)):
+        if self._sidecar_port and SIDECAR_PORT not in env and (runs(container, SIDECAR) or runs(container, FUNCTION)):
             env[SIDECAR_PORT] = str(ports[self._sidecar_port])
-        here = _rewriter(mounts, self.addresses)
+        here = rewriter(mounts, self.addresses)
         env = {name: here(value) for name, value in env.items()}
         if isinstance(workload, Service):
             env |= self._own_model(workload, container, env, here)
@@ -270,9 +251,9 @@ class _Plan:
 
     def _own_model(self, service: Service, container: AnyContainer, env: Mapping[str, str], here: Callable[[str], str]) -> dict[str, str]:
         """What our programs are told of this machine besides: where the agent is looked for, and where seeded weights are."""
-        is_function, is_sidecar = _runs(container, FUNCTION), _runs(container, SIDECAR)
+        is_function, is_sidecar = runs(container, FUNCTION), runs(container, SIDECAR)
         told = set(env) | set(self.places.inherits)
-        found = {AGENT_PATH: _agent_path(service, container, here)} if is_function and AGENT_PATH not in told else {}
+        found = {AGENT_PATH: agent_path(service, container, here)} if is_function and AGENT_PATH not in told else {}
         uri = env.get(WEIGHTS, "")
         if not (is_function or is_sidecar) or not self.seeds.of(uri):
             return found
@@ -281,7 +262,7 @@ class _Plan:
         return found | {WEIGHTS: self.seeds.pinned(uri, service.weights)}
 
 
-def _agent_path(service: Service, container: AnyContainer, here: Callable[[str], str]) -> str:
+def agent_path(service: Service, container: AnyContainer, here: Callable[[str], str]) -> str:
     """Where an agent's module is looked for: as ever in the working directory, then beside the manifest, and where we were started."""
     with contextlib.suppress(FileNotFoundError):  # somebody has removed the directory that we are in
         started_in = Path.cwd()
@@ -291,7 +272,7 @@ def _agent_path(service: Service, container: AnyContainer, here: Callable[[str],
     return ""
 
 
-def _runs(container: AnyContainer, program: tuple[str, ...]) -> bool:
+def runs(container: AnyContainer, program: tuple[str, ...]) -> bool:
     """Whether a container's command is one of our programs."""
     words = (*container.command, *container.args)
     return any(words[at : at + len(program)] == program for at in range(len(words)))
@@ -327,7 +308,8 @@ def _threads(env: Mapping[str, str], limits: Limits) -> dict[str, str]:
     return {"FUNCTION_TORCH_THREADS": str(max(1, min(int(limits.cpus), len(os.sched_getaffinity(0)) - 1)))}
 
 
-def _declared_env(service: Workload, index: int, manifests: Manifests) -> dict[str, str]:
+def declared_env(service: Workload, index: int, manifests: Manifests) -> dict[str, str]:
+    """What a manifest says of a container's environment. Raises ManifestError for a reference to what is not there."""
     env: dict[str, str] = {}
     container = service.spec.containers[index]
     for number, source in enumerate(container.env_from):
@@ -374,7 +356,7 @@ def _expand(text: str, env: Mapping[str, str]) -> str:
     return re.sub(r"\$\$|\$\(([^)]*)\)", lambda match: "$" if match[0] == "$$" else env.get(match[1], match[0]), text)
 
 
-def _rewriter(mounts: Mapping[str, Path], addresses: Mapping[str, str]) -> Callable[[str], str]:
+def rewriter(mounts: Mapping[str, Path], addresses: Mapping[str, str]) -> Callable[[str], str]:
     """Turns what is true inside a container into what is true on this machine."""
     deepest_first = sorted(mounts.items(), key=lambda mount: -len(mount[0]))
 

@@ -116,7 +116,7 @@ class Service(_Named):
     traffic: Sequence[TrafficTarget]  # never empty
     scale: ScaleSpec
     manifests: "Manifests" = field(repr=False, compare=False)  # what it was read with: its ConfigMaps and Secrets
-    code: Code | None = None  # of its agent; see launch.with_content
+    code: Code | None = None  # of its agent; see content.with_content
     weights: str = ""  # a stamp of the directory that they come from, if they come from one of this machine
 
     @property

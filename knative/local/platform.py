@@ -19,11 +19,12 @@ import aiohttp
 from knative.local.activator import Activator
 from knative.local.address import announce
 from knative.local.admin import Admin
+from knative.local.content import with_content
 from knative.local.devices import Devices, check, found
 from knative.local.errors import PlatformError
 from knative.local.fork_server import ForkServer
 from knative.local.helpers import Helpers
-from knative.local.launch import Places, check_references, with_content
+from knative.local.launch import Places, check_references
 from knative.local.manifest import Manifests, Service
 from knative.local.pod_maker import PodMaker
 from knative.local.ports import HOST, Ports

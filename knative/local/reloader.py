@@ -2,10 +2,13 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from itertools import chain
 from typing import Protocol
 
 from rich.markup import escape
 
+from knative.local.code import listed
+from knative.local.content import changed_files
 from knative.local.errors import PlatformError
 from knative.local.manifest import Manifests, Service
 from knative.local.tasks import describe
@@ -42,7 +45,7 @@ class Reloader:
         *,
         takes_content: bool = False,
     ) -> None:
-        """check: raises PlatformError for what cannot run here. content: see launch.with_content.
+        """check: raises PlatformError for what cannot run here. content: see content.with_content.
 
         takes_content: whether code and weights are taken as soon as they have changed. Raises PlatformError for a mistake in the manifests.
         """
@@ -89,7 +92,7 @@ class Reloader:
                 self._sources_stamp = stamp
                 await self._reload(prepare, f"manifests read again{f' ({by})' if by else ''}")
             elif self._takes_content or await self._notice(notice):
-                await self._reload(prepare, "code or weights have changed: taking them")
+                await self._reload(prepare)
 
     async def _has_other_content(self) -> bool:
         now = await asyncio.to_thread(lambda: list(map(self._content, self.manifests.services)))
@@ -101,7 +104,8 @@ class Reloader:
         except PlatformError:  # a manifest is written just now; that is a change of its own
             return False
 
-    async def _reload(self, prepare: Prepare, what: str) -> None:
+    async def _reload(self, prepare: Prepare, what: str = "") -> None:
+        """what: why, for people; if it is nothing, what has changed says so."""
         try:
             manifests = await asyncio.to_thread(self._read)
             take = await prepare(manifests)
@@ -109,8 +113,12 @@ class Reloader:
             self.problem = str(error) if isinstance(error, PlatformError) else describe("reading the manifests", error)
             self._terminal.say(f"[red]nothing was changed[/]: {escape(self.problem)}")
             return
+        if not what:
+            before = {(service.namespace, service.name): service for service in self.manifests.services}
+            files = [changed_files(old, new) for new in manifests.services if (old := before.get((new.namespace, new.name)))]
+            what = f"{listed(sorted(set(chain.from_iterable(files))))} changed"
         self.manifests, self.problem = manifests, None
-        self._terminal.say(f"[dim]{what}[/]")
+        self._terminal.say(f"[dim]{escape(what)}[/]")
         try:
             await take()
         except Exception as error:  # noqa: BLE001  what runs goes on, and the user is told

@@ -7,12 +7,13 @@ files on this machine, so a revision whose code has changed cannot have another 
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from knative.local.code import Code
+from knative.local.code import Code, listed
+from knative.local.content import changed_files
 from knative.local.errors import ManifestError
 from knative.local.manifest import RECREATE, ROLLOUT, Service
 from knative.local.pod import Pod
@@ -24,7 +25,6 @@ from knative.local.tasks import Tasks
 from knative.local.trouble import Trouble
 
 KEPT = 10  # revisions without traffic, so that it can go back to them by name
-SHOWN = 3  # files in a message
 LOOK_S = 0.05  # between two looks whether pods are gone
 
 
@@ -86,14 +86,14 @@ class Rollout:
         service: the manifest as ever, with the code and the weights that there are now.
         """
         before, newest = self.stale, self._newest
-        self.stale = _changed_files(newest.service, service)
+        self.stale = changed_files(newest.service, service)
         if not self.stale:
             return False
         if self.next_failure or newest.failures.present or (newest.pods.kept and not self.latest.pods.ready):
             return True
         if self.latest.pods.kept and self.stale != before:
             self._tell(
-                f"{_listed(self.stale)} changed since {newest.name} was made, which goes on as it is; "
+                f"{listed(self.stale)} changed since {newest.name} was made, which goes on as it is; "
                 "`relight run --reload` takes it at once, SIGHUP or the dashboard now, and so does the next pod that starts"
             )
         return False
@@ -112,7 +112,7 @@ class Rollout:
         """Have a revision with the code that there is now, as `revision` needs a pod and cannot have one."""
         self._is_renewing = False
         assert revision.service.code
-        files = _listed(revision.service.code.changed(code))
+        files = listed(revision.service.code.changed(code))
         if revision not in (self.latest, self.next):
             if not revision.pods.kept and not revision.failures.pause_s:
                 reason = f"{revision.name} cannot start: {files} changed since, and there is one version of the files here"
@@ -264,14 +264,3 @@ class Rollout:
             "state": "failed" if self.next_failure else "waiting" if self.next.scaling.held else "starting",
             "trouble": trouble and trouble.reason,
         }
-
-
-def _changed_files(before: Service, now: Service) -> list[str]:
-    """What has changed of the files that a revision was made of."""
-    files = before.code.changed(now.code) if before.code and now.code else []
-    return [*files, *(["the weights"] if before.weights != now.weights else [])]
-
-
-def _listed(files: Sequence[str]) -> str:
-    """The first of them, for a message."""
-    return ", ".join(files[:SHOWN]) + (f" and {len(files) - SHOWN} more" if len(files) > SHOWN else "")

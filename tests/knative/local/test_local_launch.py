@@ -13,6 +13,7 @@ from knative.local.errors import ManifestError
 from knative.local.launch import Places, PodPlan, Probe, Process, plan_pod, plan_source
 from knative.local.limits import Limits
 from knative.local.manifest import OBJECT_STORE, QUEUES, read_manifests
+from knative.local.seeds import Seed, Seeds
 
 STATE = Path("/state")
 STORE = "http://127.0.0.1:9999"
@@ -31,6 +32,7 @@ def plan(
     objects: Sequence[Mapping[str, Any]] = (),
     pod: str = "hello-1",
     state: Path = STATE,
+    seeds: Seeds | None = None,
 ) -> PodPlan:
     """One pod of a Service that has these containers; `container` is the one that is called."""
     main = {"name": "function", "command": ["serve"], "ports": [{"containerPort": 8080}], **(container or {})}
@@ -50,6 +52,7 @@ def plan(
         manifests=manifests,
         free_port=itertools.count(FIRST_PORT).__next__,
         addresses={OBJECT_STORE: STORE},
+        seeds=seeds,
     )
 
 
@@ -446,3 +449,43 @@ def test_the_port_of_a_queue_source_may_have_a_name_and_its_settings_come_from_e
     assert poll.liveness.port == FIRST_PORT
     (poll,) = plan_queue_source({"env": env(QUEUE_SOURCE_URL=QUEUE_URL)}).processes
     assert poll.env["QUEUE_SOURCE_PORT"] == str(FIRST_PORT)
+
+
+FUNCTION = {"command": ["python", "-m", "function"]}
+
+
+def test_a_function_looks_for_its_agent_beside_the_manifest_and_where_it_was_started_unless_it_is_told_otherwise() -> None:
+    here = str(Path.cwd())
+    assert process(FUNCTION).env["FUNCTION_AGENT_PATH"] == here  # the manifest lies here, too
+    assert process(FUNCTION | {"workingDir": "/work"}).env["FUNCTION_AGENT_PATH"] == f"/work:{here}"
+    assert process(FUNCTION | {"env": env(FUNCTION_AGENT_PATH="/app")}).env["FUNCTION_AGENT_PATH"] == "/app"
+    assert "FUNCTION_AGENT_PATH" not in process().env
+
+
+@pytest.mark.parametrize(
+    ("uri", "declared", "expected"),
+    [
+        pytest.param("s3://models/own", {}, STORE, id="seeded"),
+        pytest.param("s3://models/own/small#0123", {}, STORE, id="below a seed"),
+        pytest.param("s3://models/owner", {}, None, id="another's"),
+        pytest.param("s3://models/own", {"AWS_ENDPOINT_URL": "http://elsewhere"}, "http://elsewhere", id="a store that is named"),
+    ],
+)
+def test_a_sidecar_that_is_told_of_no_store_finds_seeded_weights_in_the_embedded_one(
+    uri: str, declared: Mapping[str, str], expected: str | None
+) -> None:
+    seeds = Seeds([Seed(Path("weights"), "s3://models/own/")])
+    sidecar = {"command": ["python", "-m", "weights_cache", "serve"], "env": env(WEIGHTS_URI=uri, **declared)}
+    function, cache = plan(FUNCTION | {"env": env(WEIGHTS_URI=uri)}, sidecar, seeds=seeds).processes
+    assert cache.env.get("AWS_ENDPOINT_URL") == expected
+    assert ("AWS_SECRET_ACCESS_KEY" in cache.env) == (expected == STORE)
+    assert "AWS_ENDPOINT_URL" not in function.env
+
+
+def test_weights_that_a_cache_has_others_of_are_pinned_for_both_containers() -> None:
+    seed = Seed(Path("weights"), "s3://models/own")
+    seeds = Seeds([seed])
+    seeds.pin(seed, "", "s3://models/own#0123")
+    sidecar = {"command": ["python", "-m", "weights_cache", "serve"], "env": env(WEIGHTS_URI="s3://models/own")}
+    planned = plan(FUNCTION | {"env": env(WEIGHTS_URI="s3://models/own")}, sidecar, seeds=seeds)
+    assert [process.env["WEIGHTS_URI"] for process in planned.processes] == ["s3://models/own#0123"] * 2

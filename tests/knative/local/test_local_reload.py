@@ -1,0 +1,96 @@
+"""Code that changes while its function runs."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.knative.local.running import Platform, platform_running, service
+from tests.knative.local.test_local_rolling import is_ready, steady
+from tests.support import request, wait_until
+
+AGENT = """
+import os
+import word
+
+class Teller:
+    def load(self, weights, device):
+        pass
+
+    def predict(self, inputs):
+        if "die" in inputs:
+            os._exit(1)
+        return [word.WORD for _ in inputs]
+"""
+FUNCTION = {"command": ["python", "-m", "function"], "readinessProbe": {"httpGet": {"path": "/readyz"}}}
+
+
+def say(platform_or_folder: Path, text: str) -> None:
+    """Save the module that the agent imports, as editors do."""
+    new = platform_or_folder / "word.py.new"
+    new.write_text(text)
+    new.replace(platform_or_folder / "word.py")
+
+
+@contextmanager
+def telling(folder: Path, *options: str, initial_scale: str = "1") -> Iterator[Platform]:
+    """A platform with the function `teller`, whose agent lies beside the manifest."""
+    (folder / "teller.py").write_text(AGENT)
+    say(folder, "WORD = 1")
+    document = service("teller", scale={"initial-scale": initial_scale}, container=FUNCTION, env={"FUNCTION_AGENT": "teller:Teller"})
+    document["spec"]["template"]["spec"]["containers"][0]["env"] = [{"name": "FUNCTION_AGENT", "value": "teller:Teller"}]
+    with platform_running(folder, [document], "--no-fork-server", *options) as platform:
+        yield platform
+
+
+def told(platform: Platform) -> Any:
+    return platform.call("teller", "/", "POST", {"instances": [0]}).json()["predictions"][0]
+
+
+def test_saved_code_takes_over_while_callers_are_served_and_broken_code_does_not(tmp_path: Path) -> None:
+    with telling(tmp_path, "--reload") as platform:
+        platform.wait_for("teller", "ready", is_ready)
+        assert told(platform) == 1
+        with steady(platform, "teller") as statuses:
+            say(tmp_path, "WORD = 2")
+            platform.wait_for("teller", "the new code", lambda found: found["revision"] == "teller-00002" and is_ready(found))
+            assert told(platform) == 2
+            say(tmp_path, "WORD = (")
+            found = platform.wait_for("teller", "failed", lambda found: (found["rollout"] or {}).get("state") == "failed")
+            assert found["failure"].startswith("teller-00003 failed; traffic stays on teller-00002. ")
+            assert "SyntaxError" in found["failure_log"]["lines"][-1]
+            assert told(platform) == 2
+            say(tmp_path, "WORD = 4")
+            platform.wait_for("teller", "mended", lambda found: found["revision"] == "teller-00004" and is_ready(found))
+            assert told(platform) == 4
+        assert set(statuses) == {404}  # of a path that no function has: what matters is that each call had an answer of a pod
+        assert "word.py changed\n" in platform.server.said()
+
+
+def test_without_reload_running_pods_go_on_and_no_other_pod_of_theirs_starts_with_other_code(tmp_path: Path) -> None:
+    with telling(tmp_path, initial_scale="0") as platform:
+        say(tmp_path, "WORD = (")  # from zero it is simply another revision
+        broken = platform.call("teller", "/", "POST", {"instances": [0]})
+        assert broken.status == 503
+        assert "SyntaxError" in broken.json()["error"]["message"]
+        say(tmp_path, "WORD = 2")  # which nothing has to go for
+        wait_until("the mended code", lambda: "word.py changed\n" in platform.server.said())
+        assert told(platform) == 2
+        assert [(pod["revision"], pod["phase"]) for pod in platform.pods("teller")] == [("teller-00003", "ready")]
+        say(tmp_path, "WORD = 3")
+        platform.wait_for("teller", "what has changed", lambda found: found["changed"] == ["word.py"])
+        assert told(platform) == 2
+        assert "word.py changed since teller-00003 was made, which goes on as it is" in platform.server.said()
+        assert request(platform.admin_port, "POST", "/api/reload").status == 403
+        assert request(platform.admin_port, "POST", "/api/reload", headers={"X-Relight": "1"}).status == 202
+        platform.wait_for("teller", "the new code", lambda found: found["revision"] == "teller-00004" and is_ready(found))
+        assert told(platform) == 3
+        assert not platform.service("teller")["changed"]
+        say(tmp_path, "WORD = 4")
+        platform.server.signal(signal.SIGHUP)
+        platform.wait_for("teller", "SIGHUP", lambda found: found["revision"] == "teller-00005" and is_ready(found))
+        say(tmp_path, "WORD = 5")
+        assert platform.call("teller", "/", "POST", {"instances": ["die"]}).status == 502
+        assert told(platform) == 5  # and not by the pod that has died, whose container starts again
+        assert {pod["revision"] for pod in platform.pods("teller") if pod["phase"] == "ready"} == {"teller-00006"}
