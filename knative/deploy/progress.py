@@ -47,6 +47,15 @@ def _reason(message: str) -> str:
     return f"{head}{failed}{lines[-1]}" if lines else message
 
 
+def held(service: Object) -> str | None:
+    """The revisions that callers go to because `spec.traffic` names them, where none of it is the newest."""
+    shares = [one for one in service["spec"].get("traffic", []) if one.get("percent")]
+    newest = service.get("status", {}).get("latestReadyRevisionName")
+    if not shares or any(one.get("latestRevision") or one.get("revisionName") == newest for one in shares):
+        return None
+    return " and ".join(one["revisionName"] for one in shares)
+
+
 def pods_in_words(pods: Iterable[Object], weights: str | None) -> str:
     """What the pods of a revision are doing, the one that is furthest behind. weights: the last line of a sidecar that tells of them."""
     words = [(4, "no pod yet")]  # how near to being ready, and what is said

@@ -48,7 +48,12 @@ def deploy(variables: Variables, kubectl: Kubectl, say: Say) -> Object:
         raise DeployError(f"Service {name} was applied to namespace {namespace}, and is not there")
     if before and before["metadata"].get("generation") == after["metadata"].get("generation"):
         say(f"{name}: nothing has changed since generation {after['metadata']['generation']}; no new revision")
-    return wait(kubectl, name, namespace, variables.timeout or deadline_s(service) + GRACE_S, say)
+    found = wait(kubectl, name, namespace, variables.timeout or deadline_s(service) + GRACE_S, say)
+    if old := progress.held(found):
+        say(
+            f"note: callers go to {old}, which spec.traffic names; the newest gets them with latestRevision (docs/your-model.md, Roll back)"
+        )
+    return found
 
 
 def wait(kubectl: Kubectl, name: str, namespace: str, timeout_s: float, say: Say) -> Object:

@@ -10,7 +10,8 @@ import pytest
 
 from function.settings import FunctionSettings
 from knative.queue_source.settings import QueueSourceSettings
-from tests.support import BIN, ROOT, clean_environment, free_port, request, running, wait_until
+from tests.support import BIN, ROOT, request
+from tests.system.walks import Page
 from weights_cache.settings import WeightsSettings
 
 README = (ROOT / "README.md").read_text()
@@ -41,33 +42,23 @@ def test_every_target_that_the_readme_names_is_in_the_makefile() -> None:
     assert named <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
-def block(marker: str) -> str:
-    """The code block that follows `<!-- marker -->`."""
-    found = re.search(rf"<!-- {re.escape(marker)} -->\n```\w+\n(.*?)```", README, re.DOTALL)
-    assert found, f"the README has no block {marker!r}"
-    return found[1]
-
-
 @pytest.fixture
-def newcomer(tmp_path: Path) -> Path:
+def newcomer(tmp_path: Path) -> Page:
     """A folder with the files that the README tells to write."""
+    page = Page("README.md", tmp_path / "newcomer")
+    page.folder.mkdir()
     for name in ("my_model.py", "save.py", "my_model.yaml"):
-        (tmp_path / name).write_text(block(f"file: {name}"))
-    return tmp_path
+        (page.folder / name).write_text(page.block(f"file: {name}"))
+    return page
 
 
-def test_a_model_brought_as_the_readme_says_answers(newcomer: Path) -> None:
-    port, admin = free_port(), free_port()
-    commands = block("run").replace("source .venv/bin/activate\n", "")
-    script = f"set -e\nPATH={BIN}:$PATH\ncd {newcomer}\n{commands.strip()} --port {port} --admin-port {admin}\n"
-    with running(["bash", "-c", script], newcomer / "log", clean_environment(), port) as server:
-        wait_until("the platform", lambda: server.process.poll() is not None or request(admin, "GET", "/api/status").status == 200)
-        assert server.process.poll() is None, server.said()
-        reply = request(port, "POST", "/v1/models/linear:predict", {"instances": [[1, 1], [0, 2]]})
+def test_a_model_brought_as_the_readme_says_answers(newcomer: Page) -> None:
+    with newcomer.serving("run") as server:
+        reply = request(server.port, "POST", "/v1/models/linear:predict", {"instances": [[1, 1], [0, 2]]})
         assert (reply.status, reply.json()) == (200, {"predictions": [6.0, 7.0]})
-        refused = request(port, "POST", "/", {"instances": [["one", 2]]})
+        refused = request(server.port, "POST", "/", {"instances": [["one", 2]]})
         assert (refused.status, refused.json()["error"]["type"]) == (400, "bad_input")
-        refused = request(port, "POST", "/", {"instances": [[1, 2, 3]]})
+        refused = request(server.port, "POST", "/", {"instances": [[1, 2, 3]]})
         assert refused.json()["error"]["message"] == "each instance must have 2 numbers"
 
 

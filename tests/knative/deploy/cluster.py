@@ -1,7 +1,8 @@
-"""A Kubernetes API for kubectl to talk to: discovery, server-side apply, get, list, delete, logs; and what a controller would make of it.
+"""A Kubernetes API for kubectl to talk to: discovery, server-side apply, merge patches, get, list, delete, logs; and what a controller
+would make of it.
 
-It keeps what is applied, merges no fields (each object has one owner here), and raises `generation` when a spec changes, as a real one
-does. What becomes of a Service is the test's to say.
+It keeps what is applied, merges no fields but those of a patch, which stay whatever is applied later (they have another owner), and
+raises `generation` when a spec changes, as a real one does. What becomes of a Service is the test's to say.
 """
 
 import copy
@@ -59,6 +60,7 @@ class Cluster:
         self.dry_runs = 0
         self.webhook: Callable[[Object], str | None] = lambda service: None  # what it has against a Service
         self.controller: Callable[[Cluster, Object, int], None] = becomes_ready  # called when a Service is looked at: which time it is
+        self._patches: dict[tuple[str, str, str], Object] = {}
         self._looks: dict[str, int] = {}
         self._lock = threading.RLock()  # guards everything; kubectl asks several things at once
 
@@ -111,7 +113,7 @@ class Cluster:
             if plural == "services" and "dryRun" in query and (said := self._pods_problem(document, namespace)):
                 raise Refused(400, "BadRequest", f'admission webhook "validation.webhook.serving.knative.dev" denied the request: {said}')
             before = self.objects.get((plural, namespace, name))
-            after = copy.deepcopy(document)
+            after = _merged(copy.deepcopy(document), self._patches.get((plural, namespace, name), {}))
             generation = before["metadata"]["generation"] if before else 0
             after["metadata"] |= {"generation": generation if before and before.get("spec") == after.get("spec") else generation + 1}
             if before:
@@ -123,6 +125,18 @@ class Cluster:
             self.objects[plural, namespace, name] = after
             self._looks.pop(name, None)
             return after
+
+    def patch(self, path: str, changes: Object) -> Object:
+        """The answer to a merge patch (RFC 7386, which takes nothing away here)."""
+        with self._lock:
+            _, plural, namespace, name, _ = self._place(path)
+            if (plural, namespace, name) not in self.objects:
+                raise _not_found(plural, name)
+            found = self.objects[plural, namespace, name]
+            self._patches[plural, namespace, name] = _merged(self._patches.get((plural, namespace, name), {}), changes)
+            found |= _merged(found, changes)
+            found["metadata"]["generation"] += 1
+            return found
 
     def _pods_problem(self, service: Object, namespace: str) -> str | None:
         """In a dry run of a Service, Knative's webhook tries whether its pods could be made now, which takes their service account."""
@@ -239,7 +253,10 @@ def serving(cluster: Cluster, folder: Path) -> Iterator[dict[str, str]]:
             self._answer(lambda path, query, _: cluster.get(path, query))
 
         def do_PATCH(self) -> None:
-            self._answer(lambda path, query, body: cluster.apply(path, query, yaml.safe_load(body)))
+            if self.headers["Content-Type"] == "application/merge-patch+json":
+                self._answer(lambda path, _, body: cluster.patch(path, json.loads(body)))
+            else:
+                self._answer(lambda path, query, body: cluster.apply(path, query, yaml.safe_load(body)))
 
         def do_DELETE(self) -> None:
             self._answer(lambda path, _, __: cluster.delete(path))
@@ -287,6 +304,14 @@ def configured(folder: Path, address: str) -> dict[str, str]:
     }
     (folder / "kubeconfig").write_text(yaml.safe_dump(config))
     return {"KUBECONFIG": str(folder / "kubeconfig"), "KUBECACHEDIR": str(folder / "cache"), "HOME": str(folder)}
+
+
+def _merged(document: Object, changes: Object) -> Object:
+    """The document with the changes in it, maps within maps too."""
+    found = dict(document)
+    for key, value in changes.items():
+        found[key] = _merged(found.get(key, {}), value) if isinstance(value, dict) else value
+    return found
 
 
 def _root(version: str) -> str:

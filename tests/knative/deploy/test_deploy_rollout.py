@@ -20,7 +20,7 @@ from knative.deploy import flags, rollout
 from knative.deploy.agent import MANIFESTS
 from knative.deploy.cli import cluster as command
 from knative.deploy.kubectl import Kubectl
-from knative.deploy.progress import pods_in_words
+from knative.deploy.progress import held, pods_in_words
 from knative.deploy.render import render_cluster
 from knative.deploy.variables import Variables
 from tests.knative.deploy.cluster import SERVING, Cluster, Object, becomes_ready, configured, pod, revise, serving
@@ -105,6 +105,20 @@ def test_of_several_pods_the_one_furthest_behind_is_told() -> None:
     assert pods_in_words([starting, image, ready], None) == "c: pulling the image of function"
     assert pods_in_words([image, fresh], None) == "d: waiting for its node"
     assert pods_in_words([fresh, homeless], None) == "e has no node: no GPU is free"
+
+
+@pytest.mark.parametrize(
+    ("traffic", "told"),
+    [
+        (None, None),
+        ([{"latestRevision": True, "percent": 100}], None),
+        ([{"revisionName": "ada-00001", "percent": 90}, {"revisionName": "ada-00002", "percent": 10}], None),
+        ([{"revisionName": "ada-00001", "percent": 100}, {"latestRevision": True, "percent": 0, "tag": "next"}], "ada-00001"),
+    ],
+)
+def test_traffic_that_does_not_go_to_the_newest_revision_is_told(traffic: list[Object] | None, told: str | None) -> None:
+    spec = {} if traffic is None else {"traffic": traffic}
+    assert held({"spec": spec, "status": {"latestReadyRevisionName": "ada-00002"}}) == told
 
 
 def test_a_second_deploy_makes_no_new_revision(cluster: Cluster, run: Run) -> None:

@@ -1,5 +1,6 @@
 """`relight init`: what it writes and what it refuses. That the folders answer is tested with docs/your-model.md."""
 
+import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -16,7 +17,8 @@ from knative.deploy.variables import Variables
 from knative.project.cli import init
 from knative.project.files import KINDS
 from knative.project.init import make_project
-from tests.support import BIN, ROOT, clean_environment
+from tests.support import BIN, ROOT
+from tests.system.walks import Page
 
 STYLE = ["--isolated", "--line-length", "140", "--select", "B,E,F,SIM,UP,W"]
 
@@ -122,13 +124,13 @@ def test_the_ci_calls_what_the_makefile_has(projects: Path) -> None:
 
 
 def test_the_projects_own_test_passes_with_a_fake_agent_and_finds_a_misspelt_setting(projects: Path) -> None:
-    folder = projects / "my-transformers"
-    environ = clean_environment(PATH=f"{BIN}:/usr/bin:/bin", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
-    done = subprocess.run(["make", "test"], cwd=folder, env=environ, capture_output=True, text=True, check=False)
-    assert (done.returncode, "2 passed" in done.stdout) == (0, True), done.stdout
-    (folder / "service.yaml").write_text((folder / "service.yaml").read_text().replace("FUNCTION_DEVICE", "FUNCTION_DEVISE"))
-    done = subprocess.run(["make", "test"], cwd=folder, env=environ, capture_output=True, text=True, check=False)
-    assert (done.returncode, "did you mean FUNCTION_DEVICE?" in done.stdout) == (2, True), done.stdout
+    """Typed as the page has it."""
+    page = Page("docs/your-model.md", projects / "my-transformers", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    assert "2 passed" in page.run("test")
+    manifest = page.folder / "service.yaml"
+    manifest.write_text(manifest.read_text().replace("FUNCTION_DEVICE", "FUNCTION_DEVISE"))
+    with pytest.raises(AssertionError, match=re.escape("did you mean FUNCTION_DEVICE?")):
+        page.run("test")
 
 
 def test_templates_belong_to_the_package() -> None:
