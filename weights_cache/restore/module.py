@@ -4,6 +4,7 @@ While a module is constructed its parameters are placeholders on torch's `meta` 
 them costs nothing. Whatever else it computes, such as its buffers, is computed as ever. See `_Placeholders` for where the two meet.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -47,17 +48,70 @@ def assemble(
     for names in tied.values():
         if len(names) > 1 and (found := [name for name in names if name in state]):
             state |= dict.fromkeys(names, nn.Parameter(state[found[0]], requires_grad=False))  # one parameter, as they were
+    missing, unexpected = _bind(module, state)
+    if (missing or unexpected) and (renamed := _library_names(module, state)):
+        state = {renamed.get(name, name): tensor for name, tensor in state.items()}
+        missing, unexpected = _bind(module, state)
+    if missing or unexpected:
+        lacks = [f"they lack {_some(missing)}"] * bool(missing) + [f"the module lacks {_some(unexpected)}"] * bool(unexpected)
+        raise WeightsError(f"the weights do not fit the module: {', and '.join(lacks)}{_hint(missing, unexpected)}")
+    _place_buffers(module, state, device, placeholders)
+    return module
+
+
+def _bind(module: nn.Module, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Have the module use the tensors of its names. Returns the parameters that none is for, and the tensors that it has no use for.
+
+    Raises WeightsError for a tensor of another shape.
+    """
     try:
         absent, unexpected = module.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:  # shapes
         raise WeightsError(f"the weights do not fit the module: {_some_lines(str(error))}") from error
     parameters = module.named_parameters(remove_duplicate=False)
-    missing = [name for name, parameter in parameters if name in absent or parameter.is_meta]
-    if missing or unexpected:
-        lacks = [f"they lack {_some(missing)}"] * bool(missing) + [f"the module lacks {_some(unexpected)}"] * bool(unexpected)
-        raise WeightsError(f"the weights do not fit the module: {', and '.join(lacks)}")
-    _place_buffers(module, state, device, placeholders)
-    return module
+    return [name for name, parameter in parameters if name in absent or parameter.is_meta], list(unexpected)
+
+
+def _library_names(module: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, str]:
+    """For a model of transformers whose files have names of an earlier version: from these to the ones of today. Empty for others.
+
+    The library knows them when it loads a model: it is given tensors without values, and where these are afterwards is looked at.
+    """
+    transformers: Any = sys.modules.get("transformers")
+    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
+        return {}
+    there = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in state.items() if tensor.numel()}
+    names = {tensor.data_ptr(): name for name, tensor in there.items()}  # their pages are never touched
+    told = transformers.utils.logging
+    verbosity, has_bar = told.get_verbosity(), told.is_progress_bar_enabled()
+    try:
+        told.set_verbosity_error()
+        told.disable_progress_bar()
+        model = type(module).from_pretrained(
+            None, config=module.config, state_dict=there, dtype=_dtype(module), ignore_mismatched_sizes=True
+        )
+    finally:
+        told.set_verbosity(verbosity)
+        if has_bar:
+            told.enable_progress_bar()
+    return {names[tensor.data_ptr()]: name for name, tensor in model.state_dict().items() if tensor.data_ptr() in names}
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    return next((parameter.dtype for parameter in module.parameters() if parameter.dtype.is_floating_point), None)
+
+
+def _hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """How to mend it, where all that is missing is there with one prefix more or less, as with the model below a head."""
+    lacking, there = sorted(missing), set(unexpected)
+    for name in there if lacking else ():
+        if name.endswith(f".{lacking[0]}") and {(prefix := name.removesuffix(lacking[0])) + one for one in lacking} <= there:
+            return f"; rename=lambda name: name.removeprefix({prefix!r}) if name.startswith({prefix!r}) else None takes what the module has"
+        if lacking[0].endswith(f".{name}"):
+            prefix = lacking[0].removesuffix(name)
+            if all(one.startswith(prefix) and one.removeprefix(prefix) in there for one in lacking):
+                return f"; rename=lambda name: {prefix!r} + name gives them the module's names"
+    return ""
 
 
 def _place_buffers(

@@ -63,19 +63,24 @@ class ImageClassification:
         return Row(dict(self._pipe.preprocess(image)))
 
 
+SHORTEST_S = 0.025  # of a recording: what the first layers of the usual models look at
+_SPEECH = {
+    "return_timestamps": Parameter(
+        'true, false, "word" or "char"', lambda value: type(value) is bool or (type(value) is str and value in ("word", "char"))
+    ),
+    "chunk_length_s": number(1, 3600),
+    "stride_length_s": number(0, 3600),
+}
+_GENERATING = {  # of models that make the text token by token, such as Whisper
+    "language": TEXT,
+    "task": one_of("transcribe", "translate"),
+    **{name: GENERATION[name] for name in ("max_new_tokens", "num_beams", "do_sample", "temperature")},
+}
+
+
 class SpeechRecognition:
     """{"text": …}, or with `return_timestamps` also "chunks". One recording at a time, as each takes as long as it is."""
 
-    parameters: Mapping[str, Parameter] = {
-        "return_timestamps": Parameter(
-            'true, false, "word" or "char"', lambda value: type(value) is bool or (type(value) is str and value in ("word", "char"))
-        ),
-        "chunk_length_s": number(1, 3600),
-        "stride_length_s": number(0, 3600),
-        "language": TEXT,
-        "task": one_of("transcribe", "translate"),
-        **{name: GENERATION[name] for name in ("max_new_tokens", "num_beams", "do_sample", "temperature")},
-    }
     media_types: tuple[str, ...] = ("audio/*", "video/*")
 
     def __init__(self, task: str, model: Any, weights: Any) -> None:
@@ -84,6 +89,7 @@ class SpeechRecognition:
         self._has_ffmpeg = shutil.which("ffmpeg") is not None
         if not self._has_soundfile and not self._has_ffmpeg:
             raise SettingsError(f"{task} needs the package soundfile (pip install soundfile) or the program ffmpeg, to read recordings")
+        self.parameters: Mapping[str, Parameter] = _SPEECH | (_GENERATING if model.can_generate() else {})
         tokenizer, extractor = loading.load_tokenizer(weights), loading.load_feature_extractor(weights)
         self._rate = extractor.sampling_rate
         with loading.explained(f"the pipeline {task!r}"):
@@ -91,7 +97,7 @@ class SpeechRecognition:
 
     def predict(self, inputs: Sequence[Any], parameters: Mapping[str, Any]) -> list[Any]:
         """The text of each recording. Raises BadInput."""
-        own = {name: parameters[name] for name in ("return_timestamps", "chunk_length_s", "stride_length_s") if name in parameters}
+        own = {name: parameters[name] for name in _SPEECH if name in parameters}
         generation = {name: value for name, value in parameters.items() if name not in own}
         if generation:
             own["generate_kwargs"] = generation
@@ -108,15 +114,19 @@ class SpeechRecognition:
         self._pipe({"raw": np.zeros(self._rate // 4, np.float32), "sampling_rate": self._rate})
 
     def _samples(self, one: Any) -> Any:
-        """float32 [n], at the rate that the model takes."""
-        if isinstance(one, bytes):
-            return self._read(one)
+        """float32 [n], at the rate that the model takes. Raises BadInput."""
+        samples = self._read(one) if isinstance(one, bytes) else self._given(one)
+        if len(samples) < SHORTEST_S * self._rate:
+            raise BadInput(f"the recording is shorter than {SHORTEST_S:g} s")
+        return samples
+
+    def _given(self, one: Any) -> Any:
         if isinstance(one, Mapping) and set(one) == {"raw", "sampling_rate"}:
             if one["sampling_rate"] != self._rate:
                 raise BadInput(f'"sampling_rate" must be {self._rate}, as the model takes it')
             with suppress(TypeError, ValueError):
                 samples = np.asarray(one["raw"], np.float32)
-                if samples.ndim == 1 and samples.size:
+                if samples.ndim == 1:
                     return samples
         wants = f'its bytes as the body, with its Content-Type, or {_BASE64}, or {{"raw": [numbers], "sampling_rate": {self._rate}}}'
         raise BadInput(f"each input must be a recording: {wants}")

@@ -5,7 +5,7 @@ positions from the end), so that padding is relied on only once it was seen to c
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -157,10 +157,17 @@ class Texts:
 def token_limit(model: Any, tokenizer: Any) -> int | None:
     """How many tokens a model takes: what its tokenizer says, and no more than it has positions for. None if any number."""
     said = tokenizer.model_max_length
-    found = [said] if 0 < said < 1 << 30 else []
+    return min([*([said] if 0 < said < 1 << 30 else []), *_positions(model)], default=None)
+
+
+def position_limit(model: Any) -> int | None:
+    """How many positions a model has; None if any number."""
+    return min(_positions(model), default=None)
+
+
+def _positions(model: Any) -> Iterator[int]:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in ("position_embeddings", "embed_positions", "wpe") and isinstance(module, torch.nn.Embedding):
             # Where numbers are left out at the beginning: those of BART's kind say how many, those of RoBERTa's count from the padding's.
             before = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
-            found.append(module.num_embeddings - before)
-    return min(found, default=None)
+            yield module.num_embeddings - before

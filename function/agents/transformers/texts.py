@@ -14,7 +14,7 @@ from function.agent import BadInput
 from function.agents.transformers import loading
 from function.agents.transformers.choice import base
 from function.agents.transformers.parameters import FLAG, GENERATION, TEXT, TRUNCATION, Parameter
-from function.agents.transformers.rows import Row, Texts, joined, token_limit
+from function.agents.transformers.rows import Row, Texts, joined, position_limit, token_limit
 from function.agents.transformers.tasks import kind_of, refusing
 
 MOST_NEW_TOKENS, BEAMS = 256, 4  # where the model's generation config does not say
@@ -33,6 +33,7 @@ class TextToText:
         self._model = model
         self._tokenizer = loading.load_tokenizer(weights)
         self._texts = Texts(self._tokenizer, token_limit(model, self._tokenizer))
+        self._room = position_limit(model)  # for the tokens that are made, the first of which is no part of the text
         specific: dict[str, Any] = {**((getattr(model.config, "task_specific_params", None) or {}).get(task) or {})}
         self._prefix = specific.pop("prefix", None) or getattr(model.config, "prefix", None) or ""
         self._generation = self._defaults(specific)
@@ -50,7 +51,7 @@ class TextToText:
         if found.num_beams in (None, 1):
             found.num_beams = BEAMS
         if found.max_new_tokens is None and found.max_length in (None, _NOT_SAID):
-            found.max_new_tokens = min(MOST_NEW_TOKENS, (self._texts.limit or MOST_NEW_TOKENS + 1) - 1)
+            found.max_new_tokens = min(MOST_NEW_TOKENS, (self._room or MOST_NEW_TOKENS + 1) - 1)
         if found.pad_token_id is None:
             found.pad_token_id = self._tokenizer.pad_token_id
         found.update(**specific)
@@ -98,9 +99,9 @@ class TextToText:
         how = copy.deepcopy(self._generation)
         if "max_length" in said and "max_new_tokens" not in said:
             how.max_new_tokens = None  # a default, and what was said goes before it
-        room = self._texts.limit
-        if room and (most := max(said.get("max_new_tokens", 0), said.get("max_length", 0))) >= room:
-            raise BadInput(f"{most} tokens are more than the model can make; it has places for {room}, and one is its beginning's")
+        most = max(said.get("max_new_tokens", 0), said.get("max_length", 0))
+        if self._room and most >= self._room:
+            raise BadInput(f"the model can make at most {self._room - 1} tokens, and not {most}")
         names = [name for name in rows[0].inputs if name != "token_type_ids"]
         pad, is_left = self._tokenizer.pad_token_id, self._tokenizer.padding_side == "left"
         inputs = {name: joined(name, rows, pad, is_left=is_left).to(self._model.device) for name in names}
