@@ -62,7 +62,7 @@ def read_layout(weights: Weights, device: str) -> Layout | None:
     if not found or found[0][0] not in ("Transformer", "StaticEmbedding"):
         name = found[0][0] if found else "no module"
         raise WeightsError(f"modules.json begins with {name}; models that begin with Transformer or StaticEmbedding are known here")
-    steps = [step for name, path in found[1:] if (step := _step(name, weights.folder(path), device))]
+    steps = [step for name, path in found[1:] if (step := _step(name, weights, path, device))]
     return Layout(*found[0], steps)
 
 
@@ -76,26 +76,27 @@ def read_json(weights: Weights, name: str) -> Any:
         raise WeightsError(f"{name} is no JSON: {error}") from error
 
 
-def _step(name: str, weights: Weights, device: str) -> "Step | None":
-    config = read_json(weights, "config.json") or {}
+def _step(name: str, weights: Weights, folder: str, device: str) -> "Step | None":
+    config = read_json(weights, f"{folder}/config.json") or {}  # of Normalize there may be no folder, as git keeps no empty ones
     match name:
         case "Pooling":
             return Pooling.of(config)
         case "Normalize":
             return Normalize(config)
         case "Dense":
-            return Dense(config, _tensors(weights, device))
+            return Dense(config, _tensors(weights, folder, device))
         case "LayerNorm":
-            return LayerNorm(_tensors(weights, device))
+            return LayerNorm(_tensors(weights, folder, device))
         case "Dropout":
             return None
     raise WeightsError(f"modules.json has a module {name}; Pooling, Dense, LayerNorm, Normalize and Dropout are known here")
 
 
-def _tensors(weights: Weights, device: str) -> "Mapping[str, Tensor]":
-    if "model.safetensors" not in weights.files():
-        raise WeightsError(f"a Dense or LayerNorm folder has no model.safetensors, only {', '.join(weights.files())}; save the model anew")
-    return dict(weights.to(device))
+def _tensors(weights: Weights, folder: str, device: str) -> "Mapping[str, Tensor]":
+    there = [name for name in weights.files() if name.startswith(f"{folder}/")]
+    if f"{folder}/model.safetensors" not in there:
+        raise WeightsError(f"{folder} has no model.safetensors, only {', '.join(there) or 'nothing'}; save the model anew")
+    return dict(weights.folder(folder).to(device))
 
 
 @dataclass(frozen=True)
