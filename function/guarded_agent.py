@@ -20,9 +20,11 @@ from itertools import islice
 from typing import Any
 
 from function import errors
-from function.agent import InferenceAgent, TensorSpec, takes_parameters
+from function.agent import InferenceAgent, TensorSpec, takes
 from function.batcher import CallContext
 from function.errors import AgentFailed, FunctionError
+from function.headers import declared
+from function.told import Schema, declared_abilities, declared_parameters, piece_of
 from function.values import plain
 from weights_cache.environment import SettingsError
 from weights_cache.reader import Weights
@@ -53,8 +55,12 @@ class Traits:
     outputs: Sequence[TensorSpec] = (TensorSpec("output", "BYTES", (-1,)),)
     can_stream: bool = False  # it makes answers piece by piece
     takes_parameters: bool = False
+    headers: tuple[str, ...] = ()  # names, in small letters, of those of the request that it takes
+    headers_differ: bool = False  # inputs of requests whose headers differ are not to be predicted together
     takes_arrays: bool = False  # in place of lists
     media_types: tuple[str, ...] = ()  # of bodies, besides JSON, that are inputs as they are
+    sampling_parameters: Mapping[str, Schema] = field(default_factory=dict)  # besides OpenAI's own
+    abilities: Mapping[str, str] = field(default_factory=dict)  # by ability why it is lacking, empty where it is not
 
 
 @dataclass(eq=False)
@@ -73,8 +79,10 @@ class GuardedAgent:
         self._agent: Any = agent
         self.shares_steps = self._has("step")
         self.tells_sizes = self._has("size")
-        self._takes_parameters = takes_parameters(agent.predict)
+        self._takes_parameters = takes(agent.predict, "parameters")
+        self._taking_headers = {name for name in ("predict", "start", "stream") if takes(getattr(agent, name, None), "headers")}
         self._has_failed_to_tell = False  # a size, so that the log says it once
+        self._abilities: Mapping[str, str] = {}
         self.serving: Sequence[CallContext] = ()  # whose requests it is working on, for the log
         self.busy_since: float | None = None  # in a call after it became ready, on `time.monotonic`'s clock
 
@@ -98,14 +106,19 @@ class GuardedAgent:
 
     def traits(self) -> Traits:
         """What it declares, all of which is known once it is loaded."""
+        self._abilities = declared_abilities(getattr(self._agent, "abilities", ()))
         agent, default = self._agent, Traits()
         return Traits(
             inputs=_specs("inputs", getattr(agent, "inputs", default.inputs)),
             outputs=_specs("outputs", getattr(agent, "outputs", default.outputs)),
             can_stream=self.shares_steps or self._has("stream"),
             takes_parameters=self._takes_parameters,
+            headers=declared(getattr(agent, "headers", ())),
+            headers_differ="predict" in self._taking_headers,
             takes_arrays=bool(getattr(agent, "arrays", False)),
             media_types=_media_types(getattr(agent, "media_types", ())),
+            sampling_parameters=declared_parameters(getattr(agent, "sampling_parameters", {})),
+            abilities=self._abilities,
         )
 
     def close(self) -> None:
@@ -123,10 +136,14 @@ class GuardedAgent:
 
     # Calls
 
-    def predict(self, inputs: Sequence[Any], parameters: Mapping[str, Any] | None = None) -> list[Any]:
+    def predict(
+        self, inputs: Sequence[Any], parameters: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None
+    ) -> list[Any]:
         """One plain output for each input. Raises FunctionError."""
         with self._guarded():
-            more = {"parameters": copy.deepcopy(dict(parameters or {}))} if self._takes_parameters else {}
+            more = self._headers("predict", headers)
+            if self._takes_parameters:
+                more["parameters"] = copy.deepcopy(dict(parameters or {}))
             found = self._agent.predict(list(inputs), **more)  # its own, as it may take inputs out of it, and change parameters
             return list(plain(_as_list(found, len(inputs), "predict", "output")))
 
@@ -147,10 +164,13 @@ class GuardedAgent:
                 log_failure("the agent's size() failed; such inputs share batches as if there was none (this is said once)", error)
             return None
 
-    def start(self, input: Any) -> Sequence_:  # noqa: A002  the contract's word
+    def start(self, input: Any, headers: Mapping[str, str] | None = None) -> Sequence_:  # noqa: A002  the contract's word
         """A sequence that shares steps. Raises FunctionError."""
         with self._guarded():
-            return Sequence_(self._agent.start(input))
+            return Sequence_(self._agent.start(input, **self._headers("start", headers)))
+
+    def _headers(self, method: str, headers: Mapping[str, str] | None) -> dict[str, Any]:
+        return {"headers": dict(headers or {})} if method in self._taking_headers else {}
 
     def step(self, sequences: Sequence[Sequence_]) -> list[Any]:
         """The next piece of each, None at its end, or the FunctionError that it has instead. Raises FunctionError if the step failed.
@@ -159,12 +179,20 @@ class GuardedAgent:
         """
         with self._guarded():
             pieces = _as_list(self._agent.step([one.made for one in sequences]), len(sequences), "step", "piece")
-            return [_piece(one, piece) for one, piece in zip(sequences, pieces, strict=True)]
+            return [self._piece(one, piece) for one, piece in zip(sequences, pieces, strict=True)]
 
-    def stream(self, input: Any) -> Sequence_:  # noqa: A002
+    def _piece(self, sequence: Sequence_, found: Any) -> Any:
+        """A piece as a plain value, and what its sequence tells noted; the FunctionError that its caller gets if foreign code raises."""
+        try:
+            sequence.usage = _usage(sequence.made)
+            return piece_of(sequence.made, plain(found), self._abilities)
+        except BaseException as error:  # noqa: BLE001  as around a call
+            return to_function_error(error)
+
+    def stream(self, input: Any, headers: Mapping[str, str] | None = None) -> Sequence_:  # noqa: A002
         """An answer of an agent that makes one at a time; `advance` it. Raises FunctionError."""
         with self._guarded():
-            return Sequence_(iter(self._agent.stream(input)))
+            return Sequence_(iter(self._agent.stream(input, **self._headers("stream", headers))))
 
     def advance(self, sequence: Sequence_) -> Any:
         """Its next piece, None at its end. Raises FunctionError."""
@@ -279,15 +307,6 @@ def _as_list(found: Any, count: int, method: str, what: str) -> list[Any]:
         many = f"more than {count}" if len(items) == count + 1 and type(found) is not list else len(items)
         raise ValueError(f"{method} returned {many} {what}{'' if many == 1 else 's'}, not {wanted}")
     return items
-
-
-def _piece(sequence: Sequence_, found: Any) -> Any:
-    """A sequence's piece as a plain value, and what it tells noted; the FunctionError that its caller gets if foreign code raises."""
-    try:
-        sequence.usage = _usage(sequence.made)
-        return plain(found)
-    except BaseException as error:  # noqa: BLE001  as around a call
-        return to_function_error(error)
 
 
 def _a(name: str) -> str:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import flask
@@ -16,6 +16,8 @@ from function.access import Headers, Note
 from function.batcher import Call, CallContext
 from function.bodies import ParseBudget, decompress, parse_json
 from function.errors import AgentFailed, BadInput, ClientGone, FunctionError, NotFound, TooLarge, UnsupportedMediaType
+from function.merged import Merged
+from function.headers import chosen
 from function.metrics import Metrics
 from function.model import Model
 from function.priority import Priority
@@ -24,6 +26,8 @@ from function.streams import Stream, is_empty
 from function.values import dumps
 
 log = logging.getLogger("relight.function")
+
+_Begun = TypeVar("_Begun", Stream, Merged)
 
 JSON = "application/json"
 HEARTBEAT_S = 10.0  # a comment line when the model is silent for so long, so that nothing in between takes the connection for dead
@@ -90,11 +94,21 @@ class Function:
     def stream(self, item: Any) -> Stream:
         """The answer to one input, piece by piece, once its first piece is there. Raises what Model.stream does."""
         self.metrics.instances.inc()
+        return self._first(lambda: self.model.stream(item, self.context()))
+
+    def merged(self, items: Sequence[Any]) -> Merged:
+        """The answers to several inputs as one stream, once the first piece of the first is there. Raises what Model.stream does."""
+        self.metrics.instances.inc(len(items))
+        calls = [(item, self.context()) for item in items]
+        return self._first(lambda: Merged(calls, self.model.streams, min(self.settings.max_batch, self.settings.queue_limit)))
+
+    def _first(self, begin: Callable[[], _Begun]) -> _Begun:
+        """What is begun, and the time that it took noted."""
         note: Note = flask.g.note
         with self.metrics.first_piece.time():
-            stream = self.model.stream(item, self.context())
+            begun = begin()
         note.timing.setdefault("first_piece", time.monotonic() - note.began)
-        return stream
+        return begun
 
     def context(self, urgency: int | None = None) -> CallContext:
         """What Flask's request says of its deadline and its priority. urgency: said elsewhere than in the Priority header."""
@@ -106,7 +120,9 @@ class Function:
         own_s, said = self.settings.timeout_s, headers.get("x-request-timeout-ms")
         timeout_s = own_s if said is None else min(own_s, _milliseconds(said) / 1000)
         priority = Priority.of_header(headers.get("priority") or "") if urgency is None else Priority.of_urgency(urgency)
-        return CallContext(timeout_s, timeout_s == own_s, priority, _is_gone(sock), note.request_id, note.timing, note.spans)
+        asked_for = self.model.traits.headers
+        mine = chosen(asked_for, headers) if asked_for else None
+        return CallContext(timeout_s, timeout_s == own_s, priority, _is_gone(sock), note.request_id, note.timing, note.spans, mine)
 
     # The request's body
 
@@ -195,7 +211,7 @@ def retry_after(seconds: float) -> str:
 
 
 def events(
-    stream: Stream, shape: Callable[[Any], Any], last: Callable[[], list[bytes]] = list, first: Sequence[bytes] = ()
+    stream: Stream | Merged, shape: Callable[[Any], Any], last: Callable[[], list[bytes]] = list, first: Sequence[bytes] = ()
 ) -> flask.Response:
     """Server-sent events: `first`, each piece as `shape` makes it, and what `last` gives, which may ask `stream.usage` how it ended.
 

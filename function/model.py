@@ -5,7 +5,7 @@ The agent itself is in a thread of its own, see `runner`; callers and that threa
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import orjson
@@ -135,7 +135,7 @@ class Model:
         """
         self.admit(context.priority)
         self._check_parameters(parameters)
-        call = Call(inputs, context, time.monotonic(), parameters=parameters, group=_group(parameters))
+        call = Call(inputs, context, time.monotonic(), parameters=parameters, group=self._group(parameters, context))
         with self._admitted(context):
             if not self.batcher.put(call):
                 raise self._full(context.priority)
@@ -160,7 +160,8 @@ class Model:
             self.breaker.ended(is_trial=is_trial, in_time=_is_in_time(context, call.reply.error))
             then()
 
-        call = Call(inputs, context, time.monotonic(), reply=Reply(settle), parameters=parameters, group=_group(parameters))
+        group = self._group(parameters, context)
+        call = Call(inputs, context, time.monotonic(), reply=Reply(settle), parameters=parameters, group=group)
         if not self.batcher.put(call):
             self.breaker.ended(is_trial=is_trial, in_time=None)
             raise self._full(context.priority)
@@ -168,20 +169,40 @@ class Model:
 
     def stream(self, input: Any, context: CallContext) -> Stream:  # noqa: A002  the contract's word
         """An answer piece by piece, once its first piece is there. Close it. Raises what `predict` does, and CannotStream."""
-        self.admit(context.priority)
+        return self.streams([(input, context)])[0]
+
+    def streams(self, calls: Sequence[tuple[Any, CallContext]], *, waits: bool = True) -> list[Stream]:
+        """Answers to several inputs of one request. Close them. Raises what `stream` does.
+
+        waits: until the first piece of the first is there; without it they come later to a request that was let in.
+        """
+        first = calls[0][1]
+        self.admit(first.priority)
         if not self.traits.can_stream:
             raise CannotStream(f"{self._settings.agent} makes its answers in one go; ask without streaming")
-        stream = Stream(context, on_timeout=lambda: self.breaker.ended(is_trial=False, in_time=False))
-        with self._admitted(context):
-            if not self.batcher.put(StreamCall(input, context, time.monotonic(), stream)):
-                raise self._full(context.priority)
-            stream.wait_first()
-        return stream
+        streams = [Stream(context, on_timeout=lambda: self.breaker.ended(is_trial=False, in_time=False)) for _, context in calls]
+        try:
+            with self._admitted(first) if waits else nullcontext():
+                for (item, context), stream in zip(calls, streams, strict=True):
+                    if not self.batcher.put(StreamCall(item, context, time.monotonic(), stream)):
+                        raise self._full(context.priority)
+                if waits:
+                    streams[0].wait_first()
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            raise
+        return streams
 
     def _check_parameters(self, parameters: Mapping[str, Any] | None) -> None:
         if parameters and not self.traits.takes_parameters:
             names = ", ".join(repr(name)[:60] for name in list(parameters)[:5])
             raise BadInput(f"this model takes no parameters: leave out {names} (its agent's predict has no argument `parameters`)")
+
+    def _group(self, parameters: Mapping[str, Any] | None, context: CallContext) -> bytes:
+        """The same for the same parameters, and headers if they matter, alone: to Python 1, 1.0 and True are one."""
+        headers = context.headers if self.traits.headers_differ else None
+        return orjson.dumps([parameters or None, headers or None], option=orjson.OPT_SORT_KEYS) if parameters or headers else b""
 
     @contextmanager
     def _admitted(self, context: CallContext) -> Iterator[None]:
@@ -206,11 +227,6 @@ class Model:
             f"{self._settings.queue_limit} {what} are waiting already (FUNCTION_QUEUE_LIMIT)",
             retry_after_s=min(drained_s, self._settings.timeout_s),  # by then nobody waits any more who does now
         )
-
-
-def _group(parameters: Mapping[str, Any] | None) -> bytes:
-    """The same for the same parameters alone: to Python 1, 1.0 and True are one."""
-    return orjson.dumps(parameters, option=orjson.OPT_SORT_KEYS) if parameters else b""
 
 
 def _is_in_time(context: CallContext, error: BaseException | None) -> bool | None:

@@ -39,6 +39,8 @@ class Stream:
         self.is_held = False  # others have all the places; the model's thread says so
         self.behind_since = math.inf  # its reader, as the model's thread has seen it
         self.usage = Usage()  # what the agent tells of it so far
+        self.wake: Callable[[], object] = lambda: None  # is called when there is something to read, in the model's thread
+        self.is_over = False  # its last piece has been read, by `taken`
         self._pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._on_timeout = on_timeout
@@ -66,12 +68,30 @@ class Stream:
                     left_s -= gap_s
                     yield None
             else:
-                try:
-                    piece = self._next(left_s)
-                except TimedOut as error:
-                    if self.context.is_own_deadline and not isinstance(error, NoPlace):
-                        self._on_timeout()
-                    raise
+                piece = self._next_by(left_s)
+
+    def taken(self) -> Iterator[Any]:
+        """What the agent has made by now, without waiting; for who does not call `pieces`. Call `wait_first` before, or not.
+
+        Raises what `pieces` does but TimedOut, see `overdue`.
+        """
+        piece, self._first = self._first, None
+        while piece is not _END:
+            if piece is not None:
+                yield piece
+            try:
+                piece = self._next(0, is_deadline=False)
+            except queue.Empty:
+                return
+        self.is_over = True
+
+    def overdue(self) -> TimedOut:
+        """Ends it, as its next piece has taken longer than the deadline: what its caller is told."""
+        self.close()
+        error = self.late()
+        if self.context.is_own_deadline and not isinstance(error, NoPlace):
+            self._on_timeout()
+        return error
 
     def whole(self, late: str) -> list[Any]:
         """All its pieces, for a caller who wants the answer in one go; ends the stream. Call it once, after `wait_first`.
@@ -89,10 +109,17 @@ class Stream:
             self.close()
         return found
 
+    def _next_by(self, timeout_s: float) -> Any:
+        """The next piece, or _END, by the deadline."""
+        try:
+            return self._next(timeout_s, is_deadline=False)
+        except queue.Empty:
+            raise self.overdue() from None
+
     def _next(self, timeout_s: float, *, is_deadline: bool = True) -> Any:
         """The next piece, or _END. Raises its error, and at the deadline TimedOut; queue.Empty if it is not the deadline."""
         try:
-            piece = self._pieces.get(timeout=timeout_s)
+            piece = self._pieces.get(timeout=timeout_s) if timeout_s > 0 else self._pieces.get_nowait()
         except queue.Empty:
             if not is_deadline:
                 raise
@@ -123,10 +150,12 @@ class Stream:
     def put(self, piece: Any) -> None:
         """Hand over a piece."""
         self._pieces.put(piece)
+        self.wake()
 
     def end(self, error: Exception | None = None) -> None:
         """That was all."""
         self._pieces.put(error or _END)
+        self.wake()
 
 
 _Entry = tuple[Stream, Sequence_]
@@ -134,7 +163,7 @@ _Entry = tuple[Stream, Sequence_]
 
 def is_empty(piece: Any) -> bool:
     """Whether it is a text without any: a sign of life, while text is held back or a prompt is taken in."""
-    return isinstance(piece, str) and not piece
+    return type(piece) is str and not piece  # of a Piece something is told, if not in its text
 
 
 def _is_for_caller(piece: Any) -> bool:
@@ -194,7 +223,7 @@ class Streams:
         make = self._agent.start if self._agent.shares_steps else self._agent.stream
         self._agent.serving = [context]
         try:
-            self._active.append((stream, make(stream_call.input)))
+            self._active.append((stream, make(stream_call.input, context.headers)))
         except FunctionError as error:
             stream.end(error)
 

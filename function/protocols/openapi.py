@@ -9,6 +9,7 @@ from typing import Any
 
 import flask
 
+from function.guarded_agent import Traits
 from function.http import Function
 from function.protocols import cloudevents, tensors, v2
 from function.protocols.openai import schemas
@@ -40,17 +41,20 @@ READING, RUNNING = (400, 408, 413, 415), (500, 503, 504)  # a body; the model
 
 def add_routes(app: flask.Flask, function: Function) -> None:
     """Add `/openapi.json`."""
-    document = dumps(describe(function.settings))
+    latest: list[Any] = [None, b""]  # what the agent declares, and the document that says so
 
     @app.get("/openapi.json")
     def openapi() -> flask.Response:
-        return flask.Response(document, content_type=JSON)
+        traits = function.model.traits
+        if latest[0] is not traits:
+            latest[:] = traits, dumps(describe(function.settings, traits))
+        return flask.Response(latest[1], content_type=JSON)
 
 
-def describe(settings: FunctionSettings) -> dict[str, Any]:
+def describe(settings: FunctionSettings, traits: Traits) -> dict[str, Any]:
     """The document."""
     paths: dict[str, Any] = {}
-    for path, method, operation in (*_probes(), *_own(), *_v1(), *_openai(settings.model_name), *_v2()):
+    for path, method, operation in (*_probes(), *_own(), *_v1(), *_openai(settings.model_name, schemas.bodies(traits)), *_v2()):
         names = [name for name in _IN_PATHS if f"{{{name}}}" in path]
         operation["parameters"] = [_ref("parameters", name) for name in (*names, *(_OF_CALLS if method == "post" else ()))]
         if settings.api_keys_file and path not in ("/healthz", "/readyz"):
@@ -209,7 +213,7 @@ def _v1() -> Routes:
     )
 
 
-def _openai(name: str) -> Routes:
+def _openai(name: str, bodies: schemas.Bodies) -> Routes:
     usage = _object({"prompt_tokens": _COUNT, "total_tokens": _COUNT})
     vector = _object({"object": {"enum": ["embedding"]}, "index": _COUNT, "embedding": {"anyOf": [_list(_NUMBER), _STRING]}})
     head: dict[str, Schema] = {"id": _STRING, "created": _COUNT, "model": {"enum": [name]}}
@@ -225,8 +229,8 @@ def _openai(name: str) -> Routes:
     streamed = {SSE: {"description": 'With "stream": true: chunks as server-sent events, then `[DONE]`.'}}
     for path, summary, body, answer in (
         ("embeddings", "A vector for each text", schemas.EMBEDDINGS, {JSON: embedded}),
-        ("completions", "Go on with a text", schemas.COMPLETIONS, {JSON: completed, **streamed}),
-        ("chat/completions", "The next message of a chat", schemas.CHAT, {JSON: chatted, **streamed}),
+        ("completions", "Go on with a text", bodies.completions, {JSON: completed, **streamed}),
+        ("chat/completions", "The next message of a chat", bodies.chat, {JSON: chatted, **streamed}),
     ):
         model = {**body["properties"]["model"], "enum": [name]}
         body = {**body, "properties": {**body["properties"], "model": model}}

@@ -18,14 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from function.agents.smollm2 import _byte_alphabet
+from function.agents.byte_alphabet import BYTES
 from knative.cli import main
 from tests.support import BIN, ROOT
 
 HIDDEN, INNER, HEADS, KEY_HEADS, LAYERS = 64, 96, 4, 2, 2
 WIDTH = HIDDEN // HEADS
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(_byte_alphabet()), "he", "Ġhe", "12"]
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(BYTES), "he", "Ġhe", "12"]
 TEMPLATE = "{{ messages[0]['content'] }}"
 
 Array = np.ndarray[Any, Any]

@@ -401,7 +401,7 @@ def test_what_goes_wrong_half_way_ends_the_stream_with_an_error(talker: OpenAI) 
 # Errors
 
 
-BOTH = {"n": 2, "stream": "yes", "stream_options": {"include_usage": 1}, "temperature": 2.1, "top_p": "1", "top_k": 5, "seed": 1.5}
+BOTH = {"n": 0, "stream": "yes", "stream_options": {"include_usage": 1}, "temperature": 2.1, "top_p": "1", "top_k": 5, "seed": 1.5}
 BOTH |= {"max_tokens": 0, "stop": ["a"] * 5, "presence_penalty": 3, "logit_bias": {"5": "much"}, "frequency_penalty": True}
 
 

@@ -22,6 +22,7 @@ from werkzeug.test import TestResponse
 from function.agent import BadInput, Weights
 from function.app import create_app
 from function.errors import TooSlow
+from function.guarded_agent import Traits
 from function.model import Model
 from function.protocols.openapi import describe
 from function.settings import FunctionSettings
@@ -86,7 +87,7 @@ def unready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlaskClient]:
     Unready.may_load.set()
 
 
-DOCUMENT = describe(FunctionSettings(agent="any:Agent", model_name="m"))
+DOCUMENT = describe(FunctionSettings(agent="any:Agent", model_name="m"), Traits())
 OPERATIONS = [(path, method) for path, methods in DOCUMENT["paths"].items() for method in methods]
 CALLS = [path for path, method in OPERATIONS if method == "post"]
 

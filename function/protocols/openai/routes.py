@@ -4,18 +4,19 @@ import base64
 import struct
 import time
 import uuid
-from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flask
 
 from function.errors import BadInput, FunctionError
-from function.guarded_agent import to_function_error
+from function.guarded_agent import Usage, to_function_error
 from function.http import Function, PredictRequest, event, events, reply
-from function.protocols.openai.schemas import CHAT, COMPLETIONS, EMBEDDINGS, SAMPLING, UNSAID, Schema, fits
-from function.protocols.openai.shapes import CHAT_SHAPE, TEXT_SHAPE, Answer, Shape, text_of, usage
-from function.streams import Stream
+from function.merged import Merged
+from function.protocols.openai.schemas import EMBEDDINGS, SAMPLING, UNSAID, Schema, bodies, fits
+from function.protocols.openai.shapes import CHAT_SHAPE, TEXT_SHAPE, Shape, Told, usage
+
+_MOST_SEED = 2**63 - 1
 
 
 def add_routes(app: flask.Flask, function: Function) -> None:
@@ -37,15 +38,25 @@ def add_routes(app: flask.Flask, function: Function) -> None:
 
     @app.post("/v1/completions")
     def completions() -> flask.Response:
-        body = _checked(function, COMPLETIONS)
-        sampling = _sampling(body)
-        return _complete(function, body, [{"prompt": prompt, **sampling} for prompt in _texts(body["prompt"])], TEXT_SHAPE)
+        body = _checked(function, bodies(function.model.traits).completions)
+        said = _said(function, body)
+        if "logprobs" in body:
+            said |= {"logprobs": True, "top_logprobs": body["logprobs"]}
+        return _complete(function, body, [{"prompt": prompt, **said} for prompt in _texts(body["prompt"])], TEXT_SHAPE)
 
     @app.post("/v1/chat/completions")
     def chat() -> flask.Response:
-        body = _checked(function, CHAT)
-        messages = [_message(message) for message in body["messages"]]
-        return _complete(function, body, [{"messages": messages, **_sampling(body)}], CHAT_SHAPE)
+        body = _checked(function, bodies(function.model.traits).chat)
+        item = {"messages": [_message(message) for message in body["messages"]], **_said(function, body)}
+        if body.get("logprobs"):
+            item |= {"logprobs": True, "top_logprobs": body.get("top_logprobs", 0)}
+        elif body.get("top_logprobs"):
+            raise _wrong("top_logprobs", "'top_logprobs' must go with \"logprobs\": true")
+        if body.get("tools") and body.get("tool_choice") != "none":
+            item["tools"] = body["tools"]
+        if body.get("response_format", {}).get("type", "text") != "text":
+            item["response_format"] = body["response_format"]
+        return _complete(function, body, [item], CHAT_SHAPE)
 
 
 def _wrong(name: str, message: str) -> BadInput:
@@ -80,16 +91,18 @@ def _texts(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
-def _message(message: dict[str, Any]) -> dict[str, str]:
+def _message(message: dict[str, Any]) -> dict[str, Any]:
     """What the agent is handed: role and text; `developer` is OpenAI's newer word for `system`, and parts of a text are its lines."""
-    role, content = message["role"], message["content"]
-    text = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
-    return {"role": "system" if role == "developer" else role, "content": text}
+    role, content = message["role"], message.get("content")
+    text = "\n".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+    more = {name: message[name] for name in ("tool_calls", "tool_call_id", "name") if message.get(name) and role in ("assistant", "tool")}
+    return {"role": "system" if role == "developer" else role, "content": text, **more}
 
 
-def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
+def _said(function: Function, body: Mapping[str, Any]) -> dict[str, Any]:
     """What the agent is handed of the parameters: those given; `stop` always as a list, `max_completion_tokens` as `max_tokens`."""
-    found = {name: body[name] for name in SAMPLING if name in body and body[name] != UNSAID.get(name)}
+    names = dict.fromkeys((*SAMPLING, *function.model.traits.sampling_parameters))
+    found = {name: body[name] for name in names if name in body and body[name] != UNSAID.get(name)}
     if "stop" in found:
         found["stop"] = _texts(found["stop"])
     if "max_completion_tokens" in body:
@@ -98,48 +111,94 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _complete(function: Function, body: Mapping[str, Any], items: list[dict[str, Any]], shape: Shape) -> flask.Response:
+    """body: checked. items: what the agent is handed, one for each prompt; n choices are made of each."""
     head = {"id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": body["model"], "system_fingerprint": None}
-    if body.get("stream"):
-        if len(items) > 1:
-            raise _wrong("prompt", "'prompt' must be one text with \"stream\": true; send a request for each")
-        options = body.get("stream_options", {})
-        return _streamed(function.stream(items[0]), {**head, "object": shape.chunk}, shape, with_usage=options.get("include_usage", False))
-    answers = _answers(function, items)
+    count = body.get("n", 1)
+    is_stream = bool(body.get("stream"))
+    if is_stream and len(items) > 1:
+        raise _wrong("prompt", "'prompt' must be one text with \"stream\": true; send a request for each")
+    items = [_seeded(item, number) for item in items for number in range(count)]
+    if len(items) > function.settings.max_inputs:
+        what = "choices" if count > 1 else "prompts"
+        raise BadInput(f"{len(items)} {what} in one request; at most {function.settings.max_inputs} (FUNCTION_MAX_INPUTS)")
+    tells = "logprobs" in items[0] and function.model.traits.can_stream
+    if is_stream:
+        answer = _Streamed({**head, "object": shape.chunk}, shape, len(items), tells=tells)
+        return answer.reply(function.merged(items), with_usage=body.get("stream_options", {}).get("include_usage", False))
+    answers, usages = _answers(function, items)
     choices = [
-        {"index": index, **shape.said(answer.text), "logprobs": None, "finish_reason": answer.usage.finish_reason}
-        for index, answer in enumerate(answers)
+        {
+            "index": index,
+            **shape.said(told),
+            "logprobs": shape.logprobs(told.logprobs, 0) if tells else None,
+            "finish_reason": used.finish_reason,
+        }
+        for index, (told, used) in enumerate(zip(answers, usages, strict=True))
     ]
-    return reply({**head, "object": shape.whole, "choices": choices, "usage": usage(answer.usage for answer in answers)})
+    return reply({**head, "object": shape.whole, "choices": choices, "usage": usage(usages, count)})
 
 
-def _answers(function: Function, items: list[dict[str, Any]]) -> list[Answer]:
+def _seeded(item: dict[str, Any], number: int) -> dict[str, Any]:
+    """For one of several choices, which are to differ: a seed of its own, if there is one."""
+    if not number or "seed" not in item:
+        return item
+    seed = item["seed"] + number
+    return {**item, "seed": seed if seed <= _MOST_SEED else item["seed"] - number}
+
+
+def _answers(function: Function, items: list[dict[str, Any]]) -> tuple[list[Told], list[Usage]]:
     """One for each item, in one go. From an agent that streams, as it then tells more; all are made together.
 
     Raises TimedOut when that takes longer than the deadline.
     """
     if not function.model.traits.can_stream:
-        return [Answer(text_of(output)) for output in function.predict(PredictRequest(items, is_bare=False))]
-    if len(items) > function.settings.max_inputs:
-        raise BadInput(f"{len(items)} prompts in one request; at most {function.settings.max_inputs} (FUNCTION_MAX_INPUTS)")
-    late = 'no whole answer within {} s; ask for fewer tokens, or with "stream": true'
-    with ExitStack() as stack:
-        streams = [stack.enter_context(closing(function.stream(item))) for item in items]
-        return [Answer("".join(map(text_of, stream.whole(late))), stream.usage) for stream in streams]
+        outputs = function.predict(PredictRequest(items, is_bare=False))
+        return [Told.of_piece(output) for output in outputs], [Usage()] * len(items)
+    merged = function.merged(items)
+    pieces = merged.whole('no whole answer within {} s; ask for fewer tokens, or with "stream": true')
+    return [Told.of_pieces(some) for some in pieces], merged.usages
 
 
-def _streamed(stream: Stream, head: dict[str, Any], shape: Shape, *, with_usage: bool) -> flask.Response:
-    def chunk(choice: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        choices = [{"index": 0, **choice, "logprobs": None, "finish_reason": finish_reason}]
-        return {**head, "choices": choices, **({"usage": None} if with_usage else {})}
+class _Streamed:
+    """An answer in chunks, one or several choices of it."""
 
-    def last() -> list[bytes]:
-        chunks = [event(chunk(shape.ending, stream.usage.finish_reason))]
-        if with_usage:
-            chunks.append(event({**head, "choices": [], "usage": usage([stream.usage])}))
-        return [*chunks, b"data: [DONE]\n\n"]
+    def __init__(self, head: dict[str, Any], shape: Shape, count: int, *, tells: bool) -> None:
+        """tells: whether there are logprobs."""
+        self._head = head
+        self._shape = shape
+        self._tells = tells
+        self._calls = [0] * count  # of tools, by choice, so far
+        self._length = [0] * count  # of their tokens' texts
+        self._more: dict[str, Any] = {}
 
-    first = [event(chunk(shape.first))] if shape.first else []
-    return events(stream, lambda piece: chunk(shape.part(text_of(piece))), last, first)
+    def reply(self, merged: Merged, *, with_usage: bool) -> flask.Response:
+        """The response."""
+        self._more = {"usage": None} if with_usage else {}
+        indices: Sequence[int] = range(len(self._calls))
+
+        def last() -> list[bytes]:
+            chunks = [event(self._chunk(index, self._shape.ending, merged.usages[index].finish_reason)) for index in indices]
+            if with_usage:
+                chunks.append(event({**self._head, "choices": [], "usage": usage(merged.usages, len(merged.usages))}))
+            return [*chunks, b"data: [DONE]\n\n"]
+
+        first = [event(self._chunk(index, self._shape.first)) for index in indices] if self._shape.first else []
+        return events(merged, lambda found: self._part(*found), last, first)
+
+    def _part(self, index: int, piece: Any) -> dict[str, Any]:
+        told = Told.of_piece(piece)
+        logprobs = self._shape.logprobs(told.logprobs, self._length[index]) if self._tells else None
+        self._length[index] += sum(len(token["token"]) for token in told.logprobs)
+        choice = self._shape.part(told, self._calls[index])
+        self._calls[index] += len(told.tool_calls)
+        return self._chunk(index, choice, logprobs=logprobs)
+
+    def _chunk(self, index: int, choice: dict[str, Any], finish_reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+        return {
+            **self._head,
+            "choices": [{"index": index, **choice, "logprobs": logprobs, "finish_reason": finish_reason}],
+            **self._more,
+        }
 
 
 def _vector(output: Any) -> Any:

@@ -1,8 +1,12 @@
-"""The bodies of OpenAI's routes, in JSON Schema; they check a body, and `/openapi.json` describes it by them."""
+"""The bodies of OpenAI's routes, in JSON Schema; they check a body, and `/openapi.json` describes it by them.
+
+What a caller may say depends on the agent: see `completions` and `chat`.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
+from function.guarded_agent import Traits
 from function.values import dumps
 
 Schema = dict[str, Any]
@@ -31,8 +35,12 @@ def _one_of(*values: Any, because: str = "") -> Schema:
 def _body(*, required: Mapping[str, Schema], optional: Mapping[str, Schema]) -> Schema:
     """Optional parameters may be null."""
     required = {"model": _rule("the model's name", type="string"), **required}
-    nullable = {name: {**schema, "type": [schema["type"], "null"]} if "type" in schema else schema for name, schema in optional.items()}
+    nullable = {name: {**schema, "type": _or_null(schema["type"])} if "type" in schema else schema for name, schema in optional.items()}
     return {"type": "object", "required": list(required), "properties": {**required, **nullable}, "additionalProperties": False}
+
+
+def _or_null(kinds: str | list[str]) -> list[str]:
+    return list(dict.fromkeys([*([kinds] if isinstance(kinds, str) else kinds), "null"]))
 
 
 _TEXTS = _rule(
@@ -71,8 +79,10 @@ _IGNORED = {
     name: _rule("anything; it is ignored") for name in ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store")
 }
 _USER = {"user": _rule("a string; it is ignored", type="string")}
-_ONE = _one_of(1, because="there is one answer to a prompt")
-_NO_TOOLS = "there are no tools"
+_CHOICES = {"n": _integer(1, 128)}
+_ONE = _one_of(1, because="n says how many answers there are to a prompt, and none is chosen")
+_NO_TOOLS = "this model's agent has no tools"
+_NO_LOGPROBS = "this model's agent does not tell probabilities"
 
 EMBEDDINGS = _body(
     required={"input": _TEXTS},
@@ -82,61 +92,161 @@ EMBEDDINGS = _body(
         **_USER,
     },
 )
-COMPLETIONS = _body(
-    required={"prompt": _TEXTS},
-    optional={
-        **SAMPLING,
-        **_STREAMING,
-        **_USER,
-        "n": _ONE,
-        "best_of": _ONE,
-        "echo": _one_of(False, because="the prompt is not repeated"),
-        "logprobs": _one_of(because="probabilities are not told"),
-        "suffix": _one_of(because="text is made at the end only"),
-    },
-) | {
-    "if": {"required": ["stream"], "properties": {"stream": {"enum": [True]}}},
-    "then": {"properties": {"prompt": {"anyOf": [{"type": "string"}, {"type": "array", "maxItems": 1}]}}},
-}
 _TEXT_PART = {"type": "object", "required": ["type", "text"], "properties": {"type": {"enum": ["text"]}, "text": {"type": "string"}}}
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART, "minItems": 1}]}
 _MESSAGE = {
     "type": "object",
     "required": ["role", "content"],
     "properties": {
         "role": {"enum": ["system", "developer", "user", "assistant"]},
-        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART, "minItems": 1}]},
+        "content": _CONTENT,
         "tool_calls": {"enum": [None, []]},
         "function_call": {"enum": [None]},
     },
 }
-CHAT = _body(
-    required={
-        "messages": _rule(
-            'a list, not empty, of objects like {"role": "user", "content": "Hello"}; a role is system, developer, user or assistant, '
-            'content a string or a list of {"type": "text", "text": …}',
-            type="array",
-            items=_MESSAGE,
-            minItems=1,
-        )
+_NAMED = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string", "minLength": 1}}}
+_CALL = {
+    "type": "object",
+    "required": ["function"],
+    "properties": {
+        "id": {"type": "string"},
+        "type": {"enum": ["function"]},
+        "function": {**_NAMED, "properties": {**_NAMED["properties"], "arguments": {"type": "string"}}},  # type: ignore[dict-item]
     },
-    optional={
-        **SAMPLING,
-        "max_completion_tokens": SAMPLING["max_tokens"],
-        **_STREAMING,
-        **_USER,
-        **_IGNORED,
-        "parallel_tool_calls": _rule("a boolean; it is ignored", type="boolean"),
-        "n": _ONE,
-        "logprobs": _one_of(False, because="probabilities are not told"),
-        "top_logprobs": _one_of(0, because="probabilities are not told"),
-        "modalities": _one_of(["text"], because="answers are text"),
-        "response_format": _one_of({"type": "text"}, because="answers are text, in no given form"),
-        "tools": _one_of([], because=_NO_TOOLS),
-        "tool_choice": _one_of("none", "auto", because=_NO_TOOLS),
-        "functions": _one_of([], because=_NO_TOOLS),
-        "function_call": _one_of("none", "auto", because=_NO_TOOLS),
+}
+_OF_TOOLS: tuple[Schema, ...] = (
+    {
+        "type": "object",
+        "required": ["role", "tool_calls"],
+        "properties": {
+            "role": {"enum": ["assistant"]},
+            "content": {"anyOf": [*_CONTENT["anyOf"], {"type": "null"}]},
+            "tool_calls": {"type": "array", "items": _CALL, "minItems": 1},
+            "function_call": {"enum": [None]},
+        },
+    },
+    {
+        "type": "object",
+        "required": ["role", "content", "tool_call_id"],
+        "properties": {"role": {"enum": ["tool"]}, "content": _CONTENT, "tool_call_id": {"type": "string"}},
     },
 )
+_TOOLS = _rule(
+    'a list of objects like {"type": "function", "function": {"name": "weather", "parameters": {…}}}',
+    type="array",
+    items={"type": "object", "required": ["type", "function"], "properties": {"type": {"enum": ["function"]}, "function": _NAMED}},
+)
+
+
+def completions(traits: Traits) -> Schema:
+    """The body of /v1/completions."""
+    lack = traits.abilities.get("logprobs", _NO_LOGPROBS)
+    return _body(
+        required={"prompt": _TEXTS},
+        optional={
+            **_further(traits),
+            **SAMPLING,
+            **_STREAMING,
+            **_USER,
+            **_CHOICES,
+            "best_of": _ONE,
+            "echo": _one_of(False, because="the prompt is not repeated"),
+            "logprobs": _one_of(because=lack) if lack else _integer(0, 20),
+            "suffix": _one_of(because="text is made at the end only"),
+        },
+    ) | {
+        "if": {"required": ["stream"], "properties": {"stream": {"enum": [True]}}},
+        "then": {"properties": {"prompt": {"anyOf": [{"type": "string"}, {"type": "array", "maxItems": 1}]}}},
+    }
+
+
+def chat(traits: Traits) -> Schema:
+    """The body of /v1/chat/completions."""
+    lacks = {name: traits.abilities.get(name, otherwise) for name, otherwise in _LACKING.items()}
+    roles = "system, developer, user or assistant" if lacks["tools"] else "system, developer, user, assistant or tool"
+    return _body(
+        required={
+            "messages": _rule(
+                f'a list, not empty, of objects like {{"role": "user", "content": "Hello"}}; a role is {roles}, '
+                'content a string or a list of {"type": "text", "text": …}',
+                type="array",
+                items=_MESSAGE if lacks["tools"] else {"anyOf": [_MESSAGE, *_OF_TOOLS]},
+                minItems=1,
+            )
+        },
+        optional={
+            **_further(traits),
+            **SAMPLING,
+            "max_completion_tokens": SAMPLING["max_tokens"],
+            **_STREAMING,
+            **_USER,
+            **_IGNORED,
+            **_CHOICES,
+            "modalities": _one_of(["text"], because="answers are text"),
+            **_telling(lacks["logprobs"]),
+            **_with_tools(lacks["tools"]),
+            "response_format": _response_format(lacks["response_format"]),
+            "functions": _one_of([], because="tools are said in 'tools'"),
+            "function_call": _one_of("none", "auto", because="tools are said in 'tools'"),
+        },
+    )
+
+
+_LACKING = {
+    "logprobs": _NO_LOGPROBS,
+    "tools": _NO_TOOLS,
+    "response_format": "answers are text, in no given form",
+}
+
+
+def _further(traits: Traits) -> dict[str, Schema]:
+    """Parameters that the agent declares."""
+    return {
+        name: {"description": f"what its schema says: {dumps(schema).decode():.200}", **schema}
+        for name, schema in traits.sampling_parameters.items()
+    }
+
+
+def _telling(lack: str) -> dict[str, Schema]:
+    if lack:
+        return {"logprobs": _one_of(False, because=lack), "top_logprobs": _one_of(0, because=lack)}
+    return {"logprobs": _rule("a boolean", type="boolean"), "top_logprobs": _integer(0, 20)}
+
+
+def _with_tools(lack: str) -> dict[str, Schema]:
+    parallel = _rule("a boolean; it is ignored", type="boolean")
+    if lack:
+        choice = _one_of("none", "auto", because=lack)
+        return {"tools": _one_of([], because=lack), "tool_choice": choice, "parallel_tool_calls": parallel}
+    choice = _one_of("none", "auto", because="a call cannot be forced: the model writes what it likes")
+    return {"tools": _TOOLS, "tool_choice": choice, "parallel_tool_calls": parallel}
+
+
+def _response_format(lack: str) -> Schema:
+    if lack:
+        return _one_of({"type": "text"}, because=lack)
+    kinds = {"type": {"enum": ["text", "json_object", "json_schema"]}}
+    return _rule('an object like {"type": "json_object"}', type="object", required=["type"], properties=kinds)
+
+
+class Bodies:
+    """Of the routes that generate, for one agent."""
+
+    def __init__(self, traits: Traits) -> None:
+        self.traits = traits
+        self.completions = completions(traits)
+        self.chat = chat(traits)
+
+
+_last = [Bodies(Traits())]
+
+
+def bodies(traits: Traits) -> Bodies:
+    """Made once for an agent, as there is one in a process."""
+    if _last[0].traits is not traits:
+        _last[0] = Bodies(traits)
+    return _last[0]
+
 
 _TYPES = {"array": list, "boolean": bool, "integer": int, "null": type(None), "number": int | float, "object": dict, "string": str}
 
