@@ -106,8 +106,8 @@ class Together:
         given = {row.slot: (at, row, tokens) for at, (row, tokens) in enumerate(parts)}
         found: list[Tensor] = [torch.empty(0)] * len(parts)
         for group in _groups(given):
-            places, rows, tokens = zip(*(given[slot] for slot in group), strict=True)
-            for at, logits in zip(places, self._pass(rows, tokens), strict=True):
+            places, rows, new = zip(*(given[slot] for slot in group), strict=True)
+            for at, logits in zip(places, self._pass(rows, new), strict=True):
                 found[at] = logits
         for row, tokens in parts:
             row.length += len(tokens)  # now, so that a pass that failed half-way can be made again

@@ -33,7 +33,7 @@ class Pass:
         return max(start + count for start, count in zip(self.starts, self.counts, strict=True))
 
 
-class Room(Cache):  # type: ignore[misc]  the library is not seen by the type checker
+class Room(Cache):  # type: ignore[misc]  # the library is not seen by the type checker
     """The cache of all sequences, as the library's models use one. `open` a pass, and run the model on it."""
 
     def __init__(self) -> None:
@@ -75,6 +75,8 @@ class RoomLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, room: Room) -> None:
         super().__init__()
+        self.keys: Any = None  # tensors, once the first pass has shown of what kind
+        self.values: Any = None
         self._room = room
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
