@@ -83,7 +83,8 @@ def _warm_up(control: socket.socket, order: Order) -> _Held:
         importer.run(_LIBRARIES)
     except LeftOut as error:
         sys.stderr.write(f"fork server: {error}\n")
-        traceback.print_exception(error.__cause__)
+        if error.__cause__:
+            traceback.print_exception(error.__cause__)
         control.send(b"without " + json.dumps({"library": error.library, "reason": error.reason, "stamp": error.stamp}).encode())
         sys.stderr.flush()
         os._exit(1)

@@ -190,11 +190,12 @@ class ForkServer:
     def _do_without(self, process: WarmProcess, imports: Imports) -> bool:
         """Note the library that has kept it from being warm, if it was one; whether another process is worth while at once."""
         found = process.without or {"library": process.importing, "reason": "ends or hangs the process that imports it", "stamp": 0}
-        library: str = found["library"]
-        if not library or library in imports.left_out:
+        library, reason = found["library"], found["reason"]
+        is_told = imports.left_out.get(library) == reason
+        if not library or not imports.leave_out(library, reason, found["stamp"]):
             return False
-        imports.leave_out(library, found["reason"], found["stamp"])
-        self._say(f"the fork server does without {library}, which {found['reason']}")
+        if not is_told:
+            self._say(f"the fork server does without {library}, which {reason}")
         return True
 
     def _failed(self, what: str, error: Exception) -> None:

@@ -141,9 +141,14 @@ class Imports:
         self._memory.left_out = {library: about for library, about in self._memory.left_out.items() if about.stamp}
         return True
 
-    def leave_out(self, library: str, reason: str, stamp: int = 0) -> None:
-        """A library cannot be held; with a stamp that stays so, also in later runs, until something is installed where it is."""
-        self._memory.left_out[library] = _LeftOut(reason=reason, stamp=stamp)
+    def leave_out(self, library: str, reason: str, stamp: int = 0) -> bool:
+        """A library cannot be held; with a stamp that stays so, also in later runs, until something is installed where it is.
+
+        Whether that was not known.
+        """
+        known, found = self._memory.left_out.get(library), _LeftOut(reason=reason, stamp=stamp)
+        self._memory.left_out[library] = found
+        return found != known
 
     async def held(self, libraries: Iterable[str]) -> None:
         """These are held."""

@@ -1,0 +1,303 @@
+"""What the fork server imports ahead of need: learned from functions, and left out where a fork would notice."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from function.warm_imports import named_in_source, site_of
+from knative.local import imports as imports_module
+from knative.local.imports import FILE, Imports
+from tests.knative.local.forking import Stage, ask, lean_site, play, until
+from tests.support import ROOT
+
+# Libraries that leave something behind when they are imported, and what is said of each.
+BAD = {
+    "raising": ("raise RuntimeError('too early')", "cannot be imported: RuntimeError: too early"),
+    "leaving": ("raise SystemExit(3)", "cannot be imported: SystemExit: 3"),
+    "threading_": ("import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()", "starts threads"),
+    "forking": ("import subprocess; process = subprocess.Popen(['sleep', '60'])", "starts processes"),
+    "handling": ("import signal; signal.signal(signal.SIGUSR1, signal.SIG_IGN)", "sets signal handlers"),
+    "connecting": ("import socket; pair = socket.socketpair()", "opens files or devices"),
+    "device": ("null = open('/dev/zero')", "opens files or devices"),
+    "moving": ("import os; os.chdir('/')", "changes the working directory"),
+    "logging_": ("import logging; logging.basicConfig(level='DEBUG')", "changes how logs are written"),
+    "hooking": ("import sys; sys.excepthook = print", "replaces standard files or hooks"),
+    "seeding": ("import random; random.seed(0)", "seeds Python's random numbers"),
+    "changing": ("import os; os.environ['HOME'] = '/elsewhere'", "changes the variable HOME"),
+    "choosing": ("import os; os.environ.get('CHOICE')", "reads CHOICE when it is imported, in which the functions differ"),
+    "native": ("", "reads NATIVE_LEVEL when it is imported, in which the functions differ"),
+    "large": ("content = bytearray(1 << 27); content[::4096] = b'x' * (1 << 15)", "would take the fork server to "),
+}
+GOOD = {
+    "quiet": "import os, tqdm\nlevel = os.environ.get('LEVEL')\nos.environ.setdefault('QUIET_HOME', '/quiet')",
+    "reading": "text = open(__file__)",
+    "asking": "import os\nfor name, value in os.environ.items(): pass\nos.environ.copy()",
+}
+TRY = """
+import json, os, sys
+from function.warm_imports import Importer, LeftOut, Order, own_bytes
+
+functions = [{"CHOICE": "a", "NATIVE_LEVEL": "1", "PORT": "1"}, {"CHOICE": "b", "NATIVE_LEVEL": "1", "PORT": "2"}, {"CHOICE": "a"}]
+for library in sys.argv[1:]:
+    told, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setsid()
+        importer = Importer(Order(functions=functions, modules=[library], most_bytes=own_bytes() + (1 << 26)))
+        try:
+            importer.run([])
+            said = ["", importer.libraries, importer.added]
+        except LeftOut as error:
+            said = [error.reason, [], {}]
+        os.write(tell, json.dumps(said).encode())
+        os._exit(0)
+    os.close(tell)
+    print(json.dumps([library, *json.loads(os.read(told, 1 << 16))]))
+    os.killpg(child, 9)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+    """For each library why it is left out, what is there after its import, and which variables it has added."""
+    packages = tmp_path_factory.mktemp("libraries") / "site-packages"
+    packages.mkdir()
+    for name, code in {**{name: code for name, (code, _) in BAD.items()}, **GOOD}.items():
+        (packages / f"{name}.py").write_text(code)
+    env = {"PATH": os.environ["PATH"], "HOME": "/home", "PYTHONPATH": f"{packages}:{ROOT}", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", TRY, *BAD, *GOOD], env=env, capture_output=True, text=True, timeout=60, check=True)
+    return {library: said for library, *said in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("library", BAD)
+def test_a_library_that_leaves_something_behind_is_left_out(tried: Mapping[str, Any], library: str) -> None:
+    assert tried[library][0].startswith(BAD[library][1])
+
+
+@pytest.mark.parametrize("library", GOOD)
+def test_a_library_that_leaves_nothing_behind_is_held(tried: Mapping[str, Any], library: str) -> None:
+    reason, libraries, added = tried[library]
+    assert (reason, library in libraries) == ("", True)
+    assert added == ({"QUIET_HOME": "/quiet"} if library == "quiet" else {})
+
+
+def test_what_an_agents_source_names(tmp_path: Path) -> None:
+    files = {
+        "my/agent.py": """
+            from __future__ import annotations
+            import os.path, numpy as np
+            from typing import TYPE_CHECKING
+            from transformers import pipeline, AutoTokenizer
+            from my import near
+            from . import beside
+            import helper
+            if TYPE_CHECKING:
+                import pandas
+            else:
+                import polars
+            def load():
+                try:
+                    from onnxruntime.capi import *
+                except ImportError:
+                    pass
+        """,
+        "my/near.py": "import sklearn.svm",
+        "my/beside.py": "from ..outside import thing",
+        "my/__init__.py": "",
+        "helper/__init__.py": "from .inner import f",
+        "helper/inner.py": "import PIL.Image; from my import agent",
+        "broken.py": "import scipy; def",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        lines = text.splitlines()
+        (tmp_path / name).write_text("\n".join(line[12:] for line in lines) if len(lines) > 1 else text)
+    named = named_in_source("my.agent:Agent", [tmp_path / "nowhere", tmp_path])
+    assert {name for name in named if name.partition(":")[0] not in ("os.path", "typing", "my", "helper", "outside")} == {
+        *("numpy", "transformers:pipeline", "transformers:AutoTokenizer", "polars", "onnxruntime.capi", "sklearn.svm", "PIL.Image")
+    }
+    assert named_in_source("broken:Agent", [tmp_path]) == named_in_source("absent:Agent", [tmp_path]) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("/venv/lib/python3.11/site-packages/torch/__init__.py", "/venv/lib/python3.11/site-packages"),
+        ("/usr/lib/python3/dist-packages/yaml.py", "/usr/lib/python3/dist-packages"),
+        ("/usr/lib/python3.11/json/__init__.py", None),
+        ("/project/agent.py", None),
+        (None, None),
+    ],
+)
+def test_what_is_installed(file: str | None, expected: str | None) -> None:
+    assert site_of(file) == expected
+
+
+def tell(imports: Imports, agent: str, text: str) -> None:
+    Path(imports.variable(agent)[FILE]).write_text(text)
+
+
+def test_what_functions_told_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imports_module, "LOOK_S", 0.001)
+
+    async def main() -> None:
+        imports = Imports(tmp_path)
+        imports.load()
+        imports.want([{"FUNCTION_AGENT": "a:A"}, {"FUNCTION_AGENT": "b:B", "FUNCTION_AGENT_PATH": "/x:/y", "PYTHONPATH": "/z"}])
+        assert imports.order(1)["modules"] == []
+        assert imports.order(1)["sources"] == [{"agent": "a:A", "folders": []}, {"agent": "b:B", "folders": ["/x", "/y", "/z"]}]
+        tell(imports, "a:A", '{"fresh": true, "modules": ["numpy", "scipy.linalg"]}')
+        tell(imports, "gone:G", '{"fresh": true, "modules": ["elsewhere"]}')
+        assert await imports.listen() == ["a:A", "gone:G"]
+        tell(imports, "a:A", '{"fresh": false, "modules": ["pandas"]}')
+        assert await imports.listen() == ["a:A"]
+        imports.leave_out("bad", "starts threads", 7)
+        imports.leave_out("large", "is large")
+        await imports.held(["numpy"])
+
+        again = Imports(tmp_path)
+        again.load()
+        again.want(imports.functions)
+        assert again.order(1)["modules"] == ["numpy", "scipy.linalg", "pandas"]
+        assert again.order(1)["sources"] == [{"agent": "b:B", "folders": ["/x", "/y", "/z"]}]
+        assert again.order(1)["without"] == {"bad": 7}
+        for odd in ("", "[]", '{"fresh": true, "modules": ["../x"]}', '{"fresh": true, "modules": [1]}', "{" * 5_000_000):
+            tell(again, "a:A", odd)
+        tell(again, "a:A", '{"fresh": false, "modules": ["numpy"]}')  # nothing new
+        tell(again, "a:A", '{"fresh": true, "modules": ["numpy"]}')  # its code has changed between the runs
+        tell(again, "b:B", '{"fresh": true, "modules": ["torch"]}')
+        assert await again.listen() == ["b:B"]
+        assert again.order(1)["modules"] == ["torch", "numpy"]  # the latest is first
+        assert not list((tmp_path / "told").iterdir())
+        await again.held(["bad"])
+        assert again.left_out == {}
+
+    asyncio.run(main())
+
+
+def test_a_file_that_is_no_memory_is_as_good_as_none(tmp_path: Path) -> None:
+    (tmp_path / "imports.json").write_text('{"agents": 3}')
+    imports = Imports(tmp_path)
+    imports.load()
+    assert imports.order(1)["modules"] == []
+
+
+AGENT = """
+import os
+import numpy
+import slow_library
+
+class Agent:
+    def load(self, weights, device):
+        if os.environ.get("LIBRARY"):
+            __import__(os.environ["LIBRARY"])
+
+    def predict(self, inputs):
+        told = {"pid": slow_library.pid, "level": slow_library.level, "quiet": os.environ.get("QUIET_HOME")}
+        return [told | {"number": numpy.random.random()}] * len(inputs)
+"""
+SLOW = "import os\npid, level = os.getpid(), os.environ.get('SLOW_LEVEL')\nos.environ.setdefault('QUIET_HOME', '/quiet')\n"
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with an agent; its libraries are installed."""
+    site = lean_site(tmp_path, monkeypatch)
+    packages = site / "site-packages"
+    packages.mkdir()
+    (packages / "slow_library.py").write_text(SLOW)
+    (packages / "threads_library.py").write_text(BAD["threading_"][0])
+    (packages / "later_library.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", f"{packages}:{site}:{ROOT}")
+    monkeypatch.setattr(imports_module, "LOOK_S", 0.01)
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "agent.py").write_text(AGENT)
+    return folder
+
+
+def test_functions_have_what_was_imported_for_them(project: Path, tmp_path: Path) -> None:
+    imports = Imports(tmp_path / "imports")
+
+    async def answer(stage: Stage, name: str, **settings: str) -> tuple[bool, Any]:
+        process = stage.process("agent:Agent", name, FUNCTION_AGENT_PATH=str(project), **settings)
+        async with stage.running(process) as container:
+            return container.is_forked, await ask(process)
+
+    async def scene(stage: Stage) -> None:
+        # Its source has named them: the first one has them already.
+        assert {"numpy", "slow_library"} <= set(stage.server.status()["modules"])
+        assert stage.server.status()["bytes"] > 1 << 20
+        is_forked, first = await answer(stage, "first")
+        assert (is_forked, first["pid"], first["quiet"]) == (True, await stage.warm(), "/quiet")
+        _, second = await answer(stage, "second")
+        assert second["pid"] == first["pid"]
+        assert second["number"] != first["number"]
+
+        # A variable that was read by one of them.
+        is_forked, other = await answer(stage, "other", SLOW_LEVEL="9")
+        assert (is_forked, other["level"], other["quiet"]) == (False, "9", "/quiet")
+        assert "SLOW_LEVEL is read when libraries are imported" in (tmp_path / "other.log").read_text()
+
+        # Learned from one that runs; threads are no secret for long.
+        before = await stage.warm()
+        await answer(stage, "learning", LIBRARY="later_library")
+        await until("it is held", lambda: "later_library" in stage.server.status()["modules"])
+        assert await stage.warm() != before
+        await answer(stage, "with threads", LIBRARY="threads_library")
+        await until("it is left out", lambda: stage.server.status()["left_out"])
+        assert stage.server.status()["left_out"] == {"threads_library": "starts threads when it is imported"}
+        assert stage.server.pid  # the one before goes on
+        await until("the next", lambda: stage.server._current and "threads_library" in stage.server._current.order["without"])
+        assert "later_library" in stage.server.status()["modules"]
+        assert stage.said == ["the fork server does without threads_library, which starts threads when it is imported"]
+
+        # A file of the user's that would be in a library's place, and a package that is replaced.
+        (project / "slow_library.py").write_text("pid, level = 0, 'mine'")
+        is_forked, mine = await answer(stage, "mine")
+        assert (is_forked, mine["level"]) == (False, "mine")
+        (project / "slow_library.py").unlink()
+        packages = tmp_path / "site/site-packages"
+        before = await stage.warm()
+        (packages / "new_library.py").write_text("")
+        is_forked, _ = await answer(stage, "replaced")
+        assert not is_forked
+        assert "packages have been installed or removed" in (tmp_path / "replaced.log").read_text()
+        await stage.warm(but=before)
+
+    imports.want([stage_env(project)])
+    play(tmp_path, scene, imports)
+
+    again = Imports(tmp_path / "imports")
+    again.load()
+    again.want([stage_env(project)])
+    assert {"numpy", "slow_library", "later_library", "threads_library"} <= set(again.order(1)["modules"])
+    assert set(again.order(1)["without"]) <= {"threads_library"}
+
+
+def stage_env(project: Path) -> dict[str, str]:
+    return {"FUNCTION_AGENT": "agent:Agent", "FUNCTION_AGENT_PATH": str(project)}
+
+
+def test_a_library_that_ends_the_process_is_left_out(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "site/site-packages/slow_library.py").write_text("import os; os.abort()")
+    imports = Imports(tmp_path / "imports")
+    imports.want([stage_env(project)])
+
+    async def scene(stage: Stage) -> None:
+        assert stage.said == ["the fork server does without slow_library, which ends or hangs the process that imports it"]
+        assert "numpy" in stage.server.status()["modules"]
+        process = replace(stage.process(), env={**stage.process().env, "FUNCTION_AGENT": "function.agents.echo:Echo"})
+        async with stage.running(process) as container:
+            assert container.is_forked
+
+    play(tmp_path, scene, imports)
