@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
+from knative.local.code import listed
 from knative.local.figures import restarts, seconds, size
 from knative.local.plain import block, indented, line
 from knative.local.series import origin
@@ -211,7 +212,7 @@ def pod_rows(status: dict[str, Any]) -> Iterator[Row]:
 def plain(status: dict[str, Any]) -> str:
     """Lines with columns, for whatever reads them."""
     first, *more = ["\n".join(_aligned([head, *rows])) for head, rows in _blocks(status)] or [""]
-    return "\n\n".join([first, *map(str, _problems(status)), *more, *_waits(status), *_held(status)])
+    return "\n\n".join([first, *map(str, _problems(status)), *more, *_changed(status), *_waits(status), *_held(status)])
 
 
 def rich(status: dict[str, Any], width: int | None = None) -> Group:
@@ -224,7 +225,7 @@ def rich(status: dict[str, Any], width: int | None = None) -> Group:
             table.add_row(*(_cell(index, row[index]) for index in kept))
         found.append([table, ""])
     problems = [Text.assemble(("✕ ", "red"), str(problem), "\n") for problem in _problems(status)]
-    waits = [Text.assemble(("◌ ", "yellow"), text) for text in _waits(status)]
+    waits = [Text.assemble(("◌ ", "yellow"), text) for text in (*_changed(status), *_waits(status))]
     held = [Text(text, "dim") for text in _held(status)]
     return Group(*chain(*found[:1], problems, *found[1:], waits, held))
 
@@ -243,6 +244,14 @@ def _cell(index: int, text: str) -> Text:
     if index == 1 and text in _STYLES:
         return Text(f"{_MARKS[text]} {text}", _STYLES[text])
     return Text(text, "" if index else "bold")
+
+
+def _changed(status: dict[str, Any]) -> Iterator[str]:
+    """Whose code or weights have changed, and were not taken."""
+    for service in status["services"]:
+        if files := service.get("changed"):
+            text = f"{listed(files)} changed since {service['revision']} was made; SIGHUP takes it, or the dashboard"
+            yield line(f"{_full_name(service)}: {text}")
 
 
 def _waits(status: dict[str, Any]) -> Iterator[str]:

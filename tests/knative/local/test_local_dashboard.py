@@ -42,7 +42,12 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     erring = service("erring")
     sidecar = {"name": "weights-cache", "image": "x", "command": ["python", "-c", SILENT]}
     blamed = service("blamed", sidecar, scale={"min-scale": "1"}, container={"command": ["python", "-c", "import time; time.sleep(1000)"]})
-    with platform_running(tmp_path_factory.mktemp("dashboard"), [echo, broken, erring, blamed, idle, crashing]) as running:
+    coded = service(
+        "coded", container={"command": ["python", "-m", "function"], "env": [{"name": "FUNCTION_AGENT", "value": "coded:Agent"}]}
+    )
+    folder = tmp_path_factory.mktemp("dashboard")
+    (folder / "coded.py").write_text("old = True")
+    with platform_running(folder, [echo, broken, erring, blamed, coded, idle, crashing]) as running:
         yield running
 
 
@@ -391,3 +396,12 @@ def test_a_platform_that_is_gone_is_said_to_be(browser: Browser, tmp_path_factor
         wait_until("its end", lambda: platform.server.process.poll() is not None)
     expect(page.locator("#live")).to_have_text("no connection")
     page.close()
+
+
+def test_changed_code_is_seen_and_taken_with_a_click(platform: Platform, page: Page) -> None:
+    (platform.state / "coded.py").write_text("new = True")
+    card = page.get_by_role("region", name="Service coded")
+    expect(card).to_contain_text("coded.py changed since coded-00001 was made. The next pod has it.")
+    card.get_by_role("button", name="Take what has changed of coded").click()
+    expect(card.get_by_text("changed since")).to_be_hidden()
+    assert platform.service("coded")["revision"] == "coded-00002"

@@ -198,3 +198,10 @@ def test_on_a_narrow_screen_what_matters_is_whole_and_the_rest_is_left_out(width
     assert ("URL" in lines[0]) == (width >= 140)
     assert lines[4].startswith("✕ smollm2-instruct: 3 of the last")  # what is wrong stands above the pods: below, a small screen ends
     assert next(number for number, line in enumerate(lines) if "last words" in line) < lines.index(next(x for x in lines if "POD " in x))
+
+
+def test_what_has_changed_and_was_not_taken_is_told_with_what_takes_it() -> None:
+    status = document(hello(revision="hello-00001", changed=["a.py", "the weights"]))
+    told = "hello: a.py, the weights changed since hello-00001 was made; SIGHUP takes it, or the dashboard"
+    assert told in tables.plain(status).splitlines()
+    assert told in on_a_screen(status)
