@@ -18,7 +18,7 @@ from knative.project.init import make_project
     type=click.Choice(list(KINDS)),
     default="torch",
     show_default=True,
-    help="What the model is: a torch module, a model of transformers, an ONNX file.",
+    help="What the model is: a torch module; of transformers one for a task, for chat, for embeddings; an ONNX file.",
 )
 def init(name: str | None, kind: str) -> None:
     """Make a project of your own: an agent, a script that saves its weights, tests, an image, and all that a cluster needs.
@@ -39,7 +39,7 @@ def _next(name: str, kind: str, *, is_new: bool) -> str:
     """The commands to an answer."""
     lines = [
         (f"python save_weights.py {KINDS[kind].source}".rstrip(), "writes weights/"),
-        ("relight run", "serves it at http://127.0.0.1:8080/, from zero"),
+        ("relight run", "serves it at http://127.0.0.1:8080/, and goes to zero when nobody calls"),
         (f"relight invoke {name}", "in another terminal: the first answer"),
     ]
     width = max(len(command) for command, _ in lines)

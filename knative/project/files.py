@@ -24,6 +24,7 @@ class Kind:
     """What a project begins with."""
 
     about: str  # in a line
+    templates: str  # the folder with its own
     agent: str
     example: str  # a request, as JSON
     output: str  # what the fake agent gives for an input, in Python
@@ -34,6 +35,7 @@ class Kind:
 KINDS: Mapping[str, Kind] = {
     "torch": Kind(
         "A torch module of your own, served by Relight.",
+        templates="torch",
         agent="agent:Agent",
         example='{"instances": [[1.0, 1.0]]}',
         output="0.5",
@@ -41,13 +43,31 @@ KINDS: Mapping[str, Kind] = {
     ),
     "transformers": Kind(
         "A model of Hugging Face's transformers, served by Relight without code.",
+        templates="transformers",
         agent="function.agents.transformers:Pipeline",
         example='{"instances": ["A delightful film."]}',
         output='{"label": "POSITIVE", "score": 0.99}',
         source="NAME-OR-FOLDER",
     ),
+    "chat": Kind(
+        "A language model of Hugging Face's transformers, served by Relight with OpenAI's routes.",
+        templates="transformers",
+        agent="function.agents.transformers:Chat",
+        example='{"instances": [{"messages": [{"role": "user", "content": "What is a fox?"}], "max_tokens": 32}]}',
+        output='"An animal."',
+        source="NAME-OR-FOLDER",
+    ),
+    "embeddings": Kind(
+        "A model of sentence-transformers, served by Relight without code.",
+        templates="embeddings",
+        agent="function.agents.transformers:Embeddings",
+        example='{"instances": ["A man is eating food."]}',
+        output="[0.6, 0.8]",
+        source="NAME-OR-FOLDER",
+    ),
     "onnx": Kind(
         "An ONNX model, served by Relight without code.",
+        templates="onnx",
         agent="function.agents.onnx:Session",
         example='{"instances": [[1.0, 1.0]]}',
         output="0.5",
@@ -56,8 +76,8 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
-def files(name: str, kind: Kind, template: str) -> dict[str, str]:
-    """Of a project `name`, of the kind whose own templates are in the folder `template`."""
+def files(name: str, kind: Kind) -> dict[str, str]:
+    """Of a project `name`."""
     rows = "\n".join(f"| `{path}` | {text} |" for path, text in kind.files)
     words = {
         "ABOUT": kind.about,
@@ -68,7 +88,7 @@ def files(name: str, kind: Kind, template: str) -> dict[str, str]:
         "VERSION": images.version(),
     }
     found = {}
-    for folder in ("common", template):
+    for folder in ("common", kind.templates):
         for path in sorted((_TEMPLATES / folder).glob(f"*{_SUFFIX}")):
             place = path.name.removesuffix(_SUFFIX)
             found[_PLACES.get(place, place)] = _filled(path.read_text(), words)

@@ -14,7 +14,7 @@ def make_project(folder: Path, kind: str) -> None:
     VariableError for a name that no Service can have.
     """
     label("NAME", folder.name)
-    made = files(folder.name, KINDS[kind], kind)
+    made = files(folder.name, KINDS[kind])
     ours = {Path(path).parts[0] for path in made}
     try:
         folder.mkdir(exist_ok=True)

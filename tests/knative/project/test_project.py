@@ -45,7 +45,7 @@ def test_a_new_folder_has_the_functions_name_everywhere_and_says_what_is_next(tm
             "wild-flowers: A model of Hugging Face's transformers, served by Relight without code.",
             "  cd wild-flowers",
             "  python save_weights.py NAME-OR-FOLDER   # writes weights/",
-            "  relight run                             # serves it at http://127.0.0.1:8080/, from zero",
+            "  relight run                             # serves it at http://127.0.0.1:8080/, and goes to zero when nobody calls",
             "  relight invoke wild-flowers             # in another terminal: the first answer",
             "README.md there has the way to a cluster.",
         ],
