@@ -55,7 +55,7 @@ class Ports:
 
     def admin_port(self, port: int, handle: Handler) -> "Port":
         """Where the user looks; it has a part of the descriptors that callers leave."""
-        return Port(port, handle, self.admin, self, ADMIN_SHARE)
+        return Port(port, handle, self.admin, self, ADMIN_SHARE, "the admin port {} on {}", "--admin-port")
 
     def miss_descriptor(self) -> bool:
         """Somebody needs one, and there is none: whoever has been at rest for longest gives way; False if nobody is at rest."""
@@ -66,8 +66,20 @@ class Ports:
 class Port(AbstractAsyncContextManager["Port"]):
     """One that is open as long as it is entered. Raises PlatformError if it cannot be opened."""
 
-    def __init__(self, port: int, handle: Handler, connections: Connections, ports: Ports, share: float) -> None:
+    def __init__(
+        self,
+        port: int,
+        handle: Handler,
+        connections: Connections,
+        ports: Ports,
+        share: float,
+        called: str = "port {} on {}",
+        option: str = "",
+    ) -> None:
+        """called, option: for the error; how the user knows it, and by what another one is chosen."""
         self._port = port
+        self._called = called.format(port, HOST)
+        self._remedy = f"choose another with {option}" if option else "choose another"
         self._handle = handle
         self._connections = connections
         self._ports = ports
@@ -87,7 +99,7 @@ class Port(AbstractAsyncContextManager["Port"]):
         except OSError as error:
             self._sock.close()
             reason = os.strerror(error.errno or 0)
-            raise PlatformError(f"port {self._port} on {HOST} cannot be opened: {reason}; choose another") from error
+            raise PlatformError(f"{self._called} cannot be opened: {reason}; {self._remedy}") from error
         # handler_cancellation: a client that goes away is forgotten, also while it is held.
         self._server = web.Server(self._serve, handler_cancellation=True)
         self._listen()

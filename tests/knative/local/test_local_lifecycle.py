@@ -128,12 +128,18 @@ def test_a_state_directory_that_cannot_be_made_is_named(state: Path) -> None:
     assert said.startswith(f"--state-dir {state}/file: ")
 
 
-@pytest.mark.parametrize("taken", [0, 1], ids=["the port of the Services", "the admin port"])
-def test_a_port_that_is_taken_is_named(state: Path, taken: int) -> None:
+@pytest.mark.parametrize(
+    ("taken", "called", "remedy"),
+    [
+        pytest.param(0, "port", "choose another", id="the port of the Services"),
+        pytest.param(1, "the admin port", "choose another with --admin-port", id="the admin port"),
+    ],
+)
+def test_a_port_that_is_taken_is_named(state: Path, taken: int, called: str, remedy: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         number = other.getsockname()[1]
         said = refused(state, ports=(number, free_port()) if taken == 0 else (free_port(), number))
-    assert said == f"port {number} on 127.0.0.1 cannot be opened: Address already in use; choose another"
+    assert said == f"{called} {number} on 127.0.0.1 cannot be opened: Address already in use; {remedy}"
 
 
 def test_the_highest_port_leaves_none_for_the_admin_port_by_default(state: Path) -> None:
