@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from function.errors import BadInput
+from function.headers import declared
 from weights_cache.environment import SettingsError
 from weights_cache.reader import Weights
 
@@ -55,6 +56,8 @@ class InferenceAgent(Protocol):
       `close()` is called when nobody wants it any more;
     - `inputs` and `outputs`, lists of TensorSpec: what `/v2/models/<name>` says; without them one BYTES tensor each, one row an input;
     - `arrays = True`: it is handed numpy arrays, not lists, for the rows of tensors of the Open Inference Protocol;
+    - `headers = ("X-Tenant", "Accept-Language")`: those of `predict`, `stream` and `start` that have an argument `headers` are handed these
+      request headers in it, as a dict by name in small letters, as far as they were sent; what says who calls is not to be had;
     - `size(self, input) -> int | float`: how large an input is, in a unit that says how long it takes (tokens, pixels), at next to no cost:
       inputs of like sizes are then computed together where padding costs more than another batch;
     - `media_types = ("image/*", "audio/wav")`: it takes bodies of these types at `POST /`, each as one input of bytes.
@@ -70,7 +73,7 @@ class InferenceAgent(Protocol):
         They belong to the caller then: an array that is written into again later may change an answer on its way.
 
         With a second argument of that name, `predict(self, inputs, parameters)`, it is handed what the request says in "parameters", the
-        same for all inputs ({} without any); an agent without it has such requests refused.
+        same for all inputs ({} without any); an agent without it has such requests refused. `headers` (see above) are the same for all.
 
         Raises BadInput for an input it cannot use. It must have no side effects, also on its inputs: when it raises for several of them it
         is called again with one at a time, so that only the culprit fails.
@@ -112,10 +115,10 @@ def load_agent(name: str, folders: Sequence[str] = ()) -> InferenceAgent:
     return agent
 
 
-def takes_parameters(method: Callable[..., Any]) -> bool:
-    """Whether `predict` has an argument for what the request says in "parameters", one that can be handed over by its name."""
-    signature = _signature(method)
-    found = signature.parameters.get("parameters") if signature else None
+def takes(method: Callable[..., Any] | None, argument: str) -> bool:
+    """Whether there is this method, with this argument (`parameters`, `headers`), one that can be handed over by its name."""
+    signature = _signature(method) if method else None
+    found = signature.parameters.get(argument) if signature else None
     return found is not None and found.kind in (found.POSITIONAL_OR_KEYWORD, found.KEYWORD_ONLY)
 
 
@@ -137,6 +140,10 @@ _ARGUMENTS = {
 }
 
 
+# Arguments that are handed over by name, to methods that have them.
+_NAMED = {"predict": ("parameters", "headers"), "stream": ("headers",), "start": ("headers",)}
+
+
 def _check_class(found: Any) -> None:
     if not inspect.isclass(found):
         raise _WrongShape(f"it is a {type(found).__name__}, not a class")
@@ -153,6 +160,7 @@ def _check_methods(agent: Any) -> None:
         if not callable(method):
             raise _WrongShape(f"the class has no method {name!r}" if method is None else f"{name} is {method!r:.60}, not a method")
         _check_method(name, method, arguments)
+    _check_headers(agent)
 
 
 def _check_method(name: str, method: Callable[..., Any], arguments: Sequence[str]) -> None:
@@ -163,13 +171,28 @@ def _check_method(name: str, method: Callable[..., Any], arguments: Sequence[str
     signature = _signature(method)
     if signature is None or _can_be_called(signature, arguments):
         return
-    if name == "predict" and _can_be_called(signature, arguments, ("parameters",)):
+    named = _NAMED.get(name, ())
+    if _can_be_called(signature, arguments, [one for one in named if takes(method, one)]):
         return
     wanted = ", ".join(("self", *arguments))
+    more = f" (and further arguments only as {' and '.join(f'`{one}`' for one in named)})" if named else ""
     raise _WrongShape(
         f"{name} is called as {name}({', '.join(arguments)}), which its signature {signature} does not allow; "
-        f"write `def {name}({wanted})`{' (and a third argument only as `parameters`)' if name == 'predict' else ''}"
+        f"write `def {name}({wanted})`{more}"
     )
+
+
+def _check_headers(agent: Any) -> None:
+    """Declared and taken, or neither."""
+    try:
+        names = declared(getattr(agent, "headers", ()))
+    except ValueError as error:
+        raise _WrongShape(str(error)) from None
+    taking = [name for name, named in _NAMED.items() if "headers" in named and takes(getattr(agent, name, None), "headers")]
+    if taking and not names:
+        raise _WrongShape(f'{taking[0]} has an argument `headers`, and nothing says which; write `headers = ("X-Tenant",)` in the class')
+    if names and not taking:
+        raise _WrongShape("the class declares `headers`, which no method takes; write `def predict(self, inputs, headers)`")
 
 
 def _signature(method: Callable[..., Any]) -> inspect.Signature | None:

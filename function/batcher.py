@@ -48,6 +48,7 @@ class CallContext:
     request_id: str = ""  # as the log has it
     timing: dict[str, float] = field(default_factory=dict)  # seconds in the queue and in the model, noted as they pass
     spans: list[Span] | None = None  # the same one by one; None if nobody wants to know
+    headers: Mapping[str, str] | None = None  # those that the agent asks for, by name in small letters
 
     def late(self, lacking: str = "answer", kind: type[TimedOut] = TimedOut) -> TimedOut:
         """What the caller is told at the deadline."""
@@ -110,7 +111,7 @@ class Call:
     order: Sequence[int] | None = None  # in which its inputs are taken, if it is not their own
     reply: Reply = field(default_factory=Reply)
     parameters: Mapping[str, Any] | None = None  # what the request says in "parameters"
-    group: bytes = b""  # which parameters these are: calls in a batch have the same
+    group: bytes = b""  # which parameters and headers these are: calls in a batch have the same
 
     def is_over(self, now: float) -> bool:
         """Whether nobody waits for it any more; says so to whoever does."""

@@ -16,8 +16,8 @@ from function.access import Headers, Note
 from function.batcher import Call, CallContext
 from function.bodies import ParseBudget, decompress, parse_json
 from function.errors import AgentFailed, BadInput, ClientGone, FunctionError, NotFound, TooLarge, UnsupportedMediaType
-from function.merged import Merged
 from function.headers import chosen
+from function.merged import Merged
 from function.metrics import Metrics
 from function.model import Model
 from function.priority import Priority

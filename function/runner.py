@@ -192,7 +192,8 @@ class Runner:
         inputs = [item for part in slices for item in part.inputs]
         try:
             agent.serving = [part.call.context for part in slices]
-            outputs = agent.predict(inputs, slices[0].call.parameters)
+            first = slices[0].call  # whose parameters and headers are those of all
+            outputs = agent.predict(inputs, first.parameters, first.context.headers)
         except FunctionError as error:
             self._took(began, slices, len(inputs))
             if len(slices) == 1:
@@ -213,7 +214,8 @@ class Runner:
                     break
                 try:
                     agent.serving = [part.call.context]
-                    part.call.add(agent.predict([item], part.call.parameters), part.at and part.at[number : number + 1])
+                    outputs = agent.predict([item], part.call.parameters, part.call.context.headers)
+                    part.call.add(outputs, part.at and part.at[number : number + 1])
                 except FunctionError as error:
                     part.call.fail(error)
 

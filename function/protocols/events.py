@@ -111,7 +111,7 @@ class Events:
         remembered as soon as it is done, whatever becomes of the rest.
         """
         found: dict[int, Outcome] = {}
-        keys = [event.key(flask.g.caller) for event in events]
+        keys = [event.key(patience.sender(flask.g.caller)) for event in events]
         while left := [number for number in range(len(events)) if number not in found]:
             begun = {number: self._memory.claim(keys[number]) for number in left}
             ours = {number: one for number, (one, is_ours) in begun.items() if is_ours}
@@ -206,6 +206,11 @@ class _Patience:
         self._context = context
         self._began = time.monotonic()
         self._is_whole = True  # nothing of the time is used up
+
+    def sender(self, caller: str) -> str:
+        """Who has called with which of the headers that the agent asks for: with others its answer may be another."""
+        headers = self._context.headers
+        return f"{caller}\0{canonical(headers)}" if headers else caller
 
     def priority_of(self, event: Event) -> Priority:
         """Whether it may wait for interactive ones. The request's own priority counts where the event's is silent."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from function.agent import load_agent, takes_parameters
+from function.agent import load_agent, takes
 from function.agents.echo import Echo
 from function.guarded_agent import GuardedAgent
 from weights_cache.environment import SettingsError
@@ -158,7 +158,7 @@ def test_whatever_can_be_called_with_inputs_is_a_predict(load_class: Callable[..
 
 
 @pytest.mark.parametrize(
-    ("signature", "takes"),
+    ("signature", "is_taken"),
     [
         ("self, inputs", False),
         ("self, inputs, parameters", True),
@@ -171,10 +171,10 @@ def test_whatever_can_be_called_with_inputs_is_a_predict(load_class: Callable[..
     ],
 )
 def test_only_an_argument_that_can_be_handed_over_by_its_name_takes_parameters(
-    load_class: Callable[..., Any], signature: str, takes: bool
+    load_class: Callable[..., Any], signature: str, is_taken: bool
 ) -> None:
     agent = load_class(predict=f"def predict({signature}): return inputs")
-    assert takes_parameters(agent.predict) is takes
+    assert takes(agent.predict, "parameters") is is_taken
 
 
 def test_an_attribute_that_is_none_is_as_good_as_no_method(load_class: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
