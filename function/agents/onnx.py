@@ -6,6 +6,7 @@ whose first axis is something else (a fixed size, a scalar) is run once for each
 one axis more.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from function.errors import bounded
 from function.settings import from_environment
 from weights_cache.environment import SettingsError
 from weights_cache.errors import WeightsError
+
+log = logging.getLogger("relight.function")
 
 Array = np.ndarray[Any, Any]
 Row = dict[str, Array]  # by the names of the model's inputs
@@ -167,6 +170,10 @@ class Session:
             found = self._session.run(None, feeds)
         except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
             raise BadInput(f"the model refuses this: {bounded(str(error), 300)}") from error
+        if len(rows) > 1 and not all(_counts(output, len(rows)) for output in found):
+            self._shares_calls = False  # the file has it that the first axis counts rows, and the model computes something else
+            log.warning("the outputs of the ONNX model do not have a row for each of its inputs: each is a call of its own from now on")
+            return [self._call([row])[0] for row in rows]
         parts = [self._parts(slot, output, len(rows)) for slot, output in zip(self._made, found, strict=True)]
         if len(parts) == 1:
             return parts[0]
@@ -182,7 +189,7 @@ class Session:
         """An output's rows. Raises ValueError if the model gives another number of them."""
         if not self._by_rows:
             return [_plain(output)]
-        if not hasattr(output, "__len__") or not np.ndim(output) or len(output) != count:
+        if not _counts(output, count):
             shape = getattr(output, "shape", type(output).__name__)
             raise ValueError(
                 f"output {slot.name!r} has shape {shape} for {count} rows: give its first axis a fixed size in the model's file"
@@ -252,6 +259,11 @@ def _converted(found: Array, dtype: str) -> Array | None:
         converted = found.astype(wanted)
     is_same = np.isfinite(converted) | ~np.isfinite(found) if wanted.kind == "f" else converted == found
     return converted if np.all(is_same) else None
+
+
+def _counts(output: Any, rows: int) -> bool:
+    """Whether an output has as many rows."""
+    return len(output) == rows if isinstance(output, list) or np.ndim(output) else False
 
 
 def _plain(output: Any) -> Any:

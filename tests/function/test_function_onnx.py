@@ -235,6 +235,20 @@ def test_an_output_that_does_not_count_rows_is_not_taken_for_one(load: Loader) -
         load(twice).predict([[1, 1, 1]])
 
 
+def test_a_model_that_makes_one_row_of_several_is_called_for_each(load: Loader, caplog: pytest.LogCaptureFixture) -> None:
+    first = model(
+        [helper.make_node("Compress", ["x", "is_first"], ["y"], axis=0)],
+        [value("x", TensorProto.FLOAT, ["n", 3])],
+        [value("y", TensorProto.FLOAT, ["n", 3])],
+        is_first=np.array([True]),
+    )
+    agent = load(first)
+    rows = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    for _ in range(2):
+        assert [output.tolist() for output in agent.predict(rows)] == rows
+    assert ["each is a call of its own" in record.message for record in caplog.records] == [True]
+
+
 # Through the server
 
 
