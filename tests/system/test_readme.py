@@ -1,6 +1,7 @@
 """The README is true: its settings are the code's, and a newcomer who follows it gets what it promises."""
 
 import dataclasses
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -60,6 +61,16 @@ def test_a_model_brought_as_the_readme_says_answers(newcomer: Page) -> None:
         assert (refused.status, refused.json()["error"]["type"]) == (400, "bad_input")
         refused = request(server.port, "POST", "/", {"instances": [[1, 2, 3]]})
         assert refused.json()["error"]["message"] == "each instance must have 2 numbers"
+
+
+@pytest.mark.soak
+def test_a_model_that_is_converted_answers_openais_clients(tmp_path: Path) -> None:
+    page = Page("README.md", tmp_path / "checkout")
+    page.folder.mkdir()
+    (page.folder / ".venv").symlink_to(BIN.parent)
+    with page.serving("run: smollm2") as server:
+        answer = json.loads(page.run("ask: smollm2", {":8080": f":{server.port}"}))
+        assert "fox" in answer["choices"][0]["message"]["content"].lower()
 
 
 def test_the_overlays_render() -> None:
