@@ -107,7 +107,10 @@ def _context(folder: Path, base: str) -> Iterator[list[str]]:
             return
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "agent"
-        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*_NO_CODE))
+        try:
+            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*_NO_CODE), ignore_dangling_symlinks=True)
+        except OSError as error:
+            raise VariableError("AGENT_DIR", folder, f"cannot be copied for the build: {error}") from error
         (copy / CONTAINERFILES[0]).write_text(containerfile(base, has_requirements=(folder / REQUIREMENTS).is_file()))
         yield ["--file", str(copy / CONTAINERFILES[0]), str(copy)]
 
@@ -115,12 +118,13 @@ def _context(folder: Path, base: str) -> Iterator[list[str]]:
 def containerfile(base: str, *, has_requirements: bool = True) -> str:
     """The recipe of an agent's image."""
     packages = f"""\
-# Its packages go into the environment that the server runs in, which is root's. pip compiles what it installs: nothing can be
-# compiled later, the root is read-only in a cluster. An index of your own: make build OPTIONS="--build-arg PIP_INDEX_URL=…"
+# Its packages go into the environment that the server runs in, which is root's, and are not fetched again while these files stay the
+# same. pip compiles what it installs: nothing can be compiled later, the root is read-only in a cluster.
+# An index of your own: make build OPTIONS="--build-arg PIP_INDEX_URL=…"
 ARG PIP_INDEX_URL
 ARG PIP_NO_INDEX
 ARG PIP_FIND_LINKS
-COPY {REQUIREMENTS} /tmp/
+COPY requirements*.txt /tmp/
 RUN pip --python /opt/relight/bin/python install --no-cache-dir --root-user-action ignore --requirement /tmp/{REQUIREMENTS}
 """
     return f"""\

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -66,9 +66,10 @@ def answering(folder: Path) -> Iterator[str]:
             _unmount(folder)
 
 
-def build_options(engine: str, folder: Path, url: str) -> str:
+def build_options(engine: str, folder: Path, url: str, requirements: Sequence[str] = ()) -> str:
     """What a build must be told here. Unless the usual base image and the indexes of packages are reached, it is told of a base image with
-    our own Python, and of wheels, which are put into `folder` and found at `url`. Raises NotHere.
+    our own Python, and of wheels, which are put into `folder` and found at `url`: of what our images need, and of `requirements`.
+    Raises NotHere.
     """
     usual = _base(_default("PYTHON"))
     try:
@@ -81,7 +82,7 @@ def build_options(engine: str, folder: Path, url: str) -> str:
         _pull(engine, _base(OURS))
     except NotHere as error:
         _make(engine, _base(OURS), folder.parent / "base.tar", str(error))
-    _fetch_wheels(folder)
+    _fetch_wheels(folder, requirements)
     return f"--network=host --build-arg PYTHON={OURS} --build-arg PIP_NO_INDEX=1 --build-arg PIP_FIND_LINKS={url}"
 
 
@@ -122,12 +123,12 @@ def _make(engine: str, image: str, archive: Path, why: str) -> None:
     archive.unlink()
 
 
-def _fetch_wheels(folder: Path) -> None:
-    """What the images install, and what makes them."""
+def _fetch_wheels(folder: Path, requirements: Sequence[str]) -> None:
+    """What the images install, what makes them, and what else is asked for."""
     recipe = (ROOT / "Containerfile").read_text()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = {extra for named in re.findall(r"'\.\[(.+?)\]'", recipe) for extra in named.split(",")}
-    needs = [*project["build-system"]["requires"], "wheel", *project["project"]["dependencies"]]
+    needs = [*requirements, *project["build-system"]["requires"], "wheel", *project["project"]["dependencies"]]
     needs += [need for extra in sorted(extras) for need in project["project"]["optional-dependencies"][extra]]
     # torch as it is installed here: another build of the same version may be CUDA's, of several GB.
     needs += [f"cyclonedx-bom=={_default('CYCLONEDX_BOM')}", f"torch=={version('torch')}"]

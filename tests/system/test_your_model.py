@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,10 +48,11 @@ def commands(page: Page, *markers: str) -> int:
     return sum(len(page.block(marker).strip().splitlines()) for marker in markers)
 
 
-def tiny_classifier(folder: Path, text: str) -> object:
+def tiny_classifier(folder: Path, text: str) -> list[dict[str, Any]]:
     """The library's own answer to a text, of a model that is made in the folder."""
     done = subprocess.run([sys.executable, "-c", TINY, folder, text], env=clean_environment(), capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    answers: list[dict[str, Any]] = json.loads(done.stdout)
+    return answers
 
 
 def test_a_torch_module_answers_from_an_empty_folder_in_four_commands(tmp_path: Path) -> None:
