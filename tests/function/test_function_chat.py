@@ -371,8 +371,8 @@ def test_without_a_template_there_is_no_chat_and_with_a_strict_one_its_own_word_
     plain = load(model)
     assert plain.abilities["tools"] == "this model has no chat template"
     with pytest.raises(BadInput, match=r"no chat template.*ask at /v1/completions"):
-        plain.start("hello")
-    assert plain.predict([{"prompt": "a", "max_tokens": 2}])
+        plain.start({"messages": [{"role": "user", "content": "hello"}]})
+    assert plain.predict([{"prompt": "hello"}]) == plain.predict(["hello"])
     strict = load(model, chat_template="{{ raise_exception('Conversation roles must alternate') }}")
     with pytest.raises(BadInput, match="refuses the messages: Conversation roles must alternate"):
         strict.start("hello")

@@ -150,7 +150,7 @@ class Chat:
 
     def start(self, input: Any) -> Answer:  # noqa: A002  the contract's word
         """An answer to be made. Raises BadInput."""
-        found = read_input(input)
+        found = read_input({"prompt": input} if isinstance(input, str) and not self._template.is_there() else input)
         said = dict(found.parameters)
         likeliest = _likeliest(said.pop("logprobs", None), said.pop("top_logprobs", None))
         is_endless = said.pop("ignore_eos", None) or False
