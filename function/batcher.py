@@ -49,6 +49,7 @@ class CallContext:
     timing: dict[str, float] = field(default_factory=dict)  # seconds in the queue and in the model, noted as they pass
     spans: list[Span] | None = None  # the same one by one; None if nobody wants to know
     headers: Mapping[str, str] | None = None  # those that the agent asks for, by name in small letters
+    sizes: Sequence[float | None] | None = None  # of its inputs, noted once they are answered, if the agent told them
 
     def late(self, lacking: str = "answer", kind: type[TimedOut] = TimedOut) -> TimedOut:
         """What the caller is told at the deadline."""

@@ -140,10 +140,12 @@ class Model:
             if not self.batcher.put(call):
                 raise self._full(context.priority)
             try:
-                return call.reply.result(context.timeout_s)
+                outputs = call.reply.result(context.timeout_s)
             except TimeoutError:
                 call.reply.cancel()
                 raise context.late() from None
+        context.sizes = call.sizes
+        return outputs
 
     def submit(
         self, inputs: Sequence[Any], context: CallContext, then: Callable[[], object], parameters: Mapping[str, Any] | None = None

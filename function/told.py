@@ -12,7 +12,8 @@ from weights_cache.environment import SettingsError
 
 Schema = dict[str, Any]
 
-ABILITIES = ("logprobs", "tools", "response_format")
+# Of agents that generate text, and of those that embed it: "dimensions" is a parameter, and `size` tells tokens as they were counted.
+ABILITIES = ("logprobs", "tools", "response_format", "dimensions", "tokens")
 
 
 class Piece(str):

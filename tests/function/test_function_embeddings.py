@@ -2,16 +2,21 @@
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from flask.testing import FlaskClient
 
 from function.agent import BadInput, TensorSpec, Weights
-from tests.support import Server, clean_environment, fill_cache, free_port, request, running
+from function.app import create_app
+from function.model import Model
+from function.settings import FunctionSettings
+from tests.support import fill_cache, wait_until
 from weights_cache.errors import WeightsError
 from weights_cache.settings import WeightsSettings
 
@@ -245,29 +250,36 @@ def test_a_module_that_is_not_known_fails_the_start(bert: Path, load: Loader, tm
         load(folder)
 
 
-# Through the server
+# Through the app
 
 
-@pytest.fixture(scope="module")
-def server(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    fill_cache(folder / "cache", URI, {path.name: path.read_bytes() for path in bert.iterdir()})
-    port = free_port()
-    env = clean_environment(
-        FUNCTION_AGENT="function.agents.transformers:Embeddings",
-        FUNCTION_HOST="127.0.0.1",
-        PORT=str(port),
-        WEIGHTS_URI=URI,
-        WEIGHTS_CACHE_DIR=str(folder / "cache"),
-    )
-    with running([sys.executable, "-m", "function"], folder / "log", env, port) as server:
-        yield server.ready()
+@pytest.fixture
+def client(bert: Path, tmp_path: Path) -> FlaskClient:
+    """A model that declares vectors of 8 numbers."""
+    files = {path.name: path.read_bytes() for path in bert.iterdir()}
+    files["config.json"] = json.dumps(json.loads(files["config.json"]) | {"matryoshka_dimensions": [8]}).encode()
+    fill_cache(tmp_path, URI, files)
+    settings = FunctionSettings(agent="function.agents.transformers:Embeddings", model_name="m")
+    model = Model(settings, Weights(WeightsSettings(uri=URI, cache_dir=tmp_path)), started_at=time.monotonic())
+    failed = threading.Event()
+    model.start(on_failure=lambda _: failed.set())
+    wait_until("ready", lambda: failed.is_set() or model.phase == "ready")
+    return create_app(settings, model).test_client()
 
 
-@pytest.mark.soak
-def test_openais_route_has_the_vectors_of_the_others(server: Server, bert: Path) -> None:
-    asked = {"model": "model", "input": TEXTS}
-    found = request(server.port, "POST", "/v1/embeddings", asked).json()
+def test_openais_route_tells_vectors_and_tokens_and_takes_dimensions(client: FlaskClient, bert: Path) -> None:
+    found: Any = client.post("/v1/embeddings", json={"model": "m", "input": TEXTS}).json
     vectors = [one["embedding"] for one in found["data"]]
     assert np.allclose(vectors, theirs(bert), atol=1e-5)
-    assert request(server.port, "POST", "/", {"instances": TEXTS}).json()["predictions"] == vectors
+    assert found["usage"] == {"prompt_tokens": 44, "total_tokens": 44}
+    short: Any = client.post("/v1/embeddings", json={"model": "m", "input": TEXTS, "dimensions": 8}).json
+    assert [one["embedding"] for one in short["data"]] == [vector[:8] for vector in vectors]
+    refused = client.post("/v1/embeddings", json={"model": "m", "input": "bread", "dimensions": 9})
+    assert (refused.status_code, "one of 8" in refused.text) == (400, True)
+
+
+def test_v1_and_v2_have_the_same_vectors(client: FlaskClient) -> None:
+    by_v1: Any = client.post("/", json={"instances": ["bread"], "parameters": {"prompt": "query : "}}).json
+    given = {"name": "input", "shape": [1], "datatype": "BYTES", "data": ["query : bread"]}
+    by_v2: Any = client.post("/v2/models/m/infer", json={"inputs": [given]}).json
+    assert by_v2["outputs"] == [{"name": "output", "datatype": "FP32", "shape": [1, 16], "data": by_v1["predictions"][0]}]

@@ -51,6 +51,7 @@ class Embeddings:
         self._tokens_of = functools.lru_cache(_REMEMBERED)(self._encoder.tokens)
         self._device = torch.device("cpu" if device == "host" else device)
         self.width = len(self._embed(["a"], None, 0)[0])
+        self.abilities = ["tokens"] + ["dimensions"] * (self._matryoshka is not None)
         self.outputs = [TensorSpec("output", "FP32", (-1, -1 if self._matryoshka is not None else self.width))]
 
     def warm_up(self) -> None:

@@ -15,6 +15,7 @@ from function.http import Function, PredictRequest, event, events, reply
 from function.merged import Merged
 from function.protocols.openai.schemas import EMBEDDINGS, SAMPLING, UNSAID, Schema, bodies, fits
 from function.protocols.openai.shapes import CHAT_SHAPE, TEXT_SHAPE, Shape, Told, usage
+from function.told import has
 
 _MOST_SEED = 2**63 - 1
 
@@ -25,16 +26,17 @@ def add_routes(app: flask.Flask, function: Function) -> None:
     @app.post("/v1/embeddings")
     def embeddings() -> flask.Response:
         body = _checked(function, EMBEDDINGS)
-        vectors = [_vector(output) for output in function.predict(PredictRequest(_texts(body["input"]), is_bare=False))]
-        wanted = body.get("dimensions")
+        wanted, abilities, context = body.get("dimensions"), function.model.traits.abilities, function.context()
+        parameters = {"dimensions": wanted} if wanted and has(abilities, "dimensions") else None
+        outputs = function.predict(PredictRequest(_texts(body["input"]), is_bare=False, parameters=parameters), context)
+        vectors = [_vector(output) for output in outputs]
         if wanted not in (None, len(vectors[0])):
             raise _wrong("dimensions", f"'dimensions' must be {len(vectors[0])}, the length of the model's vectors, not {wanted}")
         encode = _base64 if body.get("encoding_format") == "base64" else lambda vector: vector
         data = [{"object": "embedding", "index": index, "embedding": encode(vector)} for index, vector in enumerate(vectors)]
-        # An agent tells vectors only: nobody knows how many tokens they took.
-        return reply(
-            {"object": "list", "data": data, "model": function.settings.model_name, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
-        )
+        tokens = sum(int(size or 0) for size in context.sizes or ()) if has(abilities, "tokens") else 0  # of others nobody knows how many
+        used = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return reply({"object": "list", "data": data, "model": function.settings.model_name, "usage": used})
 
     @app.post("/v1/completions")
     def completions() -> flask.Response:
