@@ -1,5 +1,6 @@
 """Unchanged classes of transformers around restored weights: tiny models with random weights, made here."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,17 +48,22 @@ KINDS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def library() -> Any:
-    from function.agents.transformers.loading import library
+    from function.agents.transformers import loading
 
-    return library()
+    return loading.library()
 
 
 def made(kind: str, library: Any) -> tuple[Any, Callable[[], Any]]:
     """A model with random weights, and what makes another one."""
     config_name, auto, options = KINDS[kind]
     config = getattr(library, config_name)(**options)
-    build = lambda: getattr(library, auto).from_config(config)  # noqa: E731
-    return build().eval(), build
+
+    def build() -> Any:
+        return getattr(library, auto).from_config(config)
+
+    model = build()
+    model.eval()
+    return model, build
 
 
 def restored(model: Any, folder: Path, change: Callable[[dict[str, torch.Tensor]], Any] = lambda state: None) -> Weights:
@@ -89,7 +95,7 @@ def test_a_prefix_that_would_mend_all_is_told(tmp_path: Path) -> None:
     weights = Weights(WeightsSettings(uri=URI, cache_dir=tmp_path))
     with pytest.raises(WeightsError, match=r"rename=lambda name: name\.removeprefix\('net\.'\)"):
         weights.module(lambda: torch.nn.Sequential(torch.nn.Linear(2, 2)), "cpu")
-    nested = weights.module(lambda: torch.nn.Sequential(torch.nn.Linear(2, 2)), "cpu", rename=lambda name: name.removeprefix("net."))
+    nested: Any = weights.module(lambda: torch.nn.Sequential(torch.nn.Linear(2, 2)), "cpu", rename=lambda name: name.removeprefix("net."))
     assert nested[0].weight.tolist() == [[1, 1], [1, 1]]
     with pytest.raises(WeightsError, match=r"rename=lambda name: 'a\.' \+ name"):
         weights.module(lambda: torch.nn.ModuleDict({"a": torch.nn.ModuleDict({"net": torch.nn.Sequential(torch.nn.Linear(2, 2))})}), "cpu")
@@ -224,6 +230,6 @@ def test_a_library_that_is_not_installed_is_named() -> None:
     from weights_cache.environment import SettingsError
 
     with pytest.raises(SettingsError, match="the package 'nonesuch' is not installed"), explained("it"):
-        import nonesuch  # noqa: F401
+        importlib.import_module("nonesuch")
     with pytest.raises(SettingsError, match=r"pip install 'relight\[transformers\]'"), explained("it"):
         raise ModuleNotFoundError("No module named 'transformers'", name="transformers")

@@ -93,10 +93,6 @@ class QuestionAnswering(TextTask):
         answers = sorted(answers, key=lambda answer: answer["score"], reverse=True)[:count]
         return answers[0] if len(answers) == 1 else answers
 
-    def size(self, input: Any) -> float:  # noqa: A002
-        """In characters."""
-        return super().size(input) if isinstance(input, Mapping) else 1
-
     def example(self, text: str) -> Any:
         """An input that holds the text."""
         return {"question": "warm?", "context": text}

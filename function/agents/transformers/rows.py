@@ -142,6 +142,10 @@ class Texts:
             return self.tokenizer(*texts, **options)
         except (UnicodeEncodeError, TypeError):
             raise BadInput("the text holds half a character (a lone surrogate)") from None
+        except Exception as error:
+            if "too short" not in str(error):  # what a tokenizer says of it has no class of its own
+                raise
+            raise BadInput(f"what may not be cut is longer than the {self.limit} tokens that the model takes") from error
 
     def check(self, length: int) -> None:
         """Raises BadInput for a text of too many tokens."""

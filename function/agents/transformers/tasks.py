@@ -88,11 +88,12 @@ class TextTask:
 
     def size(self, input: Any) -> float:  # noqa: A002
         """In characters, as tokens would take as long to count as to make."""
-        return len(input) if isinstance(input, str) else sum(len(one) for one in input.values() if isinstance(one, str))
+        return characters(input)
 
     def warm_up(self) -> None:
         """Two texts of unlike lengths, so that it is known whether padding changes an answer."""
-        self.predict([self.example("warm up"), self.example("warm up, with more words than the other one has")], {})
+        said = {"truncation": True} if "truncation" in self.parameters else {}
+        self.predict([self.example("warm up"), self.example("warm up, with more words than the other one has")], said)
 
     def example(self, text: str) -> Any:
         """An input that holds the text."""
@@ -110,7 +111,7 @@ class TextClassification(TextTask):
         found: dict[int, Row] = {}
         pairs = {at: strings(one, ("text",), ("text_pair",), self.wants) for at, one in enumerate(inputs) if not isinstance(one, str)}
         for is_pair in (False, True):
-            places = [at for at in range(len(inputs)) if ("text_pair" in pairs.get(at, {})) == is_pair]
+            places = [at for at in range(len(inputs)) if bool(pairs.get(at, {}).get("text_pair")) == is_pair]
             if places:
                 first = [pairs[at]["text"] if at in pairs else inputs[at] for at in places]
                 second = [pairs[at]["text_pair"] for at in places] if is_pair else None
@@ -244,6 +245,13 @@ class FeatureExtraction(TextTask):
     def answer(self, rows: Sequence[Row], numbers: Sequence[Numbers], options: Mapping[str, Any]) -> Any:
         """The answer to one input."""
         return self.pipe.postprocess(list(numbers[0].values()), **options)
+
+
+def characters(one: Any) -> int:
+    """How many an input has."""
+    if isinstance(one, Mapping):
+        return sum(map(characters, one.values()))
+    return len(one) if isinstance(one, str) else 1
 
 
 @contextmanager

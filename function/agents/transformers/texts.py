@@ -15,7 +15,7 @@ from function.agents.transformers import loading
 from function.agents.transformers.choice import base
 from function.agents.transformers.parameters import FLAG, GENERATION, TEXT, TRUNCATION, Parameter
 from function.agents.transformers.rows import Row, Texts, joined, position_limit, token_limit
-from function.agents.transformers.tasks import kind_of, refusing
+from function.agents.transformers.tasks import characters, kind_of, refusing
 
 MOST_NEW_TOKENS, BEAMS = 256, 4  # where the model's generation config does not say
 _NOT_SAID = 20  # the `max_length` of a generation config that says none
@@ -72,7 +72,7 @@ class TextToText:
 
     def size(self, input: Any) -> float:  # noqa: A002  the contract's word
         """In characters."""
-        return len(input) if isinstance(input, str) else 1
+        return characters(input)
 
     def warm_up(self) -> None:
         """Two tokens of a text."""
