@@ -18,9 +18,10 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from multidict import CIMultiDict
 from yarl import URL
 
-from knative.local import origin
+from knative.local import origin, sent_headers
 from knative.local.feed import Feed
 from knative.local.logs import Logs
 from knative.local.manifest import tag_label
@@ -195,14 +196,16 @@ class Admin:
         tag, tags = query.get("tag"), [target.tag for target in live.service.traffic if target.tag]
         if tag is not None and tag not in tags:
             raise Refused(404, "not_found", f"no tag {tag!r} in the traffic of {name}; there are {', '.join(tags) or 'none'}")
-        headers["Host"] = f"{tag_label(tag, name) if tag else name}.{namespace}.localhost:{self._port}"
+        own = _own_headers(request)
+        own.extend((name, value) for name, value in headers.items() if name not in own)
+        own["Host"] = f"{tag_label(tag, name) if tag else name}.{namespace}.localhost:{self._port}"
         stream: web.StreamResponse | None = None
         try:
             async with self._session.request(
                 method,
                 URL(f"http://127.0.0.1:{self._port}{path}", encoded=True),
                 data=body,
-                headers=headers,
+                headers=own,
                 skip_auto_headers=("User-Agent", "Accept-Encoding", "Content-Type"),
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=None),  # the Service's own time-outs hold
@@ -220,6 +223,14 @@ class Admin:
             if isinstance(request.content.exception(), web.RequestPayloadError):
                 raise Refused(400, "bad_request", "the body of the request is no chunks") from error
             raise Refused(502, "bad_gateway", f"the platform did not answer: {error}") from error
+
+
+def _own_headers(request: web.BaseRequest) -> CIMultiDict[str]:
+    """Those that the request to the Service is to have besides. Raises Refused."""
+    try:
+        return CIMultiDict(sent_headers.from_field(request.headers.get(sent_headers.FIELD, "[]")))
+    except ValueError as error:
+        raise Refused(400, "bad_request", str(error)) from error
 
 
 def _check_origin(request: web.BaseRequest) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from knative.local.errors import PlatformError
+from knative.local.sent_headers import FIELD, Headers, to_field
 
 CONNECT_S = 5.0
 ANSWER_S = 30.0  # for a document, of which the platform makes none that takes a second
@@ -45,14 +46,18 @@ class Client:
         method: str = "GET",
         body: bytes | None = None,
         content_type: str = "",
+        sent_headers: Headers = (),
         patience_s: float | None = None,
     ) -> Iterator[http.client.HTTPResponse]:
         """One answer, to be read while it is entered. Raises NoPlatform, or PlatformError if somebody else answers.
 
+        sent_headers: of the request that the platform is to send.
         patience_s: for each part of the answer; without it there is none, as it may wait for a cold start, or be a log.
         """
         connection = http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_S)
         headers = {"X-Relight": "1"} | ({"Content-Type": content_type} if content_type else {})
+        if sent_headers:
+            headers[FIELD] = to_field(sent_headers)
         try:
             try:
                 connection.connect()

@@ -18,7 +18,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from knative.local import address, plain, tables
+from knative.local import address, plain, sent_headers, tables
 from knative.local.client import PIECE_BYTES, Client, explain, lines, parse
 from knative.local.errors import PlatformError
 
@@ -93,6 +93,9 @@ def status(*, as_json: bool, watch: bool, admin: str | None, state_dir: Path) ->
 @click.option("--method", "-X", help="The HTTP method. [default: POST]")
 @click.option("--tag", help="To the revision that has this tag in `spec.traffic`.")
 @click.option("--content-type", default="application/json", show_default=True, help="What the body is.")
+@click.option(
+    "--header", "-H", "headers", multiple=True, metavar="'NAME: VALUE'", help="A header of the request, such as a key; may be repeated."
+)
 @click.option("--stream", is_flag=True, help="Print the data of server-sent events, each as it comes.")
 @where
 def invoke(
@@ -103,6 +106,7 @@ def invoke(
     method: str | None,
     tag: str | None,
     content_type: str,
+    headers: tuple[str, ...],
     stream: bool,
     admin: str | None,
     state_dir: Path,
@@ -110,13 +114,14 @@ def invoke(
     """Send a request to the Service NAME (or NAMESPACE/NAME) and print the answer; the exit status is 1 if it is an error."""
     with told():
         client = platform(admin, state_dir)
-        body = read_body(data)
+        body, sent = read_body(data), _headers(headers)
         namespace, _, service = name.rpartition("/")
         chosen = (method or ("GET" if path and body is None else "POST")).upper()
         query = {"namespace": namespace or "default", "service": service, "path": path or "/", "method": chosen}
         if tag is not None:
             query["tag"] = tag
-        with client.ask("/api/invoke", query, method="POST", body=body, content_type=content_type if body is not None else "") as reply:
+        kind = content_type if body is not None else ""
+        with client.ask("/api/invoke", query, method="POST", body=body, content_type=kind, sent_headers=sent) as reply:
             failed = reply.status >= 400
             if stream and not failed and reply.headers.get_content_type() == "text/event-stream":
                 whole = _print_events(reply)
@@ -193,6 +198,14 @@ def read_body(data: str | None) -> bytes | None:
         return Path(data[1:]).read_bytes()
     except OSError as error:
         raise PlatformError(f"--data {data}: {error.strerror or error}") from error
+
+
+def _headers(texts: tuple[str, ...]) -> sent_headers.Headers:
+    """What `--header` stands for. Raises PlatformError."""
+    try:
+        return sent_headers.parse(texts)
+    except ValueError as error:
+        raise PlatformError(f"--header: {error}") from error
 
 
 class _CutOff(Exception):

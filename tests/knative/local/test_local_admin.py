@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from knative.local.admin import VIEWERS, Admin
 from knative.local.queue_watch import QueueWatch
+from knative.local.sent_headers import FIELD, to_field
 from tests.knative.local.running import Platform, platform_running, service
 from tests.support import Reply, request, wait_until
 
@@ -119,6 +120,19 @@ def test_a_test_request_with_a_body_and_a_path_is_passed_on_as_it_is(platform: P
     told = invoke(platform, "service=echo&path=/echo/a%2520b&method=PUT", b"\0raw", {"Content-Type": "application/octet-stream"}).json()
     assert (told["method"], told["path"], told["bytes"]) == ("PUT", "/echo/a%20b", 4)
     assert dict(told["headers"])["Content-Type"] == "application/octet-stream"
+
+
+def test_a_test_request_has_the_headers_that_are_named(platform: Platform) -> None:
+    told = invoke(
+        platform, "service=echo", headers={FIELD: to_field([("Authorization", "Bearer a"), ("Content-Type", "text/plain")])}
+    ).json()
+    found = [value for name, value in told["headers"] if name in ("Authorization", "Content-Type")]
+    assert sorted(found) == ["Bearer a", "text/plain"]
+
+
+@pytest.mark.parametrize("field", ["{}", "[", '[["a"]]', '[["Host", "elsewhere"]]', '[["X", "a\\nb"]]', "1", "[" * 4000])
+def test_headers_that_cannot_be_sent_are_refused(platform: Platform, field: str) -> None:
+    assert invoke(platform, "service=echo", headers={FIELD: field}).status == (200 if field == "{}" else 400)
 
 
 def test_an_error_of_the_function_is_passed_on_as_one_and_what_it_sends_does_nothing_in_a_browser(platform: Platform) -> None:

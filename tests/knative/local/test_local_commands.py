@@ -161,6 +161,46 @@ def test_invoke_sends_the_services_example_or_what_it_is_given(platform: Platfor
     assert document(platform, "--path", "/v1/models")["method"] == "GET"
 
 
+def test_invoke_sends_headers_of_ones_own(platform: Platform) -> None:
+    words = [
+        "--header",
+        "Authorization: Bearer a:b",
+        "-H",
+        "X-Text:  Grüße ",
+        "-H",
+        "X-Twice: 1",
+        "-H",
+        "X-Twice: 2",
+        "-H",
+        "Accept: text/csv",
+    ]
+    found = [(name, value) for name, value in document(platform, *words)["headers"] if name not in ("Host", "Content-Type")]
+    assert ("Authorization", "Bearer a:b") in found
+    assert [value.encode("latin-1").decode() for name, value in found if name == "X-Text"] == ["Grüße"]
+    assert [value for name, value in found if name == "X-Twice"] == ["1", "2"]
+    assert [value for name, value in found if name == "Accept"] == ["text/csv"]
+    told = document(platform, "--data", "a,b", "-H", "content-type: text/csv")
+    assert [value for name, value in told["headers"] if name.lower() == "content-type"] == ["text/csv"]
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ("Transfer-Encoding: chunked", "Transfer-Encoding is about one connection"),
+        ("connection: close", "connection is about one connection"),
+        ("Host: other", "the Service is named by its NAME"),
+        ("Content-Length: 3", "it follows from the body"),
+        ("X-Key", "'X-Key' is no header; write it as 'Name: value'"),
+        ("X Key: 1", "'X Key' is no name of a header"),
+        ("X-Key: a\r\nX-Other: b", "the value of X-Key has control characters"),
+    ],
+)
+def test_a_header_that_cannot_be_sent_is_refused(header: str, said: str) -> None:
+    found = CliRunner().invoke(commands.invoke, ["echo", "--admin", "http://127.0.0.1:1", "--header", header])
+    assert found.exit_code == 1
+    assert said in found.output
+
+
 def test_invoke_fails_with_the_answers_body_when_that_is_an_error(platform: Platform) -> None:
     found = relight("invoke", "echo", "--path", "/status/500", state=platform.state)
     assert (found.returncode, found.stderr) == (1, "Error: echo answered 500 Internal Server Error\n")
