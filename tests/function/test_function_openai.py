@@ -62,6 +62,26 @@ class Whisperer:
     def predict(self, inputs): raise AssertionError("it is asked for streams")
     def stream(self, item): yield from item["prompt"]
 
+class Teller(Talker):
+    # Declares what it can, and tells of each word what its first letter says.
+    sampling_parameters = {
+        "top_k": {"type": "integer", "minimum": 1},
+        "grammar": {"enum": ["json", "xml"], "description": "json or xml"},
+    }
+    abilities = {"logprobs": True, "tools": True, "response_format": "this one writes prose"}
+
+    def step(self, sequences):
+        pieces = super().step(sequences)
+        for sequence, piece in zip(sequences, pieces):
+            sequence.logprobs, sequence.tool_calls = [], []
+            if piece and piece[0] == "p":
+                sequence.logprobs = [{"token": piece, "logprob": -0.5, "bytes": None, "top_logprobs": [{"token": "x", "logprob": -1}]}]
+            if piece and piece[0] == "c":
+                sequence.tool_calls = [{"name": piece.strip(), "arguments": "{}"}]
+            if piece and piece[0] == "b":
+                sequence.logprobs = "rubbish"
+        return pieces
+
 class Embedder:
     def load(self, weights, device): pass
     def predict(self, inputs):
@@ -396,6 +416,136 @@ def test_what_goes_wrong_half_way_ends_the_stream_with_an_error(talker: OpenAI) 
         with pytest.raises(openai.APIError, match="the model failed on this request") as caught:
             next(stream)
     assert (caught.value.type, caught.value.code, caught.value.param) == ("server_error", "agent_failed", None)
+
+
+# What an agent declares
+
+
+@pytest.fixture(scope="module")
+def teller(functions: Functions) -> OpenAI:
+    return functions.client(functions["some_agents:Teller"])
+
+
+TOOLS: Any = [{"type": "function", "function": {"name": "call"}}]
+
+
+def test_an_agent_is_handed_what_it_declares_and_nothing_else(teller: OpenAI) -> None:
+    def handed(**given: Any) -> Any:
+        found = teller.chat.completions.create(model="m", messages=user("item"), **given)
+        return json.loads(found.choices[0].message.content or "")
+
+    more = {"top_k": 5, "grammar": "xml"}
+    assert handed(extra_body=more, logprobs=True, top_logprobs=3) == {
+        "messages": user("item"), **more, "logprobs": True, "top_logprobs": 3
+    }  # fmt: skip
+    assert handed(extra_body=dict.fromkeys(more), logprobs=False, tools=[], tool_choice="auto") == {"messages": user("item")}
+    assert handed(tools=TOOLS) == {"messages": user("item"), "tools": TOOLS}
+    assert handed(tools=TOOLS, tool_choice="none") == {"messages": user("item")}
+    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f"}}]}
+    said = {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "item"}]}
+    found = teller.chat.completions.create(model="m", messages=[*user("a"), called, said])  # type: ignore[list-item]
+    assert json.loads(found.choices[0].message.content or "")["messages"] == [
+        *user("a"), {**called, "content": ""}, {**said, "content": "item"},
+    ]  # fmt: skip
+    text = teller.completions.create(model="m", prompt="item", logprobs=2).choices[0].text
+    assert json.loads(text) == {"prompt": "item", "logprobs": True, "top_logprobs": 2}
+
+
+def test_what_an_agent_tells_of_its_pieces_is_in_the_answer_and_in_its_chunks(teller: OpenAI) -> None:
+    asked: Any = {"model": "m", "messages": user("plum call pear call-2"), "logprobs": True, "tools": TOOLS}
+    (choice,) = teller.chat.completions.create(**asked).choices
+    assert choice.message.content == "plum call pear call-2"
+    assert [(call.type, call.function.name, call.function.arguments) for call in choice.message.tool_calls or []] == [  # type: ignore[union-attr]
+        ("function", "call", "{}"), ("function", "call-2", "{}"),
+    ]  # fmt: skip
+    assert [(one.token, one.logprob, one.top_logprobs[0].token) for one in (choice.logprobs and choice.logprobs.content) or []] == [
+        ("plum ", -0.5, "x"), ("pear ", -0.5, "x"),
+    ]  # fmt: skip
+    with teller.chat.completions.stream(**asked) as stream:
+        stream.until_done()
+        streamed = stream.get_final_completion().choices[0]
+    assert streamed.message.content == choice.message.content
+    assert [call.function.name for call in streamed.message.tool_calls or []] == ["call", "call-2"]
+    assert streamed.logprobs == choice.logprobs
+    told = teller.completions.create(model="m", prompt="plum a pear", logprobs=1).choices[0].logprobs
+    assert told is not None
+    assert told.model_dump() == {
+        "tokens": ["plum ", "pear"], "token_logprobs": [-0.5, -0.5], "top_logprobs": [{"x": -1}, {"x": -1}], "text_offset": [0, 5],
+    }  # fmt: skip
+
+
+def test_what_an_agent_tells_and_is_none_ends_its_own_answer_alone(teller: OpenAI, functions: Functions) -> None:
+    with pytest.raises(openai.InternalServerError, match="the model failed on this request"):
+        teller.completions.create(model="m", prompt="a bad word", logprobs=1)
+    assert "a sequence's logprobs are a str, not a list" in functions["some_agents:Teller"].said()
+    assert teller.completions.create(model="m", prompt="plum").choices[0].text == "plum"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("top_k", 0, "what its schema says"),
+        ("top_k", "5", "what its schema says"),
+        ("grammar", "c", "json or xml"),
+        ("min_p", 0.5, "there is no parameter 'min_p' here"),
+        ("response_format", {"type": "json_object"}, "this one writes prose"),
+        ("tool_choice", "required", "a call cannot be forced"),
+        ("tools", [{"name": "f"}], "a list of objects like"),
+        ("top_logprobs", 21, "a whole number from 0 to 20"),
+        ("top_logprobs", 1, "must go with"),
+        ("messages", [{"role": "tool", "content": "5"}], "assistant or tool"),
+    ],
+)
+def test_what_is_not_as_an_agent_declares_it_is_refused(functions: Functions, name: str, value: Any, said: str) -> None:
+    body = {"model": "m", "messages": user("a"), name: value}
+    error = refused(request(functions["some_agents:Teller"].port, "POST", "/v1/chat/completions", body))
+    assert (error["param"], said in error["message"]) == (name, True)
+
+
+# Several choices
+
+
+def test_each_choice_has_a_seed_of_its_own_and_the_prompt_counts_once(talker: OpenAI) -> None:
+    found = talker.completions.create(model="m", prompt=["item", "one two"], n=2, seed=7)
+    assert [json.loads(choice.text)["seed"] for choice in found.choices[:2]] == [7, 8]
+    assert [(choice.index, choice.text) for choice in found.choices[2:]] == [(2, "one two"), (3, "one two")]
+    assert found.usage is not None
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (3, 6)
+    most = talker.completions.create(model="m", prompt="item", n=2, seed=2**63 - 1).choices
+    assert [json.loads(choice.text)["seed"] for choice in most] == [2**63 - 1, 2**63 - 2]
+
+
+def test_choices_stream_side_by_side(talker: OpenAI) -> None:
+    options: Any = {"include_usage": True}
+    with talker.chat.completions.create(model="m", messages=user("one two three"), n=3, stream=True, stream_options=options) as stream:
+        *chunks, last = list(stream)
+    texts = ["", "", ""]
+    for chunk in chunks:
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == ["one two three"] * 3
+    assert sorted(chunk.choices[0].index for chunk in chunks if chunk.choices[0].delta.role) == [0, 1, 2]
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-3:]] == ["stop"] * 3
+    assert last.usage is not None
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (3, 9)
+
+
+def test_more_choices_than_places_and_longer_ones_than_a_reader_may_be_behind(functions: Functions) -> None:
+    server = functions.start("some_agents:Talker", FUNCTION_MAX_BATCH="2", FUNCTION_QUEUE_LIMIT="2").ready()
+    text = "word " * 299 + "word"
+    found = functions.client(server).completions.create(model="m", prompt=text, n=5)
+    assert [choice.text for choice in found.choices] == [text] * 5
+    wait_until("their places to be free", lambda: active_streams(server) == 0)
+
+
+def test_a_choice_that_fails_ends_the_answer_and_frees_the_others(functions: Functions, talker: OpenAI) -> None:
+    with talker.completions.create(model="m", prompt="for-ever", n=3, stream=True) as stream:
+        assert next(stream).choices[0].text == "and on "
+    wait_until("their places to be free", lambda: active_streams(functions["some_agents:Talker"]) == 0)
+    with pytest.raises(openai.InternalServerError, match="log says why"):
+        talker.completions.create(model="m", prompt=["for-ever", "crash"], n=2)
+    wait_until("their places to be free", lambda: active_streams(functions["some_agents:Talker"]) == 0)
+    with pytest.raises(openai.BadRequestError, match="FUNCTION_MAX_INPUTS"):
+        talker.completions.create(model="m", prompt=["a"] * 100, n=20)
 
 
 # Errors
