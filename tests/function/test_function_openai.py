@@ -455,7 +455,7 @@ def test_what_an_agent_tells_of_its_pieces_is_in_the_answer_and_in_its_chunks(te
     asked: Any = {"model": "m", "messages": user("plum call pear call-2"), "logprobs": True, "tools": TOOLS}
     (choice,) = teller.chat.completions.create(**asked).choices
     assert choice.message.content == "plum call pear call-2"
-    assert [(call.type, call.function.name, call.function.arguments) for call in choice.message.tool_calls or []] == [  # type: ignore[union-attr]
+    assert [(call.type, call.function.name, call.function.arguments) for call in choice.message.tool_calls or []] == [
         ("function", "call", "{}"), ("function", "call-2", "{}"),
     ]  # fmt: skip
     assert [(one.token, one.logprob, one.top_logprobs[0].token) for one in (choice.logprobs and choice.logprobs.content) or []] == [
