@@ -16,7 +16,6 @@ from knative.local.pod import Pod
 from knative.local.pod_maker import PodMaker
 from knative.local.queue_watch import QueueWatch
 from knative.local.schema import CPU, MEMORY
-from knative.local.seeds import Seed
 from knative.local.weights import cached
 
 LONG_START_S = 15.0
@@ -30,7 +29,9 @@ class Helpers:
         self.queue_watch: QueueWatch | None = None  # set before anything is started
         self._logs = logs
         self._maker = maker
-        self._pushed: dict[str, str] = {}  # by the place of a seed, the stamp that its directory had
+        self._pushed: dict[
+            str, tuple[str, str]
+        ] = {}  # by the place of a seed, the stamp that its directory had, and the snapshot that it is
         self._pods = pods
         self._say = say
         self._embedded: EmbeddedServer | None = None
@@ -68,12 +69,13 @@ class Helpers:
                 await self._embedded.start()
             if wants_objects and OBJECT_STORE not in addresses:
                 seeds = self._maker.seeds.all
-                self._pushed = {seed.place: seed.stamp() for seed in seeds}
+                stamps = [seed.stamp() for seed in seeds]
                 snapshots = await self._embedded.serve_objects(seeds)
                 addresses[OBJECT_STORE] = self._embedded.address
-                for seed, snapshot in zip(seeds, snapshots, strict=True):
-                    if await asyncio.to_thread(_has_other, self._maker.places.state_dir / "volumes", seed, snapshot):
-                        self._maker.seeds.pin(seed, self._pushed[seed.place], snapshot)
+                for seed, stamp, snapshot in zip(seeds, stamps, snapshots, strict=True):
+                    self._pushed[seed.place] = stamp, snapshot
+                    if await asyncio.to_thread(_has_other, self._maker.places.state_dir / "volumes", snapshot):
+                        self._maker.seeds.pin(seed, stamp, snapshot)
             if wants_queues:
                 await self._embedded.serve_queues(manifests.queues)
                 addresses[QUEUES] = self._embedded.address
@@ -86,13 +88,14 @@ class Helpers:
         self.queue_watch.embedded = self._embedded
 
     async def _push_changed(self) -> None:
-        """Directories that have changed since they were put into the store; whoever starts with them now is to have them."""
+        """Directories that have changed since they were put into the store: from now on a pod has those of its revision, or none."""
         for seed in self._maker.seeds.all:
             stamp = await asyncio.to_thread(seed.stamp)
-            if self._embedded and self._pushed.get(seed.place) not in (None, stamp):
-                snapshot = await self._embedded.fill(seed)
-                self._pushed[seed.place] = stamp
-                self._maker.seeds.pin(seed, stamp, snapshot)
+            before = self._pushed.get(seed.place)
+            if self._embedded and before and before[0] != stamp:
+                self._pushed[seed.place] = now = stamp, await self._embedded.fill(seed)
+                for pushed in (before, now):
+                    self._maker.seeds.pin(seed, *pushed)
 
     def _set_limits(self, manifests: Manifests) -> None:
         """Say once which mechanism holds containers to their limits, as soon as there are any."""
@@ -124,7 +127,7 @@ class Helpers:
         }
 
 
-def _has_other(volumes: Path, seed: Seed, snapshot: str) -> bool:
+def _has_other(volumes: Path, snapshot: str) -> bool:
     """Whether a cache has other weights by this name, of an earlier run: a pod would start with those, and ask the store meanwhile."""
     uri, _, latest = snapshot.partition("#")
     return any(row["uri"] == uri and row["snapshot"] != latest for row in cached(volumes))

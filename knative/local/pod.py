@@ -89,7 +89,7 @@ class Pod:
         self.stages: dict[str, float] = {}  # seconds since the pod was asked for
         self.report = Report()
         self._phase_since = self.asked_at  # of the report
-        self.proven_at = -1.0  # `began_at` of the start that is known to have been with its revision's code
+        self.proven_at = -1.0  # when its user container began that is known to have been with its revision's code
         self.is_slow_told = False  # that it takes long to be ready
         self.on_room: Callable[[], object] = lambda: None  # called when it has room for one request more
         self.devices = devices or Devices(())
@@ -118,11 +118,6 @@ class Pod:
     def address(self) -> str:
         """Where the user container answers."""
         return f"http://127.0.0.1:{self.plan.port}"
-
-    @property
-    def began_at(self) -> float:
-        """When its user container was started last, on time.monotonic's clock; 0 if never."""
-        return next((container.started_at for container in self.containers if container.process.is_main), 0.0)
 
     @property
     def connections(self) -> aiohttp.ClientSession:

@@ -54,7 +54,7 @@ class PodMaker:
 
     def functions(self, services: Iterable[Service]) -> list[Process]:
         """The processes that pods of these will have, each as two pods would: what differs between those differs between any two."""
-        found = []
+        found: list[Process] = []
         for service in services:
             for pod in ("one", "other"):
                 plan = plan_pod(

@@ -12,14 +12,13 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from knative.local.code import Code, listed
-from knative.local.content import changed_files
 from knative.local.errors import ManifestError
 from knative.local.manifest import RECREATE, ROLLOUT, Service
 from knative.local.pod import Pod
 from knative.local.record import Record
 from knative.local.revision import Revision
 from knative.local.route import resolve
+from knative.local.stale import Stale
 from knative.local.supervisor import Watcher
 from knative.local.tasks import Tasks
 from knative.local.trouble import Trouble
@@ -41,8 +40,7 @@ class Rollout:
         self._record = record
         self._tasks = tasks
         self._created = 0
-        self.stale: list[str] = []  # what has changed of the files that the newest revision was made of, and was not taken
-        self._is_renewing = False
+        self.stale = Stale(self, self._tell)
         self._check_names(service)
         self.latest = self._create(service)  # the latest that was ready, or the first
         self.next: Revision | None = None  # what is to become the latest
@@ -50,7 +48,8 @@ class Rollout:
         self.route = resolve(service.traffic, self.latest.name)
 
     @property
-    def _newest(self) -> Revision:
+    def newest(self) -> Revision:
+        """What is to become the latest, or the latest."""
         return self.next or self.latest
 
     def choose(self, tag: str | None = None) -> Revision:
@@ -75,55 +74,18 @@ class Rollout:
         if same:
             same.configure(service)
         if (
-            same is None or same is not self._newest or self.next_failure
+            same is None or same is not self.newest or self.next_failure
         ):  # one that failed is tried again: what it refers to may have changed
             self._roll_out(same or self._create(service))
         self._reroute()
 
-    def notice(self, service: Service) -> bool:
-        """Tell of what has changed on this machine, if anything; whether it is to be taken now, as no pod that works would have to go.
-
-        service: the manifest as ever, with the code and the weights that there are now.
-        """
-        before, newest = self.stale, self._newest
-        self.stale = changed_files(newest.service, service)
-        if not self.stale:
-            return False
-        if self.next_failure or newest.failures.present or (newest.pods.kept and not self.latest.pods.ready):
-            return True
-        if self.latest.pods.kept and self.stale != before:
-            self._tell(
-                f"{listed(self.stale)} changed since {newest.name} was made, which goes on as it is; "
-                "`relight run --reload` takes it at once, SIGHUP or the dashboard now, and so does the next pod that starts"
-            )
-        return False
-
-    def is_outdated(self, revision: Revision) -> bool:
-        """Whether a pod of the revision that starts now would run other code than its others. If so another revision is to take over."""
-        code = revision.service.code
-        if code is None or (now := code.now()) == code:
-            return False
-        if not self._is_renewing:
-            self._is_renewing = True
-            asyncio.get_running_loop().call_soon(self._renew, revision, now)
-        return True
-
-    def _renew(self, revision: Revision, code: Code) -> None:
-        """Have a revision with the code that there is now, as `revision` needs a pod and cannot have one."""
-        self._is_renewing = False
-        assert revision.service.code
-        files = listed(revision.service.code.changed(code))
-        if revision not in (self.latest, self.next):
-            if not revision.pods.kept and not revision.failures.pause_s:
-                reason = f"{revision.name} cannot start: {files} changed since, and there is one version of the files here"
-                revision.failures.start_failed(Trouble(reason))
-            return
-        service = replace(self.service, code=code)
+    def renew(self, service: Service, why: str) -> None:
+        """Take a manifest that differs in its code alone from the one before, whose revision cannot have another pod."""
         same = self._same(service)
-        if same is None or same is not self._newest:
+        if same is None or same is not self.newest:
             self.service = service
             same = same or self._create(service)
-            self._tell(f"{files} changed since {revision.name} was made: {same.name} takes over")
+            self._tell(f"{why}: {same.name} takes over")
             self._roll_out(same)
         if self.next and not self.service.recreate and not self.latest.pods.kept:  # nobody is served by the old one, nor will be
             self.latest, self.next, self.next_failure = self.next, None, None
@@ -134,7 +96,7 @@ class Rollout:
     def _create(self, service: Service) -> Revision:
         name = self._name(service)
         self._created += 1
-        self.stale = []
+        self.stale.files = []
         revision = Revision(
             service,
             self._make_pod,
@@ -142,7 +104,7 @@ class Rollout:
             name=name,
             record=self._record,
             on_change=self._changed,
-            is_outdated=self.is_outdated,
+            is_outdated=self.stale.is_outdated,
         )
         self.revisions[name] = revision
         return revision
@@ -158,7 +120,7 @@ class Rollout:
         if not self.revisions:
             return None
         named = self.revisions.get(service.template.metadata.name)
-        return next((found for found in (named, self._newest, self.latest) if found and found.service.runs_as(service)), None)
+        return next((found for found in (named, self.newest, self.latest) if found and found.service.runs_as(service)), None)
 
     def _check_names(self, service: Service) -> None:
         """Whether each revision that the traffic names is there, or comes with this very manifest."""

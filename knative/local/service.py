@@ -155,7 +155,7 @@ class LiveService:
             "failure_log": failure and failure.log(),
             "example": self.service.example,
             "rollout": self.rollout.status(),
-            "changed": self.rollout.stale,
+            "changed": self.rollout.stale.files,
             "revisions": revisions,
             "pods": [pod.status() | {"revision": revision.name} for revision in self.revisions.values() for pod in revision.pods],
             **self.record.status(time.monotonic()),

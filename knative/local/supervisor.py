@@ -105,10 +105,11 @@ class Supervisor:
 
     def _is_of_revision(self, pod: Pod) -> bool:
         """Whether a pod that is ready has started with the revision's code; what was changed after that does not count."""
-        if pod.proven_at != pod.began_at and pod in self.pods.kept and not self.scaling.is_closed:
+        began_at = next((container.started_at for container in pod.containers if container.process.is_main), 0.0)
+        if pod.proven_at != began_at and pod in self.pods.kept and not self.scaling.is_closed:
             if self._is_outdated():
                 return False
-            pod.proven_at = pod.began_at
+            pod.proven_at = began_at
         return True
 
     def _readiness_changed(self, pod: Pod) -> None:

@@ -66,7 +66,7 @@ class Workloads:
 
     def notice(self, services: Sequence[Service]) -> bool:
         """Tell of code and weights that have changed; whether a Service is to have them now."""
-        found = [live.rollout.notice(service) for service in services if (live := self.services.get(key(service)))]
+        found = [live.rollout.stale.notice(service) for service in services if (live := self.services.get(key(service)))]
         return any(found)
 
     def take(self, manifests: Manifests, new: dict[Key, LiveService]) -> list[LiveService]:

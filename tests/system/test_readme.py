@@ -48,7 +48,7 @@ def newcomer(tmp_path: Path) -> Page:
     """A folder with the files that the README tells to write."""
     page = Page("README.md", tmp_path / "newcomer")
     page.folder.mkdir()
-    for name in ("my_model.py", "save.py", "my_model.yaml"):
+    for name in ("my_model.py", "save.py"):
         (page.folder / name).write_text(page.block(f"file: {name}"))
     return page
 

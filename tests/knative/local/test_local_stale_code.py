@@ -130,9 +130,9 @@ def test_at_zero_callers_are_told_why_the_new_code_has_failed(agent: Path) -> No
             caller = asyncio.create_task(hold(live.choose(), asyncio.Event()))
             with pytest.raises(RevisionFailed, match="it is broken"):
                 await asyncio.wait_for(caller, 5)
-            assert live.rollout.notice(coded(agent, scale={"initial-scale": "1"})) is False  # it is what failed
+            assert live.rollout.stale.notice(coded(agent, scale={"initial-scale": "1"})) is False  # it is what failed
             agent.write_text("third = 3")
-            assert live.rollout.notice(coded(agent, scale={"initial-scale": "1"})) is True
+            assert live.rollout.stale.notice(coded(agent, scale={"initial-scale": "1"})) is True
 
     asyncio.run(main())
 
