@@ -176,6 +176,19 @@ def test_of_a_model_with_a_decoder_the_encoder_is_enough(load: Loader, tmp_path:
     assert np.allclose(load(tmp_path / "t5").predict(TEXTS, {}), theirs(tmp_path / "t5"), atol=1e-5)
 
 
+def test_a_model_that_counts_places_from_behind_its_padding_takes_fewer_tokens(load: Loader, tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.RobertaConfig(vocab_size=40, max_position_embeddings=16, pad_token_id=1, **sizes)
+    transformers.RobertaModel(config).save_pretrained(tmp_path / "roberta")
+    tokenizer(model_input_names=["input_ids", "attention_mask"]).save_pretrained(tmp_path / "roberta")
+    agent = load(tmp_path / "roberta")
+    assert agent.size(TEXTS[2]) == 14
+    assert np.allclose(agent.predict(TEXTS[:2], {}), theirs(tmp_path / "roberta", TEXTS[:2]), atol=1e-5)
+    assert np.isfinite(agent.predict(TEXTS, {})).all()
+
+
 def test_a_table_of_tokens_needs_no_model(load: Loader, tmp_path: Path) -> None:
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
