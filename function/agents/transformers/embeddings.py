@@ -187,7 +187,7 @@ class Encoder:
         places = getattr(config, "max_position_embeddings", None)
         if "model_max_length" not in asked and places not in (None, -1):
             tokenizer.model_max_length = min(tokenizer.model_max_length, places)
-        table = getattr(getattr(self._model, "embeddings", None), "position_embeddings", None)
+        table: Any = getattr(getattr(self._model, "embeddings", None), "position_embeddings", None)
         if getattr(table, "padding_idx", None) is not None:  # RoBERTa's kind count places from behind it; the library fails on longer texts
             tokenizer.model_max_length = min(tokenizer.model_max_length, table.num_embeddings - table.padding_idx - 1)
         backend = tokenizer.backend_tokenizer
