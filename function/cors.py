@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from weights_cache.environment import SettingsError
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/,?#@]+|null")
-_READABLE = "Retry-After, Server-Timing, X-Request-Id"  # beside what any page may read
+_READABLE = "Inference-Header-Content-Length, Retry-After, Server-Timing, X-Request-Id"  # beside what any page may read
 _METHODS = "GET, HEAD, POST"
 _KEPT_S = 7200  # that a browser remembers the answer to a preflight; more is more than some allow
 
@@ -29,7 +29,9 @@ class Cors:
             return {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": _READABLE}
         if origin not in self._origins:
             return {"Vary": "Origin"}
-        return {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": _READABLE, "Vary": "Origin"}
+        # To a page that is named, also when its browser sends what a proxy before us asks for (`credentials: "include"`).
+        more = {"Access-Control-Allow-Credentials": "true", "Vary": "Origin"}
+        return {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": _READABLE, **more}
 
     def preflight(self, origin: str | None, wanted_headers: str | None) -> Mapping[str, str] | None:
         """What is answered, with `headers`, to a browser that asks whether it may; None if there is nothing to say to it."""

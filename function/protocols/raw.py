@@ -53,11 +53,14 @@ def _of_form(function: Function) -> PredictRequest:
         raise BadInput(f"the form has more than {2 * limit} parts; at most {limit} inputs are taken (FUNCTION_MAX_INPUTS)") from None
     except ValueError as error:
         raise BadInput(f"the body is no form: {error!s:.200}") from None
-    found = [file for _, file in files.items(multi=True)]
+    found = [(file, file.stream.read()) for _, file in files.items(multi=True)]
+    found = [(file, content) for file, content in found if file.filename or content]  # the others are fields where no file was chosen
     if not found:
         raise BadInput("the form has no file; each file is an input")
     taken = function.model.traits.media_types
-    if odd := next((file for file in found if not _is_taken(file.mimetype or "application/octet-stream", taken)), None):
+    if odd := next((file for file, _ in found if not _is_taken(file.mimetype or "application/octet-stream", taken)), None):
         raise BadInput(f"a file of type {odd.mimetype!r:.100} is not taken; this model takes {', '.join(taken)}")
-    inputs = [file.stream.read() for file in found]
-    return PredictRequest(inputs, is_bare=len(inputs) == 1, parameters=fields.to_dict() or None)
+    inputs = [content for _, content in found]
+    # What comes more than once is a list of what it says.
+    said = {name: texts[0] if len(texts) == 1 else texts for name, texts in fields.lists()}
+    return PredictRequest(inputs, is_bare=len(inputs) == 1, parameters=said or None)

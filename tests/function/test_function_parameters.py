@@ -198,6 +198,26 @@ def test_each_file_of_a_form_is_an_input_and_its_fields_are_parameters(takes: Se
     assert [found["parameters"] for found in reply.json()["predictions"]] == [{"top_k": "3"}] * 2
 
 
+def test_a_field_that_comes_more_than_once_is_a_list(takes: Server) -> None:
+    field = FORM.split(b"--x\r\n")[1]
+    reply = request(
+        takes.port, "POST", "/", b"--x\r\n" + field.replace(b"3", b"4") + FORM, {"Content-Type": "multipart/form-data; boundary=x"}
+    )
+    assert reply.json()["predictions"][0]["parameters"] == {"top_k": ["4", "3"]}
+
+
+def test_files_may_be_empty_and_have_names_of_any_language(takes: Server) -> None:
+    part = b'--x\r\nContent-Disposition: form-data; name="a"; filename="%s"\r\nContent-Type: image/png\r\n\r\n%s\r\n'
+    form = (
+        part % ("ünï.png".encode(), b"first")
+        + part.replace(b"image/png", b"text/plain") % (b"", b"")
+        + part % (b"empty.png", b"")
+        + b"--x--\r\n"
+    )
+    reply = request(takes.port, "POST", "/", form, {"Content-Type": 'multipart/form-data; boundary="x"'})
+    assert [found["input"] for found in reply.json()["predictions"]] == ["first", ""]  # no file was chosen in the second
+
+
 @pytest.mark.parametrize(
     ("body", "kind", "said"),
     [
@@ -244,6 +264,7 @@ def test_a_browser_of_a_page_that_is_let_in_is_told_so_before_it_is_asked_for_a_
     assert reply.headers["access-control-allow-origin"] == "https://app.example.com"
     assert "POST" in reply.headers["access-control-allow-methods"]
     assert reply.headers["access-control-allow-headers"] == "authorization,content-type"
+    assert reply.headers["access-control-allow-credentials"] == "true"
 
 
 @pytest.mark.parametrize(("path", "status"), [("/", 401), (V1, 401), ("/v2/models/m/infer", 401), ("/nowhere", 401)])
