@@ -126,11 +126,14 @@ def test_components_are_put_on_top_of_an_overlay_and_follow_the_functions_name(t
     """In a folder of one's own, too, whose Service was never called as the demo is."""
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump({"namespace": "default", "resources": ["service.yaml"]}))
     own = {"FUNCTION_AGENT": "agent:Agent", "FUNCTION_MODEL_NAME": "flowers", "WEIGHTS_URI": "s3://models/flowers"}
-    (tmp_path / "service.yaml").write_text(yaml.safe_dump(base("flowers", **own)))
+    service = base("flowers", **own)
+    container(service, "function")["env"].insert(0, {"name": "MINE", "value": "first"})  # as people add to lists
+    (tmp_path / "service.yaml").write_text(yaml.safe_dump(service))
     words = [f"ENV={tmp_path}", "IMAGE=r.example.com/flowers:1", "NAMESPACE=models", "COMPONENTS=prefetch,node-cache-agent,gpu"]
     variables, kubectl = Variables.parse([*words, "EVENTS=broker"]), Kubectl()
     objects = render(variables, kubectl)
     agent.check(variables, objects)
+    assert get_env(container(one_service(objects), "function"), "FUNCTION_DEVICE") == "cuda:0"
     (prefetching,) = [one for one in containers(objects) if one["name"] == "agent"]
     assert get_env(prefetching, "WEIGHTS_PREFETCH") == "flowers=s3://models/flowers"
     (term,) = pod_spec(one_service(objects))["affinity"]["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
