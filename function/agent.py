@@ -62,7 +62,8 @@ class InferenceAgent(Protocol):
       inputs of like sizes are then computed together where padding costs more than another batch;
     - `sampling_parameters`, JSON Schema by name: what callers of OpenAI's routes may say besides OpenAI's own parameters;
     - `abilities`, of "logprobs", "tools" and "response_format" those that it has, or by name the reason why not: what it is then handed in the
-      input, and tells by its sequences' `logprobs` and `tool_calls`, is in docs/function.md;
+      input, and tells by its sequences' `logprobs` and `tool_calls`, is in docs/function.md. Of agents that embed texts: "dimensions",
+      which it is then handed in `parameters`, and "tokens", if `size` counts exactly what OpenAI's clients are told as usage;
     - `media_types = ("image/*", "audio/wav")`: it takes bodies of these types at `POST /`, each as one input of bytes.
 
     Python lets no thread but the main one set signal handlers, and the model's is another one: an agent that needs them starts a process.

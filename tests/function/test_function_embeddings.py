@@ -4,7 +4,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +267,7 @@ def test_a_module_that_is_not_known_fails_the_start(bert: Path, load: Loader, tm
 
 
 @pytest.fixture
-def client(bert: Path, tmp_path: Path) -> FlaskClient:
+def client(bert: Path, tmp_path: Path) -> Iterator[FlaskClient]:
     """A model that declares vectors of 8 numbers."""
     files = {path.name: path.read_bytes() for path in bert.iterdir()}
     files["config.json"] = json.dumps(json.loads(files["config.json"]) | {"matryoshka_dimensions": [8]}).encode()
@@ -277,7 +277,9 @@ def client(bert: Path, tmp_path: Path) -> FlaskClient:
     failed = threading.Event()
     model.start(on_failure=lambda _: failed.set())
     wait_until("ready", lambda: failed.is_set() or model.phase == "ready")
-    return create_app(settings, model).test_client()
+    yield create_app(settings, model).test_client()
+    model.drain()
+    assert model.close(10)
 
 
 def test_openais_route_tells_vectors_and_tokens_and_takes_dimensions(client: FlaskClient, bert: Path) -> None:

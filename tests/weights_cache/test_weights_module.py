@@ -239,7 +239,7 @@ def test_a_module_is_what_its_constructor_and_the_weights_make_of_it(
         assert shared(mine) == shared(theirs)
     assert not any(parameter.requires_grad for parameter in made.parameters())
     x = torch.linspace(0, 1, 16).view(4, 4)
-    assert made.eval()(x).tolist() == plain.eval()(x).tolist()
+    torch.testing.assert_close(made.eval()(x), plain.eval()(x))  # a view may begin where another kernel is chosen, which rounds otherwise
 
 
 def test_a_buffer_that_the_weights_lack_is_the_constructors_although_it_would_be_saved(cache: NodeCache, weights: Weights) -> None:
