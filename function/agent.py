@@ -61,8 +61,8 @@ class InferenceAgent(Protocol):
     - `size(self, input) -> int | float`: how large an input is, in a unit that says how long it takes (tokens, pixels), at next to no cost:
       inputs of like sizes are then computed together where padding costs more than another batch;
     - `sampling_parameters`, JSON Schema by name: what callers of OpenAI's routes may say besides OpenAI's own parameters;
-    - `abilities`, of "logprobs", "tools" and "response_format" those that it has, or by name the reason why not: what it is then handed in the
-      input, and tells by its sequences' `logprobs` and `tool_calls`, is in docs/function.md. Of agents that embed texts: "dimensions",
+    - `abilities`, of "logprobs", "tools" and "response_format" those that it has, or by name the reason why not: what it is then handed in
+      the input, and tells by its sequences' `logprobs` and `tool_calls`, is in docs/function.md. Of agents that embed texts: "dimensions",
       which it is then handed in `parameters`, and "tokens", if `size` counts exactly what OpenAI's clients are told as usage;
     - `media_types = ("image/*", "audio/wav")`: it takes bodies of these types at `POST /`, each as one input of bytes.
 
@@ -88,8 +88,8 @@ def load_agent(name: str, folders: Sequence[str] = ()) -> InferenceAgent:
     """Import and construct the agent `package.module:Class`.
 
     folders: where modules are looked for from now on, before the rest of Python's path. What this process has imported already, our own
-    packages above all, they cannot hide. Raises SettingsError if there is no such class or a method of it is not of a shape that can be called; what its module or its
-    constructor raises passes through.
+    packages above all, they cannot hide. Raises SettingsError if there is no such class or a method of it is not of a shape that can be
+    called; what its module or its constructor raises passes through.
     """
     module_name, _, class_name = name.partition(":")
     if not module_name or not class_name.isidentifier():
