@@ -24,7 +24,7 @@ _COMMANDS = {
 
 
 # What a command needs besides the package itself.
-_EXTRAS = {"run": "local", "simulate": "simulator"}
+_EXTRAS = {"run": "local", "simulate": "simulator", "cluster": "cluster"}
 
 
 class _Lazy(click.Group):
