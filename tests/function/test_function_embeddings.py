@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 URI = "s3://models/embeddings"
 VOCABULARY = "the a man is eating food query : passage bread stock market fell sharply today . Ä b c d e f g"
 TEXTS = ["the man is eating food .", "bread", "a b c d e f g " * 6, "  The  STOCK ", "query : passage"]
-Loader = Callable[[Path], Any]
+Loader = Callable[..., Any]
 
 
 def tokenizer(*, ends: bool = True, **options: Any) -> Any:
@@ -58,12 +58,12 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Loader:
-    def load(folder: Path) -> Any:
+    def load(folder: Path, device: str = "cpu") -> Any:
         from function.agents.transformers import Embeddings
 
         fill_cache(tmp_path, URI, {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
         agent = Embeddings()
-        agent.load(Weights(WeightsSettings(uri=URI, cache_dir=tmp_path)), "cpu")
+        agent.load(Weights(WeightsSettings(uri=URI, cache_dir=tmp_path)), device)
         agent.warm_up()
         return agent
 
@@ -152,6 +152,7 @@ def test_a_folder_as_older_versions_saved_it(bert: Path, load: Loader, tmp_path:
     assert np.allclose(agent.predict(TEXTS, {}), theirs(folder), atol=1e-5)
     assert agent.predict(["the"], {})[0].shape == (10,)
     assert (agent.size("the"), agent.size(TEXTS[2])) == (5, 9)
+    assert np.allclose(load(folder, "host").predict(TEXTS, {}), theirs(folder), atol=1e-5)  # the way of a device, in ordinary memory
 
 
 def test_a_language_model_gives_its_last_token(load: Loader, tmp_path: Path) -> None:

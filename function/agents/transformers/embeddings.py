@@ -14,7 +14,7 @@ import numpy as np
 
 from function.agent import BadInput, TensorSpec, Weights
 from function.agents.transformers import loading
-from function.agents.transformers.sentence_modules import SENTENCE, TOKENS, Features, Pooling, Step, read_json, read_layout
+from function.agents.transformers.sentence_modules import SENTENCE, TOKENS, Features, Normalize, Pooling, Step, read_json, read_layout
 from weights_cache.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -40,16 +40,13 @@ class Embeddings:
 
     def load(self, weights: Weights, device: str) -> None:
         """Bind the model's tensors and those of the steps behind it, and build the tokenizer. Raises WeightsError, SettingsError."""
-        import torch
-
         loading.library()
         self._encoder, self._steps = _modules(weights, device)
         self._prompts = Prompts(read_json(weights, "config_sentence_transformers.json") or {})
         config = self._encoder.config
         self._matryoshka: list[int] | None = config.get("matryoshka_dimensions") or ([] if config.get("is_matryoshka") else None)
-        self._is_unit = bool(self._steps) and type(self._steps[-1]).__name__ == "Normalize"
+        self._is_unit = any(isinstance(step, Normalize) for step in self._steps[-1:])
         self._tokens_of = functools.lru_cache(_REMEMBERED)(self._encoder.tokens)
-        self._device = torch.device("cpu" if device == "host" else device)
         self.width = len(self._embed(["a"], None, 0)[0])
         self.abilities = ["tokens"] + ["dimensions"] * (self._matryoshka is not None)
         self.outputs = [TensorSpec("output", "FP32", (-1, -1 if self._matryoshka is not None else self.width))]
