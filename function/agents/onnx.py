@@ -215,11 +215,15 @@ def _model_file(weights: Weights, wanted: str | None) -> Path:
 
 
 def _session(file: Path, options: Any, providers: list[Any]) -> Any:
-    """Raises WeightsError for a model that this onnxruntime cannot run."""
+    """Raises WeightsError for a model that this onnxruntime cannot run, SettingsError if it would run it elsewhere than it was told."""
     try:
-        return onnxruntime.InferenceSession(file, sess_options=options, providers=providers)
+        session = onnxruntime.InferenceSession(file, sess_options=options, providers=providers)
     except Exception as error:  # of a class for each kind of failure, without a base of their own
         raise WeightsError(f"onnxruntime {onnxruntime.__version__} cannot load {file.name}: {bounded(str(error), 500)}") from error
+    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if wanted not in session.get_providers():  # it takes the processor then, and only warns
+        raise SettingsError(f"onnxruntime cannot use {wanted}: its libraries (CUDA, cuDNN) are missing or do not fit; it says above which")
+    return session
 
 
 def _listed(root: Path, pattern: str = "*.onnx") -> str:

@@ -220,6 +220,13 @@ def test_weights_without_a_model_and_a_device_without_a_provider_are_told(load: 
         load(linear(), "cuda:0")
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_provider_that_cannot_be_used_is_not_replaced_by_the_processor(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    with pytest.raises(SettingsError, match="onnxruntime cannot use CUDAExecutionProvider: its libraries"):
+        load(linear(), "cuda:0")
+
+
 def test_a_file_that_is_no_model_is_told_with_its_name(load: Loader) -> None:
     with pytest.raises(WeightsError, match=r"onnxruntime .* cannot load model\.onnx: "):
         load({"model.onnx": b"no model"})
