@@ -63,7 +63,7 @@ class Platform:
         self._terminal = terminal
         self._devices = Devices(found(settings.gpus, os.environ), self._make_room)
         self._maker = PodMaker(Places(settings.state_dir, inherits=settings.inherits), self._devices, terminal.about, Seeds(settings.seeds))
-        self._reloader = Reloader(sources, self._check, self._content, terminal, takes_content=settings.reload)
+        self._reloader = Reloader(sources, self._check, self._content, self._maker.seeds.stamps, terminal, takes_content=settings.reload)
         self._ports = Ports(terminal.say)
         self._router = Router()
         self._activator = Activator(self._router, self._ports)

@@ -41,11 +41,12 @@ class Reloader:
         sources: Readable,
         check: Callable[[Manifests], object],
         content: Callable[[Service], Service],
+        weights: Callable[[], object],
         terminal: Terminal,
         *,
         takes_content: bool = False,
     ) -> None:
-        """check: raises PlatformError for what cannot run here. content: see content.with_content.
+        """check: raises PlatformError for what cannot run here. content: see content.with_content. weights: their stamps.
 
         takes_content: whether code and weights are taken as soon as they have changed. Raises PlatformError for a mistake in the manifests.
         """
@@ -53,11 +54,12 @@ class Reloader:
         self._sources = sources
         self._check = check
         self._content = content
+        self._weights = weights
         self._terminal = terminal
         self._takes_content = takes_content
-        self._sources_stamp = sources.stamp()  # first: what changes while they are read is seen
+        self._sources_stamp, stamps = sources.stamp(), weights()  # first: what changes while they are read is seen
         self.manifests = self._read()
-        self._watch = Watch(self._stamp)
+        self._watch = Watch(self._stamp, (self._sources_stamp, [service.code for service in self.manifests.services], stamps))
 
     def _read(self) -> Manifests:
         manifests = self._sources.read()
@@ -66,8 +68,7 @@ class Reloader:
         return manifests
 
     def _stamp(self) -> object:
-        content = map(self._content, self.manifests.services)
-        return self._sources.stamp(), [(service.code, service.weights) for service in content]
+        return self._sources.stamp(), [service.code and service.code.now() for service in self.manifests.services], self._weights()
 
     def ask(self) -> None:
         """Have all be read again, for the dashboard."""

@@ -64,6 +64,10 @@ class Seeds:
         """Which weights are in the directory for `uri` now; nothing if there is none."""
         return seed.stamp() if (seed := self.of(uri)) else ""
 
+    def stamps(self) -> list[str]:
+        """That of each directory, as it is now."""
+        return [seed.stamp() for seed in self.all]
+
     def pin(self, seed: Seed, stamp: str, pinned: str) -> None:
         """Whoever starts with the weights of this stamp is to have this snapshot (`s3://…#…`), whatever else a cache holds of the place."""
         self._pinned[seed.place, stamp] = pinned

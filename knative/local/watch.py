@@ -11,10 +11,10 @@ LOOK_S = 0.5  # between two looks; a change counts once it is the same in two, s
 class Watch:
     """Waits for changes of files, without end."""
 
-    def __init__(self, stamp: Callable[[], object]) -> None:
-        """stamp: something that is different once a file has changed; it reads, so not in the loop."""
+    def __init__(self, stamp: Callable[[], object], first: object) -> None:
+        """stamp: something that is different once a file has changed; it reads, so not in the loop. first: what it was at the start."""
         self._look = stamp
-        self._stamp = stamp()
+        self._stamp = first
         self._told = asyncio.Event()
         self._by = ""
         self._had_terminal = _has_terminal()

@@ -10,6 +10,11 @@ import pytest
 
 from knative.local import code
 from knative.local.code import Code, listed
+from knative.local.content import with_content
+from knative.local.launch import Places
+from knative.local.manifest import read_manifests
+from knative.local.seeds import Seeds
+from tests.knative.local.running import manifests, service
 
 
 def write(folder: Path, **files: str) -> None:
@@ -109,3 +114,16 @@ def test_a_great_many_files_and_a_great_one_are_bounded(tmp_path: Path, monkeypa
     assert names(great, tmp_path) == ["great.py"]
     write(tmp_path, great="import m2" + "#" * 100)
     assert great.now() != great
+
+
+def test_what_is_worked_on_is_watched_wherever_python_finds_it_and_what_is_installed_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "linked", mine__agent="import mine.helper, json, yaml, knative.local", mine__="", mine__helper="")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "linked")  # as a package that was installed as editable
+    container = {"command": ["python", "-m", "function"], "env": [{"name": "FUNCTION_AGENT", "value": "mine.agent:Agent"}]}
+    (hello,) = read_manifests([(str(tmp_path / "hello.yaml"), manifests(service("hello", container=container)))]).services
+    found = with_content(hello, Places(tmp_path), Seeds()).code
+    assert found
+    assert names(found, tmp_path / "linked") == ["mine/__init__.py", "mine/agent.py", "mine/helper.py"]

@@ -45,7 +45,9 @@ def telling(folder: Path, *options: str, initial_scale: str = "1") -> Iterator[P
 
 
 def told(platform: Platform) -> Any:
-    return platform.call("teller", "/", "POST", {"instances": [0]}).json()["predictions"][0]
+    reply = platform.call("teller", "/", "POST", {"instances": [0]})
+    assert reply.status == 200, f"{reply.body!r}; {platform.server.said()}"
+    return reply.json()["predictions"][0]
 
 
 def test_saved_code_takes_over_while_callers_are_served_and_broken_code_does_not(tmp_path: Path) -> None:
@@ -92,5 +94,6 @@ def test_without_reload_running_pods_go_on_and_no_other_pod_of_theirs_starts_wit
         platform.wait_for("teller", "SIGHUP", lambda found: found["revision"] == "teller-00005" and is_ready(found))
         say(tmp_path, "WORD = 5")
         assert platform.call("teller", "/", "POST", {"instances": ["die"]}).status == 502
+        wait_until("its end", lambda: "function ended with status 1" in platform.server.said())  # until then its port may be open
         assert told(platform) == 5  # and not by the pod that has died, whose container starts again
         assert {pod["revision"] for pod in platform.pods("teller") if pod["phase"] == "ready"} == {"teller-00006"}
