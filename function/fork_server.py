@@ -96,8 +96,7 @@ def _warm_up(control: socket.socket, order: Order) -> _Held:
     gc.disable()  # until there is a function: what is collected here would be copied for each
     gc.freeze()
     held = _Held(importer, sites)
-    libraries = {library: round(importer.seconds.get(library, 0.0), 3) for library in importer.libraries}
-    control.send(b"warm " + json.dumps({"libraries": libraries, "bytes": warm_imports.own_bytes()}).encode())
+    control.send(b"warm " + json.dumps({"libraries": importer.libraries, "bytes": warm_imports.own_bytes()}).encode())
     return held
 
 

@@ -14,7 +14,6 @@ import json
 import locale
 import logging
 import os
-import random
 import signal
 import socket
 import sys
@@ -187,14 +186,16 @@ class Importer:
 
     def __init__(self, order: Order, tell: Callable[[str], object] = lambda library: None) -> None:
         """tell: called with the name of the library that comes next, so that it is known of one that never returns."""
-        self.seconds: dict[str, float] = {}  # what each library took that was asked for
+        self.libraries: dict[str, float] = {}  # that were not there before, with the seconds that each took which was asked for
         self.added: dict[str, str] = {}  # variables that libraries have set
         self.env = dict(os.environ)  # the variables as they were then
         self._order = order
         self._tell = tell
         self._began_with = set(sys.modules)
         self._reads: dict[str, None] = {}
+        self._seconds: dict[str, float] = {}
         self._told = ""
+        self._prefixes: tuple[str, ...] = ()
 
     def run(self, first: Sequence[str]) -> None:
         """Import `first` and what was ordered. Raises LeftOut."""
@@ -206,16 +207,15 @@ class Importer:
             stamp = self._order.without.get(library)
             if stamp is None or (stamp and stamp != _stamp(library)):
                 self._import(name, library)
-
-    @property
-    def libraries(self) -> list[str]:
-        """The installed packages and modules that are there and were not before; what took longest is first."""
-        found = {name.partition(".")[0]: None for name in imported(self._began_with) if name.partition(".")[0] not in OURS}
-        return sorted(found, key=lambda library: -self.seconds.get(library, 0.0))
+        found = {name.partition(".")[0] for name in imported(self._began_with)} - set(OURS)
+        self.libraries = dict(
+            sorted(((library, self._seconds.get(library, 0.0)) for library in found), key=lambda item: (-item[1], item[0]))
+        )
+        self._prefixes = _prefixes(self.libraries)
 
     def disagreement(self, env: Mapping[str, str]) -> str | None:
         """A variable for which a function with this environment would have needed an import of its own; None if there is none."""
-        for name in (*self._reads, *_beginning_with(_prefixes(self.libraries), {**self.env, **env})):
+        for name in (*self._reads, *_beginning_with(self._prefixes, {**self.env, **env})):
             if env.get(name) != self.env.get(name):
                 return name
         return next((name for name, value in self.added.items() if env.get(name, value) != value), None)
@@ -238,7 +238,7 @@ class Importer:
         except BaseException as error:
             if not (library in OURS and isinstance(error, Exception)):  # what an agent of ours asks for is seen by its own name
                 raise self._left_out(library, f"cannot be imported: {type(error).__name__}: {error}"[:300]) from error
-        self.seconds[library] = self.seconds.get(library, 0.0) + time.monotonic() - began
+        self._seconds[library] = self._seconds.get(library, 0.0) + time.monotonic() - began
         self._check(library, before, list(self._reads)[known:])
 
     def _check(self, library: str, before: Mapping[str, object], reads: Sequence[str]) -> None:
@@ -278,7 +278,8 @@ def sites() -> dict[str, int]:
 
 
 def differ() -> None:
-    """Give this process, which has just been forked, random numbers of its own. (Python's `random` does that itself.)"""
+    """Give this process, which has just been forked, random numbers of its own. (Python's `random` does that itself, and torch's begin
+    with the same seed in every process.)"""
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
 
@@ -353,7 +354,6 @@ def _state() -> dict[str, object]:
         "replaces standard files or hooks": (sys.stdin, sys.stdout, sys.stderr, sys.excepthook, threading.excepthook),
         "changes the locale": locale.setlocale(locale.LC_ALL),
         "changes the default time-out of sockets": socket.getdefaulttimeout(),
-        "seeds Python's random numbers": random.getstate(),
     }
 
 

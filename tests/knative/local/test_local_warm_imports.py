@@ -30,7 +30,6 @@ BAD = {
     "moving": ("import os; os.chdir('/')", "changes the working directory"),
     "logging_": ("import logging; logging.basicConfig(level='DEBUG')", "changes how logs are written"),
     "hooking": ("import sys; sys.excepthook = print", "replaces standard files or hooks"),
-    "seeding": ("import random; random.seed(0)", "seeds Python's random numbers"),
     "changing": ("import os; os.environ['HOME'] = '/elsewhere'", "changes the variable HOME"),
     "choosing": ("import os; os.environ.get('CHOICE')", "reads CHOICE when it is imported, in which the functions differ"),
     "native": ("", "reads NATIVE_LEVEL when it is imported, in which the functions differ"),
@@ -54,7 +53,7 @@ for library in sys.argv[1:]:
         importer = Importer(Order(functions=functions, modules=[library], most_bytes=own_bytes() + (1 << 26)))
         try:
             importer.run([])
-            said = ["", importer.libraries, importer.added]
+            said = ["", list(importer.libraries), importer.added]
         except LeftOut as error:
             said = [error.reason, [], {}]
         os.write(tell, json.dumps(said).encode())
