@@ -261,10 +261,14 @@ def test_a_model_that_makes_one_row_of_several_is_called_for_each(load: Loader, 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One that has no torch."""
     folder = tmp_path_factory.mktemp("onnx")
     fill_cache(folder / "cache", URI, {"model.onnx": two().SerializeToString()})
+    (folder / "without").mkdir()
+    (folder / "without" / "torch.py").write_text("raise ImportError")
     port = free_port()
     env = clean_environment(
+        PYTHONPATH=str(folder / "without"),
         FUNCTION_AGENT="function.agents.onnx:Session",
         FUNCTION_HOST="127.0.0.1",
         PORT=str(port),
