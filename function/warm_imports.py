@@ -194,6 +194,7 @@ class Importer:
         self._began_with = set(sys.modules)
         self._reads: dict[str, None] = {}
         self._seconds: dict[str, float] = {}
+        self._state = _state()
         self._told = ""
         self._prefixes: tuple[str, ...] = ()
 
@@ -227,7 +228,7 @@ class Importer:
         if library != self._told:
             self._tell(library)
             self._told = library
-        before, began, known = _state(), time.monotonic(), len(self._reads)
+        began, known = time.monotonic(), len(self._reads)
         try:
             with _reads(self._reads):
                 module = importlib.import_module(module_name)
@@ -239,12 +240,12 @@ class Importer:
             if not (library in OURS and isinstance(error, Exception)):  # what an agent of ours asks for is seen by its own name
                 raise self._left_out(library, f"cannot be imported: {type(error).__name__}: {error}"[:300]) from error
         self._seconds[library] = self._seconds.get(library, 0.0) + time.monotonic() - began
-        self._check(library, before, list(self._reads)[known:])
+        self._check(library, list(self._reads)[known:])
 
-    def _check(self, library: str, before: Mapping[str, object], reads: Sequence[str]) -> None:
-        after = _state()
-        for what, value in before.items():
-            if after[what] != value:
+    def _check(self, library: str, reads: Sequence[str]) -> None:
+        state = _state()
+        for what, value in self._state.items():
+            if state[what] != value:
                 raise self._left_out(library, f"{what} when it is imported")
         self._check_variables(library, reads)
         if (used := own_bytes()) > self._order.most_bytes:
@@ -348,6 +349,7 @@ def _state() -> dict[str, object]:
             [signal.getsignal(number) for number in signal.valid_signals()],
         ),
         "opens files or devices": sorted(_open_files()),
+        "shares memory with its forks, as a lock does": Path("/proc/self/maps").read_bytes().count(b" rw-s "),
         "changes the working directory": str(Path.cwd()),
         "changes the umask": status["Umask"],
         "changes how logs are written": (logging.root.level, list(logging.root.handlers), logging.root.manager.disable),

@@ -27,6 +27,7 @@ BAD = {
     "handling": ("import signal; signal.signal(signal.SIGUSR1, signal.SIG_IGN)", "sets signal handlers"),
     "connecting": ("import socket; pair = socket.socketpair()", "opens files or devices"),
     "device": ("null = open('/dev/zero')", "opens files or devices"),
+    "locking": ("import multiprocessing; lock = multiprocessing.RLock()", "shares memory with its forks"),
     "moving": ("import os; os.chdir('/')", "changes the working directory"),
     "logging_": ("import logging; logging.basicConfig(level='DEBUG')", "changes how logs are written"),
     "hooking": ("import sys; sys.excepthook = print", "replaces standard files or hooks"),
