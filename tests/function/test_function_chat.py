@@ -11,8 +11,10 @@ import openai
 import pytest
 import torch
 from openai import OpenAI
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from function.agent import BadInput, Weights
+from function.agents.transformers import generation_attention
 from function.agents.transformers.chat import PROMPT_TOKENS, Answer, Chat
 from function.agents.transformers.chat_text import Vocabulary, Words
 from function.agents.transformers.chat_tools import form_of
@@ -75,7 +77,8 @@ def drain(agent: Chat, answer: Answer) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "mistral", "gpt_neo", "bloom"])
-def test_sequences_that_come_go_and_pause_get_what_generate_makes_of_each(kind: str) -> None:
+def test_sequences_that_come_go_and_pause_get_what_generate_makes_of_each(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation_attention, "SPARE", 4)  # so that lengths differ enough to be taken apart
     model = make_model(kind)
     found: Any = decoder(model)
     assert type(found).__name__ == ("Apart" if kind in ("gpt_neo", "bloom") else "Together")
@@ -113,6 +116,29 @@ def test_a_model_whose_texts_company_would_change_is_asked_sequence_by_sequence(
     model.forward = by_batch
     assert isinstance(decoder(model), Apart)
     assert "do not share forward passes" in caplog.text
+
+
+def test_attention_is_taken_apart_where_lengths_differ_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    def groups(*lengths: int) -> Any:
+        return getattr(generation_attention.grouped(torch.zeros(len(lengths), 1, 1, max(lengths)), lengths), "relight_groups", None)
+
+    assert groups(10, 12, 11) is None
+    assert groups(10, 12, 4000, 11, 9) == [(0, 2, 12), (2, 3, 4000), (3, 5, 11)]
+    found: Any = decoder(make_model("llama"))
+    seen: list[int] = []
+
+    def watched(module: Any, query: Any, key: Any, *rest: Any, **more: Any) -> Any:
+        seen.append(len(key) * key.shape[2])
+        return sdpa_attention_forward(module, query, key, *rest, **more)
+
+    monkeypatch.setattr(generation_attention, "sdpa_attention_forward", watched)
+    monkeypatch.setattr(generation_attention, "SPARE", 16)
+    rows = [found.open() for _ in range(4)]
+    with torch.inference_mode():
+        found.forward([(row, [5] * (200 if row is rows[2] else 4)) for row in rows])
+        seen.clear()
+        found.forward([(row, [6]) for row in rows])
+    assert seen == [10, 201, 5] * 2  # columns of each call, in both layers: the long one's are nobody else's
 
 
 def test_more_sequences_than_the_room_had_at_first_and_longer_ones(llama: Chat) -> None:

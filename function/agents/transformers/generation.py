@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from function.agents.transformers.generation_attention import grouped, install, uninstall
 from function.agents.transformers.generation_cache import Pass, Room
 
 log = logging.getLogger("relight.function")
@@ -52,6 +53,7 @@ def decoder(model: Any) -> Decoder:
             reason = f"it failed on sequences together: {error!r:.200}"
         if reason is None:
             return together
+        uninstall(model)
     log.warning("streams of %s do not share forward passes, as %s", type(model).__name__, reason)
     return Apart(model)
 
@@ -70,6 +72,7 @@ class Together:
     takes_parts = True
 
     def __init__(self, model: Any) -> None:
+        install(model)
         self._model = _Caller(model)
         self._device: torch.device = model.device
         self._dtype: torch.dtype = model.dtype
@@ -121,7 +124,8 @@ class Together:
         ends = torch.tensor([start + count for start, count in zip(starts, counts, strict=True)], device=self._device)
         positions = (ends[:, None] + torch.arange(-width, 0, device=self._device)).clamp(min=0)
         now = self._room.now = Pass(rows[0].slot, starts, counts, torch.arange(len(rows), device=self._device), ends - 1)
-        masks = {kind: self._mask(positions, now.length, window) for kind, window in self._windows.items()}
+        lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+        masks = {kind: grouped(self._mask(positions, now.length, window), lengths) for kind, window in self._windows.items()}
         mask: Any = masks.get("", masks)
         return self._model(ids, self._room, position_ids=positions, attention_mask=mask)
 
