@@ -28,7 +28,9 @@ def choose(words: Sequence[Path], seeds: Sequence[Seed], own: Mapping[str, objec
     """own: the options that only an agent by its name has, as far as they were given. Raises PlatformError."""
     if len(words) == 1 and is_agent(str(words[0])):
         model = OwnModel(str(words[0]), **own)  # type: ignore[arg-type]
-        return Chosen(model, [*model.seeds, *seeds])
+        unsaid = model.weights is None and Path(SAVED).is_dir()
+        notes = [f"without weights: there is a folder {SAVED} here, and --weights {SAVED} was not said"] if unsaid else []
+        return Chosen(model, [*model.seeds, *seeds], notes)
     if agents := [str(word) for word in words if is_agent(str(word))]:
         raise PlatformError(f"{agents[0]}: an agent is run by itself; for several write manifests")
     if own:

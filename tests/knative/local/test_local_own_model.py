@@ -77,6 +77,8 @@ def test_an_agent_gets_its_weights_its_settings_and_an_example(folder: Path) -> 
     assert [container.name for container in service.spec.containers] == ["function", "weights-cache"]
     assert service.example == '{"instances": [1]}'
     assert chosen.seeds == [Seed(Path("weights"), "s3://models/reader")]
+    assert not chosen.notes
+    assert "--weights weights was not said" in run("reader:Reader").notes[0]
     with pytest.raises(ManifestError, match="found 'PORT', which Knative sets itself"):
         run("reader:Reader", settings={"PORT": "1"}).sources.read()
 
