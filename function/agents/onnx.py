@@ -48,15 +48,18 @@ class Slot:
     axes: tuple[int | str | None, ...] | None  # a size, the name of a size, or nothing; None if nothing is known of them
 
     @classmethod
-    def of(cls, declared: Any) -> "Slot":
-        """What onnxruntime tells of it. Raises WeightsError for tensors that numpy does not have."""
+    def of(cls, declared: Any, *, is_output: bool = False) -> "Slot":
+        """What onnxruntime tells of it, which is the same of a scalar and of what it knows nothing of; inputs are told, so it is a scalar.
+
+        Raises WeightsError for tensors that numpy does not have.
+        """
         kind: str = declared.type
         if not kind.startswith("tensor("):
             return cls(declared.name, "BYTES", "", None)
         element = kind.removeprefix("tensor(").removesuffix(")")
         if element not in _DTYPES:
             raise WeightsError(f"tensor {declared.name!r} of the ONNX model is {kind}, which numpy does not have; convert it to float16")
-        axes = None if declared.shape is None else tuple(size if size != "" else None for size in declared.shape)
+        axes = None if is_output and not declared.shape else tuple(size if size != "" else None for size in declared.shape)
         return cls(declared.name, *_DTYPES[element], axes)
 
     def counts_rows(self) -> bool:
@@ -85,7 +88,10 @@ class Session:
         options.intra_op_num_threads = cpus.threads(settings.threads)
         options.inter_op_num_threads = 1
         self._session: Any = _session(_model_file(weights, settings.onnx_file), options, _providers(device))
-        self._given, self._made = (list(map(Slot.of, found)) for found in (self._session.get_inputs(), self._session.get_outputs()))
+        self._given = [Slot.of(found) for found in self._session.get_inputs()]
+        self._made = [Slot.of(found, is_output=True) for found in self._session.get_outputs()]
+        self._run_options: Any = onnxruntime.RunOptions()
+        self._run_options.log_severity_level = 4  # what goes wrong in a call is raised, too
         if odd := next((slot for slot in self._given if not slot.dtype), None):
             raise WeightsError(f"input {odd.name!r} of the ONNX model is no tensor; such models are not supported")
         tensors = [*self._given, *self._made]
@@ -167,7 +173,7 @@ class Session:
         """One call of onnxruntime; an output for each row. Raises BadInput for values that the model refuses."""
         feeds = {name: self._joined([row[name] for row in rows]) for name in rows[0]}
         try:
-            found = self._session.run(None, feeds)
+            found = self._session.run(None, feeds, self._run_options)
         except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
             raise BadInput(f"the model refuses this: {bounded(str(error), 300)}") from error
         if len(rows) > 1 and not all(_counts(output, len(rows)) for output in found):
@@ -187,7 +193,7 @@ class Session:
 
     def _parts(self, slot: Slot, output: Any, count: int) -> list[Any]:
         """An output's rows. Raises ValueError if the model gives another number of them."""
-        if not self._by_rows:
+        if not self._by_rows or (count == 1 and slot.axes is None and slot.dtype and not _counts(output, 1)):
             return [_plain(output)]
         if not _counts(output, count):
             shape = getattr(output, "shape", type(output).__name__)

@@ -242,6 +242,17 @@ def test_an_output_that_does_not_count_rows_is_not_taken_for_one(load: Loader) -
         load(twice).predict([[1, 1, 1]])
 
 
+def test_an_output_of_which_the_file_says_nothing_is_the_whole_of_it_where_it_is_no_row(load: Loader) -> None:
+    made = model(
+        [helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0)],
+        [value("x", TensorProto.FLOAT, ["n", 3])],
+        [value("most", TensorProto.FLOAT, None)],
+    )
+    agent = load(made)
+    assert (agent.inputs, agent.outputs) == ([TensorSpec("x", "FP32", (-1, 3))], [TensorSpec("most", "FP32", (-1,))])
+    assert agent.predict([[1, 2, 3], [6, 5, 4]]) == [3, 6]
+
+
 def test_a_model_that_makes_one_row_of_several_is_called_for_each(load: Loader, caplog: pytest.LogCaptureFixture) -> None:
     first = model(
         [helper.make_node("Compress", ["x", "is_first"], ["y"], axis=0)],
