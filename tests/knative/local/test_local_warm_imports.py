@@ -16,7 +16,8 @@ from function.warm_imports import named_in_source, site_of
 from knative.local import imports as imports_module
 from knative.local.imports import FILE, Imports
 from tests.knative.local.forking import Stage, ask, lean_site, play, until
-from tests.support import ROOT
+from tests.knative.local.running import Platform, platform_running, service
+from tests.support import ROOT, wait_until
 
 # Libraries that leave something behind when they are imported, and what is said of each.
 BAD = {
@@ -301,3 +302,53 @@ def test_a_library_that_ends_the_process_is_left_out(project: Path, tmp_path: Pa
             assert container.is_forked
 
     play(tmp_path, scene, imports)
+
+
+CLASSIFIER = """
+from transformers import pipeline
+
+class Agent:
+    def load(self, weights, device):
+        self.classify = pipeline("text-classification", model="{model}")
+
+    def predict(self, inputs):
+        return self.classify(list(inputs))
+"""
+
+
+@pytest.mark.soak
+def test_a_function_of_transformers_starts_in_a_fraction_of_the_time(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, pipeline
+
+    model = tmp_path / "model"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForSequenceClassification(BertConfig(vocab_size=6, **sizes)).save_pretrained(model)
+    (model / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "word"]))
+    BertTokenizer.from_pretrained(model).save_pretrained(model)
+    (tmp_path / "classifier.py").write_text(CLASSIFIER.format(model=model))
+    (expected,) = pipeline("text-classification", model=str(model))(["word"])
+    container = {"command": ["python", "-m", "function"], "readinessProbe": {"httpGet": {"path": "/readyz"}}}
+    env = {"FUNCTION_AGENT": "classifier:Agent", "FUNCTION_AGENT_PATH": str(tmp_path), "FUNCTION_HOST": "127.0.0.1"}
+    scale = {"window": "6s", "scale-to-zero-pod-retention-period": "0s"}
+    one = service("one", scale=scale, container=container, env=env, progress_deadline="120s")
+
+    def start(platform: Platform) -> tuple[bool, float]:
+        platform.wait_for("one", "zero", lambda found: not found["pods"], 120)
+        reply = platform.call("one", "/", "POST", {"instances": ["word"]}, timeout=120).json()
+        assert reply["predictions"] == [pytest.approx(expected)]
+        (pod,) = platform.pods("one")
+        return pod["forked"], pod["stages"]["ready"]
+
+    with platform_running(tmp_path / "fresh", [one], "--no-fork-server") as platform:
+        is_forked, fresh_s = start(platform)
+        assert not is_forked
+    kept = tmp_path / "state/imports/imports.json"
+    for run in ("first", "second"):
+        with platform_running(tmp_path / "state", [one]) as platform:
+            held = wait_until("it holds them", lambda: "transformers" in platform.status()["fork_server"]["modules"], 120)
+            is_forked, forked_s = start(platform)
+            assert (is_forked, held) == (True, True)
+            assert forked_s < fresh_s / 2  # a fifteenth on a machine that does nothing else
+            assert "fork server: " in platform.relight("status").stdout
+            if run == "first":
+                wait_until("it is remembered", lambda: kept.exists() and "transformers.models.bert.modeling_bert" in kept.read_text())
