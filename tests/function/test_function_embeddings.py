@@ -168,12 +168,13 @@ def test_a_language_model_gives_its_last_token(load: Loader, tmp_path: Path) -> 
         agent.predict([""], {})
 
 
-def test_of_a_model_with_a_decoder_the_encoder_is_enough(load: Loader, tmp_path: Path) -> None:
+@pytest.mark.parametrize("of_bytes", [False, True], ids=["of words", "of bytes, in Python"])
+def test_of_a_model_with_a_decoder_the_encoder_is_enough(load: Loader, tmp_path: Path, of_bytes: bool) -> None:
     import transformers
 
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=40, **sizes)).save_pretrained(tmp_path / "t5")
-    tokenizer().save_pretrained(tmp_path / "t5")
+    transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=384, **sizes)).save_pretrained(tmp_path / "t5")
+    (transformers.ByT5Tokenizer(model_max_length=20) if of_bytes else tokenizer()).save_pretrained(tmp_path / "t5")
     assert np.allclose(load(tmp_path / "t5").predict(TEXTS, {}), theirs(tmp_path / "t5"), atol=1e-5)
 
 
@@ -191,9 +192,10 @@ def test_a_model_that_counts_places_from_behind_its_padding_takes_fewer_tokens(l
 
 
 def test_a_table_of_tokens_needs_no_model(load: Loader, tmp_path: Path) -> None:
+    from sentence_transformers.base.modules import Dense
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-    folder = save(tmp_path / "saved", StaticEmbedding(tokenizer(ends=False), embedding_dim=6))
+    folder = save(tmp_path / "saved", StaticEmbedding(tokenizer(ends=False), embedding_dim=6), Dense(6, 4))
     assert np.allclose(load(folder).predict([*TEXTS, ""], {}), theirs(folder, [*TEXTS, ""]), atol=1e-5)
 
 

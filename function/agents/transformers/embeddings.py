@@ -187,7 +187,10 @@ class Encoder:
         table: Any = getattr(getattr(self._model, "embeddings", None), "position_embeddings", None)
         if getattr(table, "padding_idx", None) is not None:  # RoBERTa's kind count places from behind it; the library fails on longer texts
             tokenizer.model_max_length = min(tokenizer.model_max_length, table.num_embeddings - table.padding_idx - 1)
-        backend = tokenizer.backend_tokenizer
+        backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        if backend is None:
+            tokenizer.do_lower_case = said.get("do_lower_case", False)
+            return tokenizer
         if said.get("do_lower_case"):
             from tokenizers import normalizers
 
@@ -206,6 +209,9 @@ class Encoder:
 
     def tokens(self, text: str) -> Row:
         """A text's tokens, cut at the longest that the model takes."""
+        if not self._tokenizer.is_fast:
+            ids = self._tokenizer(text, truncation=True)["input_ids"]
+            return array("i", ids), array("i", [0] * len(ids))
         found = self._tokenizer.backend_tokenizer.encode(text)
         return array("i", found.ids), array("i", found.type_ids)
 
@@ -247,7 +253,7 @@ class Static:
         """Raises WeightsError."""
         from tokenizers import Tokenizer
 
-        tensors = dict(weights.to(device))
+        tensors = dict(weights.only("model.safetensors").to(device))  # not those of the steps behind it
         if "embedding.weight" not in tensors:
             raise WeightsError(f"a StaticEmbedding has the tensor embedding.weight; the weights have {', '.join(sorted(tensors))}")
         self.config: Mapping[str, Any] = {}
