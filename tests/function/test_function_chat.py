@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from function.agent import BadInput, Weights
 from function.agents.transformers import generation_attention
 from function.agents.transformers.chat import PROMPT_TOKENS, Answer, Chat
+from function.agents.transformers.chat_template import ChatTemplate
 from function.agents.transformers.chat_text import Vocabulary, Words
 from function.agents.transformers.chat_tools import form_of
 from function.agents.transformers.generation import Apart, Together, decoder
@@ -329,7 +330,7 @@ def parsed(template: str, pieces: list[str]) -> tuple[str, list[dict[str, str]]]
     return text, calls
 
 
-F = {"name": "f", "arguments": '{"a": 1}'}
+F, NONE = {"name": "f", "arguments": '{"a": 1}'}, {"name": "f", "arguments": "{}"}
 HERMES, MISTRAL, LLAMA = "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>"
 
 
@@ -344,6 +345,7 @@ HERMES, MISTRAL, LLAMA = "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>"
             [F, F],
         ),
         (HERMES, '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}', "", [F]),
+        (HERMES, '<tool_call>{"name": "f"}</tool_call><tool_call>{"name": "f", "arguments": null}</tool_call>', "", [NONE, NONE]),
         (HERMES, "<tool_call>{no}</tool_call> a <tool_cal", "<tool_call>{no}</tool_call> a <tool_cal", []),
         (HERMES, '<tool_call>{"name": "f', '<tool_call>{"name": "f', []),
         (HERMES, "1 < 2 <b>", "1 < 2 <b>", []),
@@ -390,6 +392,17 @@ def test_calls_are_told_apart_from_text_however_it_is_cut(template: str, written
 def test_what_cannot_be_answered_is_refused_with_the_reason(llama: Chat, item: Any, says: str) -> None:
     with pytest.raises(BadInput, match=says):
         llama.start(item)
+
+
+def test_a_template_gets_the_arguments_of_calls_as_it_wants_them() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": "é"}'}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "b"}]
+    each = (
+        "{% for m in messages %}{% for call in m.tool_calls or [] %}{{ ARGUMENTS }}{% endfor %}{{ m.content }}{% endfor %}{{ tools or '' }}"
+    )
+    for arguments in ("call.function.arguments.a", "'json: ' + call.function.arguments"):
+        template = ChatTemplate(make_tokenizer(chat_template=each.replace("ARGUMENTS", arguments)))
+        assert template.render(messages, {}) in ("aéb", 'ajson: {"a": "é"}b')
 
 
 def test_without_a_template_there_is_no_chat_and_with_a_strict_one_its_own_word_is_told(load: Load) -> None:
@@ -450,7 +463,8 @@ def test_the_client_is_told_calls_of_tools(client: OpenAI) -> None:
     assert (choice.message.content, choice.finish_reason) == ("Let me look. ", "tool_calls")
     (call,) = choice.message.tool_calls or []
     assert call.type == "function"
-    assert call.id.startswith("call_")
+    assert len(call.id) == 9
+    assert call.id.isalnum()
     assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Köln"})
     with client.chat.completions.stream(model="m", messages=ASKED, tools=[WEATHER]) as stream:
         stream.until_done()

@@ -51,7 +51,15 @@ class ChatTemplate:
                 raise BadInput(f"this model's chat template takes no {name}: leave out {name!r}")
         prepared = [self._prepared(message) for message in messages]
         try:
-            text: str = self._tokenizer.apply_chat_template(prepared, tokenize=False, add_generation_prompt=True, **variables)
+            return self._applied(prepared, variables)
+        except BadInput:
+            if not any("tool_calls" in message for message in prepared):
+                raise
+            return self._applied(list(map(_with_json, prepared)), variables)  # some templates want the arguments of calls as JSON
+
+    def _applied(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise BadInput(f"the model's chat template refuses the messages: {error!s:.500}") from error
         return text
@@ -67,10 +75,21 @@ class ChatTemplate:
             raise BadInput(f"each message must have a 'role' ({', '.join(ROLES)}) and 'content', a string")
         found = {**message, "content": content or ""}
         if calls:
-            found["tool_calls"] = [_prepared_call(call) for call in calls] if isinstance(calls, list) else _prepared_call(calls)
+            found["tool_calls"] = [_prepared_call(call) for call in (calls if isinstance(calls, list) else [calls])]
         else:
             found.pop("tool_calls", None)  # templates ask whether there are some by whether the name is there
         return found
+
+
+def _with_json(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with the arguments of its calls as OpenAI has them."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
 def _prepared_call(call: Any) -> dict[str, Any]:

@@ -173,7 +173,8 @@ def _call(found: Any, arguments: str = "arguments") -> Call | None:
     """A call as it is told; None for what is none."""
     if not isinstance(found, dict) or not isinstance(found.get("name"), str) or not found["name"]:
         return None
-    given = found.get(arguments, found.get("arguments", {}))
+    given = found.get(arguments, found.get("arguments"))
+    given = {} if given is None else given  # a tool may take none
     if isinstance(given, str):
         given = _loads(given)
     return {"name": found["name"], "arguments": json.dumps(given, ensure_ascii=False)} if isinstance(given, dict) else None

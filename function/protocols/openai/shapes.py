@@ -119,4 +119,5 @@ def text_of(output: Any) -> str:
 
 
 def _call(call: Said) -> Said:
-    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": call}
+    """With an id: of nine letters and digits, as templates of Mistral's models take no other when it comes back."""
+    return {"id": uuid.uuid4().hex[:9], "type": "function", "function": call}
