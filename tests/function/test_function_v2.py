@@ -642,7 +642,7 @@ def test_an_agent_that_asks_for_arrays_is_handed_them(
     client = make_client("Computes")
     if sends_binary:
         (found,) = read([given], None)
-        data = found.to_bytes()
+        data = bytes(found.to_bytes())
         reply = infer_binary(client, {"inputs": [sized(len(data), found.datatype, found.shape)]}, data)
     else:
         reply = infer(client, given)
