@@ -31,10 +31,10 @@ _NOT_NOTED = ("RELIGHT_CONTAINER", "OMP_NUM_THREADS")
 FILE = "RELIGHT_IMPORTS_FILE"  # where a function is to tell what it has imported; given by the local platform
 # What native code of libraries reads when it is loaded, which cannot be seen; besides names that begin with the library's own.
 _READ_BY_NATIVE_CODE = {
-    "arrow": ("ARROW_",),
     "cv2": ("OPENCV_",),
     "jaxlib": ("JAX_", "XLA_"),
     "onnxruntime": ("ORT_",),
+    "pyarrow": ("ARROW_",),
     "tensorflow": ("TF_", "XLA_"),
     "tokenizers": ("RAYON_",),
     "transformers": ("HF_", "HUGGINGFACE_"),
@@ -61,10 +61,13 @@ def imported(besides: Iterable[str] = ()) -> list[str]:
 
 def _is_found_again(name: str, module: object) -> bool:
     """Whether a module comes from a file of a library or of ours, and importing this name would bring the same."""
-    spec = getattr(module, "__spec__", None)
-    if getattr(spec, "name", None) != name:  # not what Python knows as that name
+    try:
+        spec: Any = getattr(module, "__spec__", None)
+        if spec is None or spec.name != name:  # not what Python knows as that name
+            return False
+        origin = spec.origin
+    except Exception:  # noqa: BLE001  it stands for a module that is not there yet, and cannot be had
         return False
-    origin = getattr(spec, "origin", None)
     return isinstance(origin, str) and (site_of(origin) is not None or name.partition(".")[0] in OURS)
 
 
@@ -103,7 +106,7 @@ def named_in_source(agent: str, folders: Sequence[Path]) -> list[str]:
             continue
         seen.add(module)
         if file := _source(module, folders):
-            with suppress(OSError, SyntaxError, ValueError):  # the function will say so
+            with suppress(OSError, SyntaxError, ValueError, RecursionError):  # the function will say so
                 package = module if file.name == "__init__.py" else module.rpartition(".")[0]
                 for name, attribute in _imports(ast.parse(file.read_bytes()), package):
                     is_near = _source(name, folders) is not None

@@ -144,8 +144,6 @@ class ForkServer:
             self._changed.set()
 
     async def _keep(self) -> None:
-        if self._imports:
-            await asyncio.to_thread(self._imports.load)
         pause_s = RESTART_S
         while True:
             process = WarmProcess(self._env, self._log, self._is_busy, self._tasks)
@@ -209,6 +207,8 @@ class ForkServer:
                 await asyncio.sleep(YIELD_S)
             self.starts += 1
             self._changed.clear()
+            if self._imports:
+                self._imports.look()  # who has just become ready
             process.order = self._order()
             status = await process.run()
         except OSError as error:

@@ -45,13 +45,15 @@ class Helpers:
         commands = [(*container.command, *container.args)[1:] for s in manifests.services for container in s.spec.containers]
         if with_fork_server and not self._maker.fork_server and PROGRAM in commands:
             places = self._maker.places
+            imports = Imports(places.state_dir / "imports")
+            await asyncio.to_thread(imports.load)
             self._maker.fork_server = ForkServer(
                 self._logs / "fork-server.log",
                 self._is_starting,
                 self._say,
                 places.mark,
                 places.inherits,
-                Imports(places.state_dir / "imports"),
+                imports,
             )
         if self._maker.fork_server:
             self._maker.fork_server.want(self._maker.functions(manifests.services))

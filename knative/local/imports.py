@@ -88,11 +88,12 @@ class Imports:
         while True:
             await self._wanted.wait()
             await asyncio.sleep(LOOK_S)
-            if found := self._take():
+            if found := self.look():
                 await asyncio.to_thread(self._keep)
                 return found
 
-    def _take(self) -> list[str]:
+    def look(self) -> list[str]:
+        """The agents that have told something new since."""
         new = []
         for path, (agent, end) in list(self._asked.items()):
             if not path.exists():

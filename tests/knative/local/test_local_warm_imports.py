@@ -275,6 +275,7 @@ def test_functions_have_what_was_imported_for_them(project: Path, tmp_path: Path
         assert "packages have been installed or removed" in (tmp_path / "replaced.log").read_text()
         await stage.warm(but=before)
 
+    imports.load()
     imports.want([stage_env(project)])
     play(tmp_path, scene, imports)
 
