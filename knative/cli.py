@@ -6,7 +6,7 @@ import click
 
 _COMMANDS = {
     "init": ("knative.project.cli", "init", "Make a project of your own, to run here and to bring to a cluster."),
-    "run": ("knative.local.cli", "run", "Run manifests on this machine."),
+    "run": ("knative.local.cli", "run", "Run a project, an agent or manifests on this machine."),
     "status": ("knative.local.commands", "status", "Show a running platform's Services, pods and queues."),
     "invoke": ("knative.local.commands", "invoke", "Send a request to a Service."),
     "logs": ("knative.local.commands", "logs", "Print the log of a pod or a queue source."),

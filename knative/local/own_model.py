@@ -49,7 +49,7 @@ class OwnModel:
             raise PlatformError(f"--example: is not JSON: {error}") from error
         module = self.agent.partition(":")[0].partition(".")[0]
         there = Path.cwd()
-        if not any((there / name).exists() for name in (module, f"{module}.py")) and importlib.util.find_spec(module) is None:
+        if not any((there / name).exists() for name in (module, f"{module}.py")) and not _is_found(module):
             raise PlatformError(f"{self.agent}: there is no module {module!r}; looked in {there} and Python's own path")
 
     @property
@@ -106,6 +106,14 @@ class OwnModel:
             "metadata": {"name": self.service, "annotations": {"relight/example": self.example} if self.example else {}},
             "spec": {"template": {"metadata": {"annotations": {"autoscaling.knative.dev/window": WINDOW}}, "spec": pods}},
         }
+
+
+def _is_found(module: str) -> bool:
+    """Whether Python's own path has a module, which is not imported for that."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # what is no module of anybody's, as __main__
+        return False
 
 
 def check_weights(directory: Path, what: str) -> None:

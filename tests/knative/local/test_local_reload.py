@@ -1,10 +1,15 @@
 """Code that changes while its function runs."""
 
+import random
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.knative.local.running import Platform, platform_running, service
 from tests.knative.local.test_local_rolling import is_ready, steady
@@ -12,6 +17,7 @@ from tests.support import request, wait_until
 
 AGENT = """
 import os
+import time
 import word
 
 class Teller:
@@ -21,9 +27,10 @@ class Teller:
     def predict(self, inputs):
         if "die" in inputs:
             os._exit(1)
-        return [word.WORD for _ in inputs]
+        time.sleep(0.02)
+        return [{"revision": os.environ["K_REVISION"], "word": word.WORD} for _ in inputs]
 """
-FUNCTION = {"command": ["python", "-m", "function"], "readinessProbe": {"httpGet": {"path": "/readyz"}}}
+FUNCTION: dict[str, Any] = {"command": ["python", "-m", "function"], "readinessProbe": {"httpGet": {"path": "/readyz"}}}
 
 
 def say(platform_or_folder: Path, text: str) -> None:
@@ -34,12 +41,12 @@ def say(platform_or_folder: Path, text: str) -> None:
 
 
 @contextmanager
-def telling(folder: Path, *options: str, initial_scale: str = "1") -> Iterator[Platform]:
+def telling(folder: Path, *options: str, initial_scale: str = "1", spec: Mapping[str, Any] | None = None) -> Iterator[Platform]:
     """A platform with the function `teller`, whose agent lies beside the manifest."""
     (folder / "teller.py").write_text(AGENT)
     say(folder, "WORD = 1")
-    document = service("teller", scale={"initial-scale": initial_scale}, container=FUNCTION, env={"FUNCTION_AGENT": "teller:Teller"})
-    document["spec"]["template"]["spec"]["containers"][0]["env"] = [{"name": "FUNCTION_AGENT", "value": "teller:Teller"}]
+    container = FUNCTION | {"env": [{"name": "FUNCTION_AGENT", "value": "teller:Teller"}]}
+    document = service("teller", scale={"initial-scale": initial_scale}, container=container, spec=spec)
     with platform_running(folder, [document], "--no-fork-server", *options) as platform:
         yield platform
 
@@ -47,7 +54,7 @@ def telling(folder: Path, *options: str, initial_scale: str = "1") -> Iterator[P
 def told(platform: Platform) -> Any:
     reply = platform.call("teller", "/", "POST", {"instances": [0]})
     assert reply.status == 200, f"{reply.body!r}; {platform.server.said()}"
-    return reply.json()["predictions"][0]
+    return reply.json()["predictions"][0]["word"]
 
 
 def test_saved_code_takes_over_while_callers_are_served_and_broken_code_does_not(tmp_path: Path) -> None:
@@ -97,3 +104,35 @@ def test_without_reload_running_pods_go_on_and_no_other_pod_of_theirs_starts_wit
         wait_until("its end", lambda: "function ended with status 1" in platform.server.said())  # until then its port may be open
         assert told(platform) == 5  # and not by the pod that has died, whose container starts again
         assert {pod["revision"] for pod in platform.pods("teller") if pod["phase"] == "ready"} == {"teller-00006"}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("options", [["--reload"], []], ids=["reload", "no reload"])
+def test_whatever_is_saved_and_whoever_dies_all_pods_of_a_revision_answer_alike(tmp_path: Path, options: list[str]) -> None:
+    chance = random.Random(7)
+    answers: dict[str, set[int]] = {}
+    over = time.monotonic() + 20
+    with telling(tmp_path, *options, spec={"containerConcurrency": 1}) as platform:
+
+        def call() -> None:
+            while time.monotonic() < over:
+                reply = platform.call("teller", "/", "POST", {"instances": [0]})
+                if reply.status == 200:
+                    (answer,) = reply.json()["predictions"]
+                    answers.setdefault(answer["revision"], set()).add(answer["word"])
+                else:
+                    assert reply.status in (502, 503), reply.body  # of a pod that has died, or of code that cannot start
+
+        with ThreadPoolExecutor(6) as threads:
+            callers = [threads.submit(call) for _ in range(6)]
+            number = 1
+            while time.monotonic() < over:
+                number += 1
+                say(tmp_path, f"WORD = {number}" if number % 6 else "WORD = (")
+                time.sleep(chance.choice([0, 0.2, 2.0, 3.0]))
+                if chance.random() < 0.3:
+                    platform.call("teller", "/", "POST", {"instances": ["die"]})
+            for caller in callers:
+                caller.result()
+    assert len(answers) > 1
+    assert {revision: words for revision, words in answers.items() if len(words) > 1} == {}
