@@ -7,7 +7,8 @@ _MOST_CUTS = 31  # that are tried in one batch, so that to choose them takes wel
 _TELLING = 1e-3  # the variance, relative to the squares, from which on a line says what is fixed and what is not
 _WORTH_A_TRY = 0.25  # the share of padding from which on a batch is cut in two to learn what that saves
 _SLACK = 0.02  # of a batch's time, that a cut has to save beside the fixed part
-_NEARLY = 0.15  # so much more time than the least is as good, if fewer are sorted for it
+_ENOUGH = 0.75  # of what there is to gain, if fewer are sorted for it
+_WORTH = 0.15  # the share of a batch's time that there must be to gain, as an agent may have padding for less
 _LEAST_WIDTH = 4  # inputs that are sorted
 
 
@@ -86,8 +87,8 @@ class SizedCost:
     def parts(self, sizes: Sequence[float]) -> list[list[int]]:
         """The indices of these inputs, which are in the order they came in, cut into the batches that they are best computed in.
 
-        Only neighbours are sorted by size, and of them as few as bring nearly all that there is to gain: who is computed long before those
-        that came before him makes them wait. While it is not known what is fixed, much padding is worth a try: it is cut in two.
+        Only neighbours are sorted by size, as few of them as bring most of what there is to gain: who is computed long before those that
+        came before him makes them wait. While it is not known what is fixed, much padding is worth a try: it is cut in two.
         """
         count, padding = len(sizes), padded(sizes) - sum(sizes)
         line = self.line()
@@ -98,15 +99,18 @@ class SizedCost:
         fixed_s, each_s = line
         if padding * each_s <= fixed_s:  # less than one more batch costs
             return [list(range(count))]
-        fixed_s += _SLACK * (fixed_s + each_s * padded(sizes))
-        plans: list[tuple[float, list[list[int]]]] = []
+        whole_s = fixed_s + each_s * padded(sizes)
+        plans: list[tuple[float, list[list[int]]]] = []  # what each saves
         width = count
         while width >= _LEAST_WIDTH or not plans:
-            cut = [_alike(sizes, range(start, min(start + width, count)), fixed_s, each_s) for start in range(0, count, width)]
-            plans.append((sum(seconds for seconds, _ in cut), [part for _, parts in cut for part in parts]))
+            windows = [range(start, min(start + width, count)) for start in range(0, count, width)]
+            cut = [_alike(sizes, window, fixed_s + _SLACK * whole_s, each_s) for window in windows]
+            plans.append((whole_s - sum(seconds for seconds, _ in cut), [part for _, parts in cut for part in parts]))
             width = math.ceil(width / 2)
-        enough_s = (1 + _NEARLY) * min(plans)[0]
-        return next(parts for seconds, parts in reversed(plans) if seconds <= enough_s)
+        most_s = max(plans)[0]
+        if most_s < _WORTH * whole_s:
+            return [list(range(count))]
+        return next(parts for saved_s, parts in reversed(plans) if saved_s >= _ENOUGH * most_s)
 
 
 def padded(sizes: Sequence[float]) -> float:

@@ -53,6 +53,7 @@ def test_a_batch_is_cut_where_padding_costs_more_than_another_batch() -> None:
 
 def test_a_batch_stays_whole_where_another_one_costs_more_than_padding() -> None:
     assert cost(1.0, 0.0001).parts(MIXED) == [list(range(8))]
+    assert cost(0.01, 0.001).parts([10.0, 12.0, 9.0, 11.0]) == [[0, 1, 2, 3]]  # hardly less
     assert cost(0.001, 0.001).parts([40.0] * 8) == [list(range(8))]
     assert cost(0.001, 0.001).parts([0.0] * 3) == [[0, 1, 2]]
 
@@ -177,7 +178,7 @@ def test_interactive_callers_do_not_wait_for_the_parts_of_batch_work() -> None:
 
 
 def test_a_model_with_parts_before_it_is_not_idle_and_does_not_wait() -> None:
-    queue = batcher(limit=1)
+    queue = batcher(limit=1, sized=cost(0.05, 0.001))
     assert queue.put(call(5))
     assert queue.put(call(250))  # an idle model takes both
     assert inputs(queue.batch(may_wait=False)) == [5]
