@@ -272,7 +272,7 @@ def _check(model: Any, info: Mapping[str, Any], spare: Sequence[str]) -> None:
     unexpected = sorted(info["unexpected_keys"])
     heads = [name for name in unexpected if _is_of_another_head(model, name)]
     wrong = [
-        *(f"{name} is {_shape(there)}, not {_shape(wanted)}" for name, there, wanted in sorted(info["mismatched_keys"])[:_NAMED]),
+        *map(_mismatch, sorted(info["mismatched_keys"])[:_NAMED]),
         *map(first_line, [Exception(text) for text in info.get("error_msgs", [])]),
     ]
     strange = [name for name in unexpected if name not in heads]
@@ -281,6 +281,14 @@ def _check(model: Any, info: Mapping[str, Any], spare: Sequence[str]) -> None:
         raise WeightsError(f"the weights do not fit {type(model).__name__}, which config.json describes: {'; '.join(said)}")
     if heads:
         log.info("%s has no use for %s of the weights", type(model).__name__, _some(heads))
+
+
+def _mismatch(found: Any) -> str:
+    """A tensor of another shape; version 4 tells no more than its name."""
+    if isinstance(found, str):
+        return f"{found} is of another shape"
+    name, there, wanted = found
+    return f"{name} is {_shape(there)}, not {_shape(wanted)}"
 
 
 def _is_of_another_head(model: Any, name: str) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from function.agent import BadInput
 
 MOST_CELLS = 32_768  # of one pass, padding counted
+PASS_CELLS = 32  # that a pass costs a processor besides those it has: about as long as reading the weights takes
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of what padding may change, by the largest number; in 16 bits:
 _TOLERANCE_16 = 3e-2
 
@@ -46,7 +47,10 @@ class Forward:
         self._is_by_token = is_by_token
         self._pad = getattr(tokenizer, "pad_token_id", None)
         self._is_left = getattr(tokenizer, "padding_side", "right") == "left"
-        self._more = {"use_cache": False} if _takes(model, "use_cache") else {}
+        known = inspect.signature(model.forward).parameters
+        self._more = {"use_cache": False} if "use_cache" in known else {}
+        # A tokenizer of another model's kind tells more than this one may take.
+        self._known = None if any(one.kind is one.VAR_KEYWORD for one in known.values()) else set(known)
         self._pads: bool | None = None  # whether padding changes nothing; None: not tried
 
     def run(self, rows: Sequence[Row]) -> list[dict[str, Tensor]]:
@@ -62,8 +66,11 @@ class Forward:
         """Those that share a pass; rows come by size."""
         if len(rows[0]) != len(rows[-1]) and self._pads is None:
             self._pads = self._pad is not None and "attention_mask" in rows[0].inputs and self._is_same_when_padded(rows[0], rows[-1])
-        alike = [list(rows)] if self._pads else [list(group) for _, group in groupby(rows, Row.size)]
-        return [part for group in alike for part in _parts(group)]
+        if not self._pads:
+            return [part for _, group in groupby(rows, Row.size) for part in _parts(list(group))]
+        if self._model.device.type != "cpu":  # where a pass costs about the same however full it is
+            return _parts(rows)
+        return _cheapest([len(row) for row in rows], rows)
 
     def _is_same_when_padded(self, short: Row, long: Row) -> bool:
         (alone,), (together, _) = self._pass([short]), self._pass([short, long])
@@ -72,10 +79,15 @@ class Forward:
     def _pass(self, rows: Sequence[Row]) -> list[dict[str, Tensor]]:
         device = self._model.device
         with torch.inference_mode():
-            inputs = {name: joined(name, rows, self._pad, is_left=self._is_left).to(device) for name in rows[0].inputs}
+            inputs = {
+                name: joined(name, rows, self._pad, is_left=self._is_left).to(device) for name in rows[0].inputs if self._is_taken(name)
+            }
             outputs = self._model(**inputs, **self._more)
             found = {name: outputs[name].cpu() for name in self._outputs}
         return [{name: self._cut(output[at : at + 1], len(row)) for name, output in found.items()} for at, row in enumerate(rows)]
+
+    def _is_taken(self, name: str) -> bool:
+        return self._known is None or name in self._known
 
     def _cut(self, output: Tensor, length: int) -> Tensor:
         if not self._is_by_token:
@@ -94,14 +106,27 @@ def joined(name: str, rows: Sequence[Row], pad: int | None, *, is_left: bool) ->
     return torch.tensor([more + value if is_left else value + more for value, more in zip(values, full, strict=True)])
 
 
-def _takes(model: Any, name: str) -> bool:
-    return name in inspect.signature(model.forward).parameters
-
-
 def _parts(rows: Sequence[Row]) -> list[list[Row]]:
     """Cut so that none has too many cells."""
     size = max(1, MOST_CELLS // max(map(len, rows)))
     return [list(rows[at : at + size]) for at in range(0, len(rows), size)]
+
+
+def _cheapest(lengths: Sequence[int], rows: Sequence[Row]) -> list[list[Row]]:
+    """Passes that together cost the least on a processor: each reads the weights once, and computes its padding, too."""
+    costs, begins = [0], [0]  # of the first so many rows, and where their last pass begins
+    for end in range(1, len(rows) + 1):
+        most = MOST_CELLS // lengths[end - 1]
+        found = ((costs[at] + PASS_CELLS + (end - at) * lengths[end - 1], at) for at in range(max(0, end - max(1, most)), end))
+        cost, begin = min(found)
+        costs.append(cost)
+        begins.append(begin)
+    parts: list[list[Row]] = []
+    end = len(rows)
+    while end:
+        parts.insert(0, list(rows[begins[end] : end]))
+        end = begins[end]
+    return parts
 
 
 def _are_close(one: Tensor, other: Tensor) -> bool:
