@@ -64,6 +64,7 @@ class ForkServer:
         self._changed = asyncio.Event()  # set when there is something else to be imported
         self._tasks = Tasks(self._failed)
         self._told = ""  # what is not well, so that it is said once
+        self._suspect = ""  # the library that it was at when it ended before it was warm
 
     @property
     def pid(self) -> int | None:
@@ -187,8 +188,11 @@ class ForkServer:
 
     def _do_without(self, process: WarmProcess, imports: Imports) -> bool:
         """Note the library that has kept it from being warm, if it was one; whether another process is worth while at once."""
+        suspect, self._suspect = self._suspect, "" if process.without else process.importing
         found = process.without or {"library": process.importing, "reason": "ends or hangs the process that imports it", "stamp": 0}
         library, reason = found["library"], found["reason"]
+        if not process.without and library != suspect:
+            return False  # somebody may have killed it just then
         is_told = imports.left_out.get(library) == reason
         if not library or not imports.leave_out(library, reason, found["stamp"]):
             return False
@@ -216,7 +220,7 @@ class ForkServer:
         else:
             if process.was_warm and not process.is_dismissed:
                 self._give_up(process, f"has ended ({status})")
-            elif not process.was_warm and not (self._imports and process.importing):
+            elif not process.was_warm and not (self._imports and process.without):
                 self._give_up(process, f"could not be warmed up, see {self._log}")
         finally:
             process.settled.set()

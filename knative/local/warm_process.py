@@ -180,7 +180,7 @@ class WarmProcess:
         ours, theirs = socket.socketpair()
         turn: asyncio.Future[Forked | None] = asyncio.get_running_loop().create_future()
         try:
-            _adopt(True)  # first: once it is asked, the process in between may be gone before the next line runs here
+            _adopt_for(turn)  # first: once it is asked, the process in between may be gone before the next line runs here
             with theirs:
                 socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
             self._asked.append(turn)
@@ -189,7 +189,8 @@ class WarmProcess:
             return _New(child, ours)
         except BaseException:
             ours.close()  # which ends it, if it should still come
-            _adopt(bool(self._asked))
+            if turn not in self._asked:
+                _adopted(turn)
             raise
 
     def _take_spare(self) -> _New | None:
@@ -219,7 +220,7 @@ class WarmProcess:
         turn = self._asked.popleft()
         if not turn.done():
             turn.set_result(child)
-        _adopt(bool(self._asked))
+        _adopted(turn)
 
     async def _spawn(self, control: int) -> asyncio.subprocess.Process:
         self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -291,9 +292,18 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _adopt(orphans: bool) -> None:
-    """Whether orphans below us become our children. Only while something is forked for us: all others are their group's to end."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, int(orphans))
+# For whom orphans below us become our children. Only while something is forked for us: all others are their group's to end.
+_adopting: set[asyncio.Future[Any]] = set()
+
+
+def _adopt_for(turn: asyncio.Future[Any]) -> None:
+    _adopting.add(turn)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _adopted(turn: asyncio.Future[Any]) -> None:
+    _adopting.discard(turn)
+    _prctl(_PR_SET_CHILD_SUBREAPER, int(bool(_adopting)))
 
 
 def _killed_with_parent() -> None:

@@ -296,7 +296,9 @@ def test_a_library_that_ends_the_process_is_left_out(project: Path, tmp_path: Pa
     imports.want([stage_env(project)])
 
     async def scene(stage: Stage) -> None:
-        assert stage.said == ["the fork server does without slow_library, which ends or hangs the process that imports it"]
+        could_not, without = stage.said
+        assert could_not.startswith("the fork server could not be warmed up")  # once, which may have been anybody's doing
+        assert without == "the fork server does without slow_library, which ends or hangs the process that imports it"
         assert "numpy" in stage.server.status()["modules"]
         process = replace(stage.process(), env={**stage.process().env, "FUNCTION_AGENT": "function.agents.echo:Echo"})
         async with stage.running(process) as container:
