@@ -16,6 +16,7 @@ from torch import Tensor
 
 from function.agents.transformers.generation_attention import grouped, install, uninstall
 from function.agents.transformers.generation_cache import Pass, Room
+from weights_cache.environment import SettingsError
 
 log = logging.getLogger("relight.function")
 
@@ -222,7 +223,9 @@ class _Caller:
     def __init__(self, model: Any) -> None:
         parameters = inspect.signature(model.forward).parameters
         self._model = model
-        self._cache = next(name for name in ("cache", "past_key_values") if name in parameters)
+        self._cache = next((name for name in ("cache", "past_key_values") if name in parameters), "")
+        if not self._cache:
+            raise SettingsError(f"{type(model).__name__} of this version of transformers takes no cache that texts could be made with")
         self._fixed = {"use_cache": True, **({"logits_to_keep": 1} if "logits_to_keep" in parameters else {})}
         self.cache: Any = None  # as the last pass left it
 

@@ -142,3 +142,5 @@ class RoomLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         """No bound."""
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in earlier versions
