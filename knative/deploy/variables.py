@@ -190,14 +190,22 @@ def _settable(key: str) -> str:
     return name
 
 
+def service_name(name: str, text: str) -> str:
+    """A name that a function can have. Raises VariableError."""
+    _label(name, text)
+    if text == "relight" or text.startswith("relight-"):  # what begins with a function's name goes with it
+        raise VariableError(name, text, "is, or begins as, the name of what the functions of a namespace share; choose another")
+    return text
+
+
 _queue = _matching(_QUEUE, "must be the URL of an SQS queue: https://sqs.REGION.amazonaws.com/ACCOUNT/NAME")
-label = _matching(_LABEL, "must be a label: small letters, digits and -, a letter first, at most 63")
+_label = _matching(_LABEL, "must be a label: small letters, digits and -, a letter first, at most 63")
 _image = _matching(_IMAGE, "must be an image: registry/path:tag, or with @sha256: and 64 hex digits")
 
 _CHECKS: Mapping[str, Callable[[str, str], Any]] = {
     "ENV": _matching(re.compile(r"[\w./-]+"), "must be the name of an overlay, or a folder with a kustomization.yaml"),
-    "NAME": label,
-    "NAMESPACE": label,
+    "NAME": service_name,
+    "NAMESPACE": _label,
     "IMAGE": _image,
     "WEIGHTS_IMAGE": _image,
     "WEIGHTS_URI": _matching(_WEIGHTS, "must be s3://bucket/prefix, or s3://bucket/prefix#snapshot with the 32 hex digits of one"),
@@ -219,7 +227,7 @@ _CHECKS: Mapping[str, Callable[[str, str], Any]] = {
     "DATA": lambda _, text: text,
     "ROUTE": _matching(re.compile(r"/\S*"), "must begin with /"),
     "ADDRESS": _matching(re.compile(r"https?://[^/\s]+"), "must be http://host:port"),
-    "CONTAINER": label,
+    "CONTAINER": _label,
     "FOLLOW": _yes,
     "VARIANT": _matching(re.compile("cpu|cuda"), "must be cpu or cuda"),
     "AGENT_DIR": _folder,

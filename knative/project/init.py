@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from knative.deploy.variables import label
+from knative.deploy.variables import service_name
 from knative.project.errors import ProjectError
 from knative.project.files import KINDS, files
 
@@ -13,7 +13,7 @@ def make_project(folder: Path, kind: str) -> None:
     What begins with a dot may be there already (.git, .venv), unless it is one of the project's files. Raises ProjectError, and
     VariableError for a name that no Service can have.
     """
-    label("NAME", folder.name)
+    service_name("NAME", folder.name)
     made = files(folder.name, KINDS[kind])
     ours = {Path(path).parts[0] for path in made}
     try:

@@ -34,6 +34,7 @@ def annotations(objects: list[Object]) -> dict[str, str]:
         ("NAME=Minilm", "must be a label: small letters, digits and -, a letter first, at most 63"),
         ("NAME=1st", "must be a label"),
         (f"NAME={'a' * 64}", "must be a label"),
+        ("NAME=relight-function", "is, or begins as, the name of what the functions of a namespace share; choose another"),
         ("NAMESPACE=my_space", "must be a label"),
         ("IMAGE=registry.example.com/Function:1", "must be an image: registry/path:tag, or with @sha256: and 64 hex digits"),
         ("IMAGE=function:1@sha256:beef", "must be an image"),
