@@ -20,6 +20,7 @@ from knative.local.queues import ACCOUNT, CONTENTS, EMBEDDED, REGION, Queue, dea
 from knative.local.seeds import Seed
 from knative.local.tasks import describe
 
+ALONE = {"PYTHONSAFEPATH": "1"}  # a `knative.py` where we were started is not to hide our own
 START_LIMIT_S, START_LOOK_S = 60.0, 0.05
 LOOK_S = 2.0  # between two looks at what is in it
 ANSWER_S = 5.0  # for one of them
@@ -43,7 +44,7 @@ class EmbeddedServer:
                 container="embedded",
                 is_main=True,
                 argv=(sys.executable, "-m", "knative.local.embedded_server", str(port)),
-                env=inherited() | {MARK: f"{mark}embedded/"},
+                env=inherited() | ALONE | {MARK: f"{mark}embedded/"},
                 cwd=None,
                 directories=(),
                 log=log,
@@ -137,7 +138,7 @@ class EmbeddedServer:
 
         Raises PlatformError.
         """
-        env = inherited() | EMBEDDED | {"AWS_ENDPOINT_URL": self.address, "AWS_DEFAULT_REGION": REGION}
+        env = inherited() | ALONE | EMBEDDED | {"AWS_ENDPOINT_URL": self.address, "AWS_DEFAULT_REGION": REGION}
         command = (sys.executable, "-m", "weights_cache", "push", str(seed.directory), seed.uri, "--create-bucket")
         child = await asyncio.create_subprocess_exec(*command, env=env, stdout=asyncio.subprocess.PIPE)
         try:

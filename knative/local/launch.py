@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from knative.local.errors import ManifestError
+from knative.local.errors import ManifestError, PlatformError
+from knative.local.hidden import hidden
 from knative.local.inheritance import inherited
 from knative.local.limits import NO_LIMITS, Limits
 from knative.local.manifest import OBJECT_STORE, Manifests, QueueSource, Service
@@ -232,6 +233,9 @@ class _Plan:
         if _TELLS in env:
             env[_TELLS] = "0"
         argv = tuple(_expand(here(word), env) for word in (*container.command, *container.args))
+        cwd = Path(here(container.working_dir)) if container.working_dir else None
+        if (hides := hidden(argv, cwd)) and not env.get("PYTHONSAFEPATH"):
+            raise PlatformError(f"{hides} hides Relight's own package of that name from {container.name}; give it another name")
         limits = _limits(container)
         env |= _threads(env, limits) | {MARK: f"{self.places.mark}{workload.namespace}/{self.pod}/{container.name}/"}
         probe = partial(_probe, container=container, ports=ports, here=here)
@@ -240,7 +244,7 @@ class _Plan:
             is_main=is_main,
             argv=argv,
             env=inherited(self.places.inherits) | env | {name: LOOPBACK for name in HOSTS if not env.get(name)},
-            cwd=Path(here(container.working_dir)) if container.working_dir else None,
+            cwd=cwd,
             directories=tuple(mounts.values()),
             log=self.places.log(workload, self.pod, container.name),
             readiness=probe(container.readiness_probe or default, every_s=1),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from knative.local.errors import ManifestError
+from knative.local.errors import ManifestError, PlatformError
 from knative.local.launch import Places, PodPlan, Probe, Process, plan_pod, plan_source
 from knative.local.limits import Limits
 from knative.local.manifest import OBJECT_STORE, QUEUES, read_manifests
@@ -489,3 +489,30 @@ def test_weights_that_a_cache_has_others_of_are_pinned_for_both_containers() -> 
     sidecar = {"command": ["python", "-m", "weights_cache", "serve"], "env": env(WEIGHTS_URI="s3://models/own")}
     planned = plan(FUNCTION | {"env": env(WEIGHTS_URI="s3://models/own")}, sidecar, seeds=seeds)
     assert [process.env["WEIGHTS_URI"] for process in planned.processes] == ["s3://models/own#0123"] * 2
+
+
+@pytest.mark.parametrize(
+    ("file", "container", "is_hidden"),
+    [
+        ("function.py", FUNCTION, True),
+        ("weights_cache/__init__.py", FUNCTION, True),
+        ("knative.py", {"command": ["python", "-m", "weights_cache", "serve"]}, True),
+        ("functions.py", FUNCTION, False),
+        ("function/notes.txt", FUNCTION, False),
+        ("function.py", {"command": ["python", "server.py"]}, False),
+        ("function.py", FUNCTION | {"env": env(PYTHONSAFEPATH="1")}, False),
+    ],
+)
+def test_a_file_that_hides_one_of_our_packages_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, container: Mapping[str, Any], is_hidden: bool
+) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    monkeypatch.chdir(tmp_path)
+    if is_hidden:
+        hides = path.parent if path.name == "__init__.py" else path
+        with pytest.raises(PlatformError, match=f"^{hides} hides Relight's own package of that name from function; give it another name"):
+            plan(container)
+    else:
+        plan(container)
