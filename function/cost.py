@@ -6,8 +6,8 @@ from collections.abc import Sequence
 _MOST_CUTS = 31  # that are tried in one batch, so that to choose them takes well below a millisecond
 _TELLING = 1e-3  # the variance, relative to the squares, from which on a line says what is fixed and what is not
 _WORTH_A_TRY = 0.25  # the share of padding from which on a batch is cut in two to learn what that saves
-_SLACK = 0.02  # of a batch's time, that a cut has to save beside the fixed part
-_ENOUGH = 0.75  # of what there is to gain, if fewer are sorted for it
+_SLACK = 0.01  # of a batch's time, that a cut has to save beside the fixed part
+_ENOUGH = 0.6  # of what there is to gain, if fewer are sorted for it
 _WORTH = 0.15  # the share of a batch's time that there must be to gain, as an agent may have padding for less
 _LEAST_WIDTH = 4  # inputs that are sorted
 
