@@ -31,7 +31,7 @@ from typing import Any
 
 log = logging.getLogger("relight.function")
 
-VERIFIED = ("2.13.0", "2.9.1")  # tests/function/test_function_lean_torch.py passes with them, `-m soak` too
+VERIFIED = ("2.13.0", "2.12.1", "2.9.1")  # tests/function/test_function_lean_torch.py passes with them, `-m soak` too
 LEFT_OUT = (  # in the order in which torch imports them
     "torch.distributions",
     "torch.nn.intrinsic",
