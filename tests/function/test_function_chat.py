@@ -185,6 +185,19 @@ def test_a_step_that_fails_can_be_made_again(llama: Chat, monkeypatch: pytest.Mo
     assert text + "".join(drain(llama, answer)) == wanted
 
 
+def test_what_the_token_of_one_leads_to_costs_the_others_nothing(llama: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = llama.predict([{"prompt": "the fox", "max_tokens": 6}])[0]
+    good, bad = llama.start({"prompt": "the fox", "max_tokens": 6}), llama.start({"prompt": "a dog", "max_tokens": 6})
+    monkeypatch.setattr(bad.chooser, "choose", lambda logits: logits[10**6])
+    text = llama.step([good, bad])[0] or ""
+    with pytest.raises(IndexError):
+        llama.step([good, bad])
+    with pytest.raises(IndexError):
+        llama.step([bad])
+    assert text + "".join(drain(llama, good)) == wanted
+    bad.close()
+
+
 def test_a_place_is_free_when_its_answer_is_over_or_closed(llama: Chat) -> None:
     assert isinstance(llama._decoder, Together)
     answers = [llama.start({"prompt": "the fox", "max_tokens": count}) for count in (1, 9)]
@@ -375,6 +388,7 @@ def test_calls_are_told_apart_from_text_however_it_is_cut(template: str, written
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": "\ud800"}, "half a character"),
         ({"prompt": "a" * 300}, r"the prompt has 300 tokens; the model's context has 256, and one must be left"),
+        ({"prompt": "a " * 10**6}, r"the prompt has more than 8192 tokens; the model's context has 256, and one must be left"),
         ({"prompt": "a", "tools": [{}]}, "'tools' is for a conversation"),
         ({"prompt": "a", "top_q": 1}, "there is no parameter 'top_q'"),
         ({"prompt": "a", "logprobs": 1}, "'logprobs' must be a boolean"),

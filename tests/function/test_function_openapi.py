@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import flask
 import pytest
@@ -22,7 +22,7 @@ from werkzeug.test import TestResponse
 from function.agent import BadInput, Weights
 from function.app import create_app
 from function.errors import TooSlow
-from function.guarded_agent import Traits
+from function.guarded_agent import GuardedAgent, Traits
 from function.model import Model
 from function.protocols.openapi import describe
 from function.settings import FunctionSettings
@@ -36,6 +36,8 @@ class Agent:
     """Can do all that there is a route for: a vector for a text, its input for anything else, a piece a letter as a stream."""
 
     gate = threading.Event()
+    sampling_parameters: ClassVar = {"top_k": {"type": "integer", "minimum": 1}, "mode": {"enum": ["a", "b"]}}
+    abilities = ("logprobs", "tools", "response_format")
 
     def load(self, weights: Weights, device: str) -> None:
         pass
@@ -87,7 +89,7 @@ def unready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlaskClient]:
     Unready.may_load.set()
 
 
-DOCUMENT = describe(FunctionSettings(agent="any:Agent", model_name="m"), Traits())
+DOCUMENT = describe(FunctionSettings(agent="any:Agent", model_name="m"), GuardedAgent(Agent()).traits())
 OPERATIONS = [(path, method) for path, methods in DOCUMENT["paths"].items() for method in methods]
 CALLS = [path for path, method in OPERATIONS if method == "post"]
 
@@ -96,6 +98,21 @@ def test_the_document_is_served_and_is_openapi_3_1(app: flask.Flask) -> None:
     reply = app.test_client().get("/openapi.json")
     assert (reply.status_code, reply.content_type, reply.json) == (200, "application/json", json.loads(json.dumps(DOCUMENT)))
     schemathesis.openapi.from_dict(DOCUMENT).validate()
+
+
+def test_what_the_agent_declares_is_in_the_document_and_nothing_else() -> None:
+    def properties(document: Any, route: str) -> Any:
+        return document["paths"][f"/v1/{route}"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+
+    plain = describe(FunctionSettings(agent="any:Agent", model_name="m"), Traits())
+    for route in ("completions", "chat/completions"):
+        declared, without = properties(DOCUMENT, route), properties(plain, route)
+        assert declared["top_k"] == {"description": declared["top_k"]["description"], "type": ["integer", "null"], "minimum": 1}
+        assert "top_k" not in without
+        assert "enum" not in declared["logprobs"]
+        assert without["logprobs"]["enum"] in ([None], [False, None])
+    assert properties(DOCUMENT, "chat/completions")["tools"]["type"] == ["array", "null"]
+    assert properties(plain, "chat/completions")["tools"]["enum"] == [[], None]
 
 
 def test_every_route_of_the_app_is_described_and_no_other(app: flask.Flask) -> None:

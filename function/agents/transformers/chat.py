@@ -33,6 +33,7 @@ from function.agents.transformers.generation import Decoder, decoder  # noqa: E4
 log = logging.getLogger("relight.function")
 
 PROMPT_TOKENS = 256  # of prompts that a step takes in, so that a long one does not hold the others up
+LONG = 32  # characters for each token of the context: so long a text has more tokens, or hardly any that are not spaces
 TOP_LOGPROBS = 20  # at most
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; what OpenAI says for it
 LIBRARY_TOP_K = 50  # what `generate` takes where a generation_config with do_sample says nothing
@@ -58,6 +59,7 @@ class Answer:
         self.chooser = Chooser(sampling, prompt)
         self.likeliest: int | None = None  # of which so many are told, if probabilities are
         self.ends: set[int] = set()
+        self.failure: Exception | None = None  # what its last token led to
         self.decoder: Decoder | None = None  # once it has been in a pass, until it is finished
         self.cache: Any = None
         self._limit = min(sampling.max_tokens, room)
@@ -165,7 +167,7 @@ class Chat:
             prompt = self._tokens(self._template.render(found.messages, variables), add_special_tokens=False)
         room = self._context - len(prompt)
         if room < 1:
-            raise BadInput(f"the prompt has {len(prompt)} tokens; the model's context has {self._context}, and one must be left")
+            raise self._too_long(str(len(prompt)))
         form = self._form if tools else None
         kept = {token: text for text in (form.markers if form else ()) if (token := self._vocabulary.marker(text)) is not None}
         parser = form.parser(tools) if form else NoTools()
@@ -179,6 +181,8 @@ class Chat:
 
         A piece is empty when it is held back, and while a prompt is still being taken in, PROMPT_TOKENS of all of them a step.
         """
+        if failure := next((answer.failure for answer in answers if answer.failure), None):
+            raise failure  # now that nothing is done yet: who makes the steps again one by one finds whose it is
         pieces: dict[int, str] = {}
         if parts := self._parts([answer for answer in answers if not answer.finish_reason]):
             with torch.inference_mode():
@@ -210,9 +214,13 @@ class Chat:
 
     def _chosen(self, answer: Answer, logits: Tensor) -> str:
         answer.logprobs, answer.tool_calls = None, []
-        token = answer.chooser.choose(logits)
-        told = None if answer.likeliest is None else self._told(token, logits, answer.likeliest)
-        return answer.take(token, told)
+        try:
+            token = answer.chooser.choose(logits)
+            told = None if answer.likeliest is None else self._told(token, logits, answer.likeliest)
+            return answer.take(token, told)
+        except Exception as error:  # noqa: BLE001  others have their tokens already, and are not to lose them
+            answer.failure = error
+            return ""
 
     def _told(self, token: int, logits: Tensor, count: int) -> dict[str, Any]:
         """A token's probability by the model alone, whatever was drawn from, and the likeliest ones', in OpenAI's words."""
@@ -225,7 +233,15 @@ class Chat:
         text, data = self._vocabulary.describe(token)
         return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": data}
 
+    def _too_long(self, count: str) -> BadInput:
+        return BadInput(f"the prompt has {count} tokens; the model's context has {self._context}, and one must be left")
+
     def _tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Raises BadInput; of a text that is far too long without having looked at all of it, while others wait."""
+        if len(text) > (first := LONG * self._context):
+            count = len(self._tokens(text[:first], add_special_tokens=False))
+            if count > self._context:
+                raise self._too_long(f"more than {count}")
         try:
             prompt: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         except (UnicodeEncodeError, TypeError):
