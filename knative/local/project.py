@@ -39,7 +39,7 @@ def choose(words: Sequence[Path], seeds: Sequence[Seed], own: Mapping[str, objec
         )
     if not words:
         return _project(Path(), seeds)
-    if len(words) == 1 and (words[0] / MANIFEST).is_file():
+    if len(words) == 1 and ((words[0] / MANIFEST).is_file() or _is_bare(words[0])):
         return _project(words[0], seeds)
     return Chosen(Sources(words), seeds)
 
@@ -64,6 +64,11 @@ def _project(folder: Path, seeds: Sequence[Seed]) -> Chosen:
         note = f"{error}; without them {uri} is looked for in the store that the manifest or the environment names"
         return Chosen(sources, seeds, [note])
     return Chosen(sources, [*seeds, Seed(saved, uri.partition("#")[0])])
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether it is a folder without any manifest."""
+    return folder.is_dir() and not any(file.suffix in (".yaml", ".yml") for file in folder.iterdir())
 
 
 def _weights_of(service: Service) -> str:

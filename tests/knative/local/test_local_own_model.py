@@ -97,6 +97,7 @@ def test_an_agent_gets_its_weights_its_settings_and_an_example(folder: Path) -> 
         (["x.yaml"], {"weights": Path("weights")}, "--weights belongs to an agent, as in `relight run my_model:Linear --weights DIR`"),
         ([], {"settings": {"A": "b"}}, "--set belongs to an agent"),
         ([], {}, "there is no service.yaml in {here}: `relight init NAME` makes a project"),
+        (["weights"], {}, "there is no service.yaml in {here}/weights: `relight init NAME` makes a project"),
     ],
 )
 def test_what_cannot_be_is_said_at_once(folder: Path, words: list[str], own: Mapping[str, Any], said: str) -> None:
