@@ -228,6 +228,10 @@ def test_a_conversation_is_written_by_the_tokenizers_template(llama: Chat) -> No
     answer = llama.start({"messages": messages, "max_tokens": 5})
     assert answer.waiting == llama._tokenizer(text, add_special_tokens=False)["input_ids"]
     assert llama.predict(["the fox"]) == llama.predict([{"messages": messages[1:]}])
+    few = llama.predict(["the fox", {"messages": messages[1:], "max_tokens": 3}], {"max_tokens": 5})
+    assert few == llama.predict([{"messages": messages[1:], "max_tokens": count} for count in (5, 3)])
+    with pytest.raises(BadInput, match="must be a string or an object"):
+        llama.predict([7], {"max_tokens": 5})
 
 
 def test_a_seed_draws_the_same_text_in_any_company(llama: Chat) -> None:

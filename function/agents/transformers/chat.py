@@ -143,8 +143,13 @@ class Chat:
         """The first passes set up torch's kernels, and show whether the model's streams may share passes."""
         self._decoder = decoder(self._model)
 
-    def predict(self, inputs: Sequence[Any]) -> list[str]:
-        """The whole text for each input. Raises BadInput before any is made."""
+    def predict(self, inputs: Sequence[Any], parameters: Mapping[str, Any] | None = None) -> list[str]:
+        """The whole text for each input. Raises BadInput before any is made.
+
+        parameters: of all of them, where an input says nothing else.
+        """
+        if parameters:
+            inputs = [{**parameters, **self._object(item)} if isinstance(item, str | Mapping) else item for item in inputs]
         for item in inputs:
             if isinstance(item, Mapping) and (item.get("tools") or item.get("logprobs")):
                 raise BadInput("probabilities and calls of tools are told at /v1/chat/completions alone")
@@ -152,7 +157,7 @@ class Chat:
 
     def start(self, input: Any) -> Answer:  # noqa: A002  the contract's word
         """An answer to be made. Raises BadInput."""
-        found = read_input({"prompt": input} if isinstance(input, str) and not self._template.is_there() else input)
+        found = read_input(self._object(input) if isinstance(input, str) else input)
         said = dict(found.parameters)
         likeliest = _likeliest(said.pop("logprobs", None), said.pop("top_logprobs", None))
         is_endless = said.pop("ignore_eos", None) or False
@@ -175,6 +180,12 @@ class Chat:
         answer.likeliest = likeliest
         answer.ends = set() if is_endless else self._ends
         return answer
+
+    def _object(self, item: str | Mapping[str, Any]) -> Mapping[str, Any]:
+        """An input as an object: a lone text is a message of a user, or a prompt where there is no template for messages."""
+        if not isinstance(item, str):
+            return item
+        return {"messages": [{"role": "user", "content": item}]} if self._template.is_there() else {"prompt": item}
 
     def step(self, answers: Sequence[Answer]) -> list[str | None]:
         """A token more for each: its piece of text, None when there is no more.
