@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from function.agent import BadInput
 from function.agents.transformers.parameters import FLAG, Parameter, whole
-from function.agents.transformers.rows import Row
-from function.agents.transformers.tasks import Numbers, TextTask, strings
+from function.agents.transformers.rows import Numbers, Row
+from function.agents.transformers.tasks import TextTask, strings
 from weights_cache.errors import WeightsError
 
 MOST_TOKENS = 384  # of a piece of the text with the question

@@ -1,10 +1,12 @@
-"""One forward pass for the inputs of a batch: rows of tokens of several lengths, side by side.
+"""One forward pass for the inputs of a batch: rows of tokens of several lengths.
 
-A row that is shorter than the longest is padded, and its padding masked. Not every model keeps the mask (some mix all tokens, or count
-positions from the end), so that padding is relied on only once it was seen to change nothing; else rows of one length share a pass.
+On a processor they are packed into one row (see `packing`), elsewhere those that are shorter than the longest are padded, and the padding
+masked. Not every model keeps a mask (some mix all tokens, or count positions from the end), so that either is relied on only once it was
+seen to change nothing; else rows of one length share a pass.
 """
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -14,11 +16,16 @@ import torch
 from torch import Tensor
 
 from function.agent import BadInput
+from function.agents.transformers.packing import MOST_TOKENS, Packing
+
+log = logging.getLogger("relight.function")
 
 MOST_CELLS = 32_768  # of one pass, padding counted
 PASS_CELLS = 32  # that a pass costs a processor besides those it has: about as long as reading the weights takes
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of what padding may change, by the largest number; in 16 bits:
+_TOLERANCE = {torch.float32: 5e-5, torch.float64: 5e-5}  # of what padding may change, by the largest number; in 16 bits:
 _TOLERANCE_16 = 3e-2
+
+Numbers = dict[str, Tensor]
 
 
 @dataclass
@@ -52,11 +59,12 @@ class Forward:
         # A tokenizer of another model's kind tells more than this one may take.
         self._known = None if any(one.kind is one.VAR_KEYWORD for one in known.values()) else set(known)
         self._pads: bool | None = None  # whether padding changes nothing; None: not tried
+        self._packing: Packing | None = None
 
-    def run(self, rows: Sequence[Row]) -> list[dict[str, Tensor]]:
+    def run(self, rows: Sequence[Row]) -> list[Numbers]:
         """The outputs for each row, [1, …] on the CPU, without what is padding."""
         order = sorted(range(len(rows)), key=lambda index: rows[index].size())
-        found: list[dict[str, Tensor]] = [{}] * len(rows)
+        found: list[Numbers] = [{}] * len(rows)
         for group in self._groups([rows[index] for index in order]):
             for output in self._pass(group):
                 found[order.pop(0)] = output
@@ -65,34 +73,58 @@ class Forward:
     def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Those that share a pass; rows come by size."""
         if len(rows[0]) != len(rows[-1]) and self._pads is None:
-            self._pads = self._pad is not None and "attention_mask" in rows[0].inputs and self._is_same_when_padded(rows[0], rows[-1])
-        if not self._pads:
+            self._try([rows[len(rows) // 2], rows[-1], rows[0]])
+        if rows[0].size() == rows[-1].size() or not (self._pads or self._packing):
             return [part for _, group in groupby(rows, Row.size) for part in _parts(list(group))]
+        if self._packing:
+            return _packs(rows)
         if self._model.device.type != "cpu":  # where a pass costs about the same however full it is
             return _parts(rows)
         return _cheapest([len(row) for row in rows], rows)
 
-    def _is_same_when_padded(self, short: Row, long: Row) -> bool:
-        (alone,), (together, _) = self._pass([short]), self._pass([short, long])
-        return all(_are_close(alone[name], together[name]) for name in alone)
+    def _try(self, rows: Sequence[Row]) -> None:
+        """Find out how rows may share a pass: their numbers are the same then as those of each alone."""
+        self._pads = False
+        if "attention_mask" not in rows[0].inputs:
+            return
+        alone = [output for row in rows for output in self._pass([row])]
+        if self._model.device.type == "cpu" and (first := first_position(self._model)) is not None:
+            self._packing = Packing(self._model, first)
+            try:
+                if _are_alike(alone, self._pass(rows)):
+                    return
+            except Exception as error:  # noqa: BLE001  the model's code was not made for this, and may raise anything
+                log.debug("%s does not take texts that are packed: %s", type(self._model).__name__, error)
+            self._packing = None
+        self._pads = self._pad is not None and _are_alike(alone, self._pass(rows))
 
-    def _pass(self, rows: Sequence[Row]) -> list[dict[str, Tensor]]:
-        device = self._model.device
-        with torch.inference_mode():
-            inputs = {
-                name: joined(name, rows, self._pad, is_left=self._is_left).to(device) for name in rows[0].inputs if self._is_taken(name)
-            }
-            outputs = self._model(**inputs, **self._more)
-            found = {name: outputs[name].cpu() for name in self._outputs}
-        return [{name: self._cut(output[at : at + 1], len(row)) for name, output in found.items()} for at, row in enumerate(rows)]
+    def _pass(self, rows: Sequence[Row]) -> list[Numbers]:
+        device, names = self._model.device, [name for name in rows[0].inputs if self._is_taken(name)]
+        is_packed = self._packing is not None and len({len(row) for row in rows}) > 1
+        try:
+            with torch.inference_mode():
+                if self._packing and is_packed:
+                    inputs = self._packing.packed({name: [row.inputs[name] for row in rows] for name in names})
+                else:
+                    inputs = {name: joined(name, rows, self._pad, is_left=self._is_left).to(device) for name in names}
+                outputs = self._model(**inputs, **self._more)
+        finally:
+            if self._packing:
+                self._packing.end()
+        found = {name: outputs[name].cpu() for name in self._outputs}
+        is_left = self._is_left and not is_packed
+        return [
+            {name: self._cut(output[at : at + 1], len(row), is_left=is_left) for name, output in found.items()}
+            for at, row in enumerate(rows)
+        ]
 
     def _is_taken(self, name: str) -> bool:
         return self._known is None or name in self._known
 
-    def _cut(self, output: Tensor, length: int) -> Tensor:
+    def _cut(self, output: Tensor, length: int, *, is_left: bool) -> Tensor:
         if not self._is_by_token:
             return output
-        return output[:, -length:] if self._is_left else output[:, :length]
+        return output[:, -length:] if is_left else output[:, :length]
 
 
 def joined(name: str, rows: Sequence[Row], pad: int | None, *, is_left: bool) -> Tensor:
@@ -127,6 +159,24 @@ def _cheapest(lengths: Sequence[int], rows: Sequence[Row]) -> list[list[Row]]:
         parts.insert(0, list(rows[begins[end] : end]))
         end = begins[end]
     return parts
+
+
+def _packs(rows: Sequence[Row]) -> list[list[Row]]:
+    """Cut so that a pass has as many tokens as may be packed, at most."""
+    parts: list[list[Row]] = [[]]
+    tokens = 0
+    for row in rows:
+        if parts[-1] and tokens + len(row) > MOST_TOKENS:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(row)
+        tokens += len(row)
+    return parts
+
+
+def _are_alike(these: Sequence[Numbers], those: Sequence[Numbers]) -> bool:
+    pairs = [(one[name], other[name]) for one, other in zip(these, those, strict=True) for name in one]
+    return all(one.shape == other.shape and _are_close(one, other) for one, other in pairs)
 
 
 def _are_close(one: Tensor, other: Tensor) -> bool:
@@ -186,17 +236,24 @@ class Texts:
 def token_limit(model: Any, tokenizer: Any) -> int | None:
     """How many tokens a model takes: what its tokenizer says, and no more than it has positions for. None if any number."""
     said = tokenizer.model_max_length
-    return min([*([said] if 0 < said < 1 << 30 else []), *_positions(model)], default=None)
+    return min([*([said] if 0 < said < 1 << 30 else []), *(count for count, _ in _positions(model))], default=None)
 
 
 def position_limit(model: Any) -> int | None:
     """How many positions a model has; None if any number."""
-    return min(_positions(model), default=None)
+    return min((count for count, _ in _positions(model)), default=None)
 
 
-def _positions(model: Any) -> Iterator[int]:
+def first_position(model: Any) -> int | None:
+    """The number of a text's first position; None where positions are not those of one table."""
+    found = {before for _, before in _positions(model)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _positions(model: Any) -> Iterator[tuple[int, int]]:
+    """Of each table of positions, how many a text may have, and the number of its first."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in ("position_embeddings", "embed_positions", "wpe") and isinstance(module, torch.nn.Embedding):
             # Where numbers are left out at the beginning: those of BART's kind say how many, those of RoBERTa's count from the padding's.
             before = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
-            yield module.num_embeddings - before
+            yield module.num_embeddings - before, before

@@ -11,10 +11,9 @@ from function.agent import BadInput
 from function.agents.transformers import loading
 from function.agents.transformers.choice import is_entailment
 from function.agents.transformers.parameters import FLAG, LABELS, TARGETS, TEMPLATE, TEXTS, TRUNCATION, Parameter, checked, one_of, whole
-from function.agents.transformers.rows import Forward, Row, Texts, token_limit
+from function.agents.transformers.rows import Forward, Numbers, Row, Texts, token_limit
 from weights_cache.errors import WeightsError
 
-Numbers = dict[str, torch.Tensor]
 SCORES = one_of("sigmoid", "softmax", "none")
 
 
@@ -91,9 +90,10 @@ class TextTask:
         return characters(input)
 
     def warm_up(self) -> None:
-        """Two texts of unlike lengths, so that it is known whether padding changes an answer."""
+        """Texts of unlike lengths, so that it is known how they may share a pass."""
         said = {"truncation": True} if "truncation" in self.parameters else {}
-        self.predict([self.example("warm up"), self.example("warm up, with more words than the other one has")], said)
+        texts = ("warm up", "the second is longer, and has other words", "a third?")
+        self.predict([self.example(text) for text in texts], said)
 
     def example(self, text: str) -> Any:
         """An input that holds the text."""
