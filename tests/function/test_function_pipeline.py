@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -406,11 +407,24 @@ def counted(agent: Any) -> Callable[[], list[tuple[int, ...]]]:
     return lambda: shapes
 
 
-def test_a_batch_is_one_forward_pass(workshop: Workshop) -> None:
+def test_a_batch_is_one_forward_pass_without_padding(workshop: Workshop) -> None:
     agent = workshop.agent(workshop.bert("ForSequenceClassification"), "text-classification")
     shapes = counted(agent)
     agent.predict(TEXTS, {})
-    assert [rows for rows, _ in shapes()] == [3]
+    assert shapes() == [(1, sum(len(workshop.tokenizer(text)["input_ids"]) for text in TEXTS))]
+
+
+def test_texts_that_cannot_be_packed_are_padded(workshop: Workshop) -> None:
+    torch.manual_seed(7)
+    config = workshop.library.GPT2Config(
+        n_embd=16, n_layer=1, n_head=2, n_positions=LIMIT, vocab_size=len(VOCABULARY), pad_token_id=0, bos_token_id=2, eos_token_id=3
+    )
+    folder = workshop.save("gpt2-padded", workshop.library.GPT2ForSequenceClassification(config), workshop.tokenizer)
+    agent = workshop.agent(folder)
+    shapes = counted(agent)
+    theirs = workshop.library.pipeline("text-classification", model=str(folder), device="cpu")
+    assert_alike(agent.predict(TEXTS, {}), theirs(TEXTS))
+    assert shapes() == [(3, max(len(workshop.tokenizer(text)["input_ids"]) for text in TEXTS))]
 
 
 def test_texts_of_a_model_that_does_not_mask_share_a_pass_only_with_those_of_their_length(workshop: Workshop) -> None:
@@ -481,3 +495,42 @@ def test_all_routes_have_the_answers_and_errors(server: Server, workshop: Worksh
         refused = request(server.port, "POST", "/v1/models/model:predict", body)
         assert (refused.status, reason in str(refused.json())) == (400, True)
     assert "Traceback" not in server.said()
+
+
+def pss_of_two(folder: Path, model: Path) -> int:
+    """Bytes of two replicas of a model, each of which has answered; pages that both use are counted once."""
+    fill_cache(folder / "cache", URI, {path.name: path.read_bytes() for path in model.iterdir()})
+    with ExitStack() as replicas:
+        total = 0
+        servers = []
+        for number in range(2):
+            port = free_port()
+            settings = {"FUNCTION_AGENT": "function.agents.transformers:Pipeline", "FUNCTION_HOST": "127.0.0.1", "PORT": str(port)}
+            env = clean_environment(**settings, WEIGHTS_URI=URI, WEIGHTS_CACHE_DIR=str(folder / "cache"))
+            servers.append(replicas.enter_context(running([sys.executable, "-m", "function"], folder / f"log-{number}", env, port)).ready())
+        for server in servers:
+            assert request(server.port, "POST", "/", {"instances": TEXTS}).status == 200
+        for server in servers:
+            for pid in (server.process.pid, *map(int, children_of(server.process.pid))):
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return total
+
+
+def children_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+@pytest.mark.soak
+def test_two_replicas_share_the_weights(workshop: Workshop, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+    config = workshop.library.BertConfig(**sizes, vocab_size=len(VOCABULARY), max_position_embeddings=LIMIT)
+    large = workshop.save("large", workshop.library.BertForSequenceClassification(config), workshop.tokenizer)
+    weights = (large / "model.safetensors").stat().st_size
+    assert weights > 300e6  # so that what else a process needs for larger tensors is little beside them
+    (tmp_path / "large").mkdir()
+    (tmp_path / "small").mkdir()
+    without = pss_of_two(tmp_path / "small", workshop.bert("ForSequenceClassification"))
+    found = pss_of_two(tmp_path / "large", large)
+    print(f"PSS of two: {found / 1e6:.0f} MB, {without / 1e6:.0f} MB without the weights of {weights / 1e6:.0f} MB")
+    assert found <= without + 1.1 * weights, f"{found / 1e6:.0f} MB, {without / 1e6:.0f} MB without weights of {weights / 1e6:.0f} MB"
