@@ -87,3 +87,8 @@ def test_any_string_has_a_vector(agent: MiniLM, sentence: str) -> None:
 def test_an_instance_that_is_no_string_is_the_callers_mistake(agent: MiniLM, instance: object) -> None:
     with pytest.raises(BadInput, match="must be a sentence"):
         agent.predict(["fine", instance])
+
+
+def test_a_sentence_tells_about_how_many_tokens_it_has(agent: MiniLM) -> None:
+    assert [agent.size(text) for text in ("", "short", "word " * 100, "word " * 1000)] == [64, 64, 128, 256]
+    assert agent.size(3) == 0  # which `predict` refuses
