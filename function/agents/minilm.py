@@ -45,7 +45,7 @@ class MiniLM:
         self.predict(["warm up"])
 
     def size(self, input: Any) -> int:  # noqa: A002  the contract's word
-        """About how many tokens it has (one for each four letters), in steps of 64: only attention is padded, so less makes no difference."""
+        """About how many tokens it has (one for four letters), in steps of 64: only attention is padded, so less makes no difference."""
         return min(-(-(len(input) // 4 + 2) // 64) * 64, MAX_TOKENS) if isinstance(input, str) else 0
 
     def predict(self, inputs: Sequence[Any]) -> Sequence[list[float]]:
