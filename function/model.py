@@ -134,8 +134,7 @@ class Model:
         Unavailable when not ready, when the queue is full or when the breaker is open.
         """
         self.admit(context.priority)
-        self._check_parameters(parameters)
-        call = Call(inputs, context, time.monotonic(), parameters=parameters, group=self._group(parameters, context))
+        call = Call(inputs, context, time.monotonic(), parameters=parameters, group=_group(self.traits, parameters, context))
         with self._admitted(context):
             if not self.batcher.put(call):
                 raise self._full(context.priority)
@@ -155,14 +154,13 @@ class Model:
         Who submits a call fails it at its deadline. Raises BadInput and Unavailable as `predict` does.
         """
         self.admit(context.priority)
-        self._check_parameters(parameters)
+        group = _group(self.traits, parameters, context)
         is_trial = self.breaker.admit()
 
         def settle() -> None:
             self.breaker.ended(is_trial=is_trial, in_time=_is_in_time(context, call.reply.error))
             then()
 
-        group = self._group(parameters, context)
         call = Call(inputs, context, time.monotonic(), reply=Reply(settle), parameters=parameters, group=group)
         if not self.batcher.put(call):
             self.breaker.ended(is_trial=is_trial, in_time=None)
@@ -196,16 +194,6 @@ class Model:
             raise
         return streams
 
-    def _check_parameters(self, parameters: Mapping[str, Any] | None) -> None:
-        if parameters and not self.traits.takes_parameters:
-            names = ", ".join(repr(name)[:60] for name in list(parameters)[:5])
-            raise BadInput(f"this model takes no parameters: leave out {names} (its agent's predict has no argument `parameters`)")
-
-    def _group(self, parameters: Mapping[str, Any] | None, context: CallContext) -> bytes:
-        """The same for the same parameters, and headers if they matter, alone: to Python 1, 1.0 and True are one."""
-        headers = context.headers if self.traits.headers_differ else None
-        return orjson.dumps([parameters or None, headers or None], option=orjson.OPT_SORT_KEYS) if parameters or headers else b""
-
     @contextmanager
     def _admitted(self, context: CallContext) -> Iterator[None]:
         """Around a call: the breaker lets it in, and learns how it ended."""
@@ -229,6 +217,18 @@ class Model:
             f"{self._settings.queue_limit} {what} are waiting already (FUNCTION_QUEUE_LIMIT)",
             retry_after_s=min(drained_s, self._settings.timeout_s),  # by then nobody waits any more who does now
         )
+
+
+def _group(traits: Traits, parameters: Mapping[str, Any] | None, context: CallContext) -> bytes:
+    """The same for the same parameters, and headers if they matter, alone: to Python 1, 1.0 and True are one.
+
+    Raises BadInput for parameters that the agent does not take.
+    """
+    if parameters and not traits.takes_parameters:
+        names = ", ".join(repr(name)[:60] for name in list(parameters)[:5])
+        raise BadInput(f"this model takes no parameters: leave out {names} (its agent's predict has no argument `parameters`)")
+    headers = context.headers if traits.headers_differ else None
+    return orjson.dumps([parameters or None, headers or None], option=orjson.OPT_SORT_KEYS) if parameters or headers else b""
 
 
 def _is_in_time(context: CallContext, error: BaseException | None) -> bool | None:
