@@ -5,14 +5,12 @@ handed out as soon as its bytes are there. Neither boto3 is imported nor, until 
 """
 
 import copy
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from weights_cache import gpu_context
 from weights_cache.catalog import INDEX, Catalog
+from weights_cache.devices import Devices
 from weights_cache.errors import WeightsError
 from weights_cache.excerpt import listed, quoted
 from weights_cache.safetensors_header import TensorInfo
@@ -22,10 +20,6 @@ from weights_cache.snapshot import Restored, Snapshot, SnapshotFile
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-    from weights_cache.restore.pipeline import Ring
-    from weights_cache.restore.placement import Placement
-    from weights_cache.restore.tier import Tier
 
     ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -43,13 +37,10 @@ class Weights(Mapping[str, "Tensor"]):
 
     def __init__(self, settings: WeightsSettings) -> None:
         """Opens nothing and waits for nothing. Raises SettingsError for a malformed URI."""
-        self._settings = settings
         self._snapshot = Snapshot(settings)
         self._folder = ""  # or a path that ends in "/"; the rest is the same for all folders but for the catalog
         self._catalog = Catalog(self._snapshot, "")
-        self._preparing = threading.Lock()  # guards the rings, and has whoever needs one wait while it is made
-        self._rings: dict[str, Ring] = {}  # by device: prepared, and not in use
-        self._tiers: list[Tier] = []  # each a lease on what was attached through it, or left
+        self._devices = Devices(settings, self._snapshot)
 
     def watch(self) -> None:
         """Have `restored` kept up to date from now on, by a thread that ends when all is there.
@@ -123,13 +114,7 @@ class Weights(Mapping[str, "Tensor"]):
 
         Its next `to` then has them. Raises WeightsError if there is no such device; nothing is to be done for `cpu`.
         """
-        if device != "cpu":
-            gpu_context.begin(device)
-            with self._preparing:
-                if device not in self._rings:
-                    ring = self._rings[device] = _open_ring(device)
-                    if self._settings.resident:
-                        ring.device.identity()  # the first time it imports the driver's bindings
+        self._devices.prepare(device)
 
     def to(self, device: "str | torch.device | Mapping[str, str]", *, dtype: "torch.dtype | None" = None) -> "Iterator[tuple[str, Tensor]]":
         """Every tensor on `device` in file order, as its bytes land.
@@ -149,7 +134,7 @@ class Weights(Mapping[str, "Tensor"]):
             return self._views()
         from weights_cache.restore.placement import Placement
 
-        return self._restore(Placement(device), dtype)
+        return self._devices.restore(self._catalog, Placement(device), dtype)
 
     def make_room(self, device: str, size: int) -> int:
         """Have weights that no function uses evicted from a device, `size` bytes of them or all there are; returns how many it were.
@@ -157,10 +142,7 @@ class Weights(Mapping[str, "Tensor"]):
         For what a model needs there beside its weights, such as a KV cache; `to` does it by itself. Raises WeightsError if there is no
         such device.
         """
-        from weights_cache.restore.device import open_device
-
-        tier = self._tier()
-        return tier.make_room(open_device(device), size) if tier else 0
+        return self._devices.make_room(device, size)
 
     def module(
         self,
@@ -193,34 +175,6 @@ class Weights(Mapping[str, "Tensor"]):
                 yield name, self._tensor(file, info)
         self._snapshot.count()
 
-    def _restore(self, placement: "Placement", dtype: "torch.dtype | None") -> "Iterator[tuple[str, Tensor]]":
-        from weights_cache.restore.pipeline import Restore
-
-        rings: dict[str, Ring] = {}
-        try:
-            for name in placement.devices:
-                if name != "cpu":
-                    with self._preparing:
-                        rings[name] = self._rings.pop(name) if name in self._rings else _open_ring(name)
-            tier = self._tier() if rings else None
-            restore = Restore(
-                [_source(file, self._catalog, self._snapshot) for file in self._catalog.files()], placement, rings, dtype, tier
-            )
-            yield from restore.tensors()
-            self._snapshot.count()
-            self._snapshot.count_resident(restore.attached_bytes, restore.copied_bytes)
-        finally:
-            for ring in rings.values():
-                ring.close()
-
-    def _tier(self) -> "Tier | None":
-        """The node's resident tier, connected anew: its agent may have been restarted."""
-        from weights_cache.restore.tier import Tier
-
-        if tier := Tier.open(self._settings.cache_dir, self._snapshot.uri, keeps=self._settings.resident):
-            self._tiers.append(tier)
-        return tier
-
     def __getitem__(self, name: str) -> "Tensor":
         return self._tensor(*self._catalog.find(name))
 
@@ -243,28 +197,3 @@ class Weights(Mapping[str, "Tensor"]):
         self._snapshot.wait(file, info.start, info.stop)
         assert file.view is not None  # it has a header at least
         return view(file.view, info)
-
-
-@dataclass
-class _Source:
-    """A file as a restore sees it."""
-
-    path: str
-    version: str
-    size: int
-    view: memoryview
-    has: Callable[[int, int], bool]
-    header: Callable[[Callable[[], None]], Sequence[TensorInfo]]
-    pause: Callable[[], None]
-
-
-def _source(file: SnapshotFile, catalog: Catalog, snapshot: Snapshot) -> _Source:
-    view = memoryview(b"") if file.view is None else file.view
-    header = lambda pause: list(catalog.header(file, pause).values())  # noqa: E731
-    return _Source(file.path, file.version, file.size, view, file.has, header, lambda: snapshot.pause(file.path))
-
-
-def _open_ring(device: str) -> "Ring":
-    from weights_cache.restore.pipeline import Ring
-
-    return Ring.open(device)
