@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +98,9 @@ def run(
     An agent's module is looked for beside the manifest, and in the folder where this is started. Files are watched: a changed manifest is
     taken at once, and changed code and weights with --reload, on SIGHUP, or when the dashboard is asked to.
     """
+    # A hang-up while we start is for the platform, which unblocks it: by itself it would end us without a word, or half-started.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+
     from knative.local import plain
     from knative.local.descriptors import raise_limit
     from knative.local.platform import Platform, PlatformSettings
@@ -123,6 +127,8 @@ def run(
             asyncio.run(main())
     except PlatformError as error:
         raise click.ClickException(plain.block(str(error))) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
 @contextlib.contextmanager

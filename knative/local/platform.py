@@ -79,6 +79,7 @@ class Platform:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop.set)
+        self._reloader.listen()
         if sys.version_info < (3, 12):
             watcher = asyncio.PidfdChildWatcher()  # the default waits in a thread for each process
             watcher.attach_loop(loop)

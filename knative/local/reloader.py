@@ -70,6 +70,10 @@ class Reloader:
     def _stamp(self) -> object:
         return self._sources.stamp(), [service.code and service.code.now() for service in self.manifests.services], self._weights()
 
+    def listen(self) -> None:
+        """Take SIGHUP from now on; it is acted upon by `run`."""
+        self._watch.listen()
+
     def ask(self) -> None:
         """Have all be read again, for the dashboard."""
         self._watch.ask("asked for")
@@ -79,7 +83,6 @@ class Reloader:
 
         notice: told of code or weights that have changed; whether they are to be taken now all the same.
         """
-        self._watch.listen()
         while True:
             by = await self._watch.changed()
             stamp = await asyncio.to_thread(self._sources.stamp)

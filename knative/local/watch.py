@@ -25,8 +25,9 @@ class Watch:
         return self._had_terminal and not _has_terminal()
 
     def listen(self) -> None:
-        """Take SIGHUP for a change."""
+        """Take SIGHUP for a change, also one that has come before and was blocked."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.ask, "SIGHUP")
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
     def ask(self, by: str) -> None:
         """Have all be read again, changed or not. by: who wants it, for people."""

@@ -249,3 +249,21 @@ def test_a_new_state_directory_is_its_users_alone(tmp_path: Path) -> None:
     with running(command(state, port, admin_port, file=str(manifest)), tmp_path / "run.log", clean_environment()):
         wait_until("its state directory", state.exists)
         assert state.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_hang_up_while_it_starts_is_taken_once_it_runs(tmp_path: Path) -> None:
+    (tmp_path / "manifests.yaml").write_text(manifests(service("hello")))
+    with running(command(tmp_path, free_port(), free_port()), tmp_path / "run.log", clean_environment()) as server:
+
+        def blocks_it() -> bool:
+            status = Path(f"/proc/{server.process.pid}/status").read_text()
+            (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigBlk:"))
+            return bool(int(mask, 16) & 1 << signal.SIGHUP - 1)
+
+        wait_until("the command", blocks_it)
+        assert server.said() == ""  # nothing has been started
+        server.signal(signal.SIGHUP)
+        wait_until("read again", lambda: server.process.poll() is not None or "manifests read again (SIGHUP)\n" in server.said())
+        assert server.process.poll() is None
+        server.signal(signal.SIGTERM)
+        assert server.wait(END_S) == 0
