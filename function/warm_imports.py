@@ -147,7 +147,7 @@ def _imports(tree: ast.AST, package: str) -> Iterator[tuple[str, str]]:
 
 
 class LeftOut(Exception):
-    """A library cannot be held: this process is of no use, and the next one is to do without it."""
+    """A library, or a module of ours, cannot be held: this process is of no use, and the next one is to do without it."""
 
     def __init__(self, library: str, reason: str, stamp: int = 0) -> None:
         """stamp: of the library as it is installed, if it is to be left out until that changes; else 0."""
@@ -171,13 +171,13 @@ class Order:
     most_bytes: int = 1 << 62
 
     def names(self) -> Iterator[str]:
-        """All that is to be imported, in turn."""
-        yield from self.modules
+        """All that is to be imported, in turn: libraries before what is ours, so that each answers for itself."""
+        yield from sorted(self.modules, key=_is_ours)
         for source in self.sources:
             agent: str = source["agent"]
             module, _, name = agent.partition(":")
             folders = [Path(folder) for folder in source["folders"]]
-            if module.partition(".")[0] in OURS:  # which may be imported, and then tells where its class really is
+            if _is_ours(module):  # which may be imported, and then tells where its class really is
                 yield agent
                 agent = f"{getattr(getattr(sys.modules.get(module), name, None), '__module__', module)}:{name}"
                 folders = [Path(__file__).parent.parent]
@@ -207,7 +207,7 @@ class Importer:
         os.environ.update(variables)
         self.env = dict(os.environ)
         for name in (*first, *self._order.names()):
-            library = name.partition(":")[0].partition(".")[0]
+            library = _held_or_left(name)
             stamp = self._order.without.get(library)
             if stamp is None or (stamp and stamp != _stamp(library)):
                 self._import(name, library)
@@ -240,7 +240,7 @@ class Importer:
         except ImportError:
             pass  # what was ordered is not installed, or not any more, or something that it needs
         except BaseException as error:
-            if not (library in OURS and isinstance(error, Exception)):  # what an agent of ours asks for is seen by its own name
+            if not (_is_ours(library) and isinstance(error, Exception)):  # what an agent of ours asks for is seen by its own name
                 raise self._left_out(library, f"cannot be imported: {type(error).__name__}: {error}"[:300]) from error
         self._seconds[library] = self._seconds.get(library, 0.0) + time.monotonic() - began
         self._check(library, list(self._reads)[known:])
@@ -261,13 +261,24 @@ class Importer:
                 raise self._left_out(library, f"changes the variable {name} when it is imported")
         self.added |= {name: value for name, value in os.environ.items() if name not in expected}
         functions = self._order.functions
-        names = {name for env in functions for name in _beginning_with(_prefixes([library]), env)}
+        prefixes = () if _is_ours(library) else _prefixes([library])  # ours reads its settings when the program begins
+        names = {name for env in functions for name in _beginning_with(prefixes, env)}
         for name in sorted({*reads, *names}):
             if len({env.get(name) for env in functions}) > 1:
-                raise LeftOut(library, f"reads {name} when it is imported, in which the functions differ")
+                raise LeftOut(library, f"reads {name} when it is imported, which is not the same in all pods")
 
     def _left_out(self, library: str, reason: str) -> LeftOut:
         return LeftOut(library, reason, _stamp(library))
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in OURS
+
+
+def _held_or_left(name: str) -> str:
+    """What is held or left out as a whole: a library, but of our packages each module, for itself."""
+    module = name.partition(":")[0]
+    return module if _is_ours(module) else module.partition(".")[0]
 
 
 def own_bytes() -> int:

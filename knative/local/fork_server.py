@@ -197,7 +197,7 @@ class ForkServer:
         if not library or not imports.leave_out(library, reason, found["stamp"]):
             return False
         if not is_told:
-            self._say(f"the fork server does without {library}, which {reason}")
+            self._say(f"{library} is imported by each function itself, which only makes its start longer: it {reason}")
         return True
 
     def _failed(self, what: str, error: Exception) -> None:

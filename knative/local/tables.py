@@ -265,7 +265,9 @@ def _held(status: dict[str, Any]) -> Iterator[str]:
     found = status.get("fork_server") or {}
     if modules := found.get("modules"):
         more = f" and {len(modules) - NAMED} more" if len(modules) > NAMED else ""
-        without = "".join(f"; without {library}, which {reason}" for library, reason in found["left_out"].items())
+        without = "".join(
+            f"; {library} is imported by each function itself, as it {reason}" for library, reason in found["left_out"].items()
+        )
         yield line(f"fork server: {size(found['bytes'])}, with {', '.join(modules[:NAMED])}{more}{without}")
 
 

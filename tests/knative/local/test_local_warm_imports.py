@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from function.warm_imports import named_in_source, site_of
+from function.warm_imports import Order, named_in_source, site_of
 from knative.local import imports as imports_module
 from knative.local.imports import FILE, Imports
 from tests.knative.local.forking import Stage, ask, lean_site, play, until
@@ -33,8 +33,8 @@ BAD = {
     "logging_": ("import logging; logging.basicConfig(level='DEBUG')", "changes how logs are written"),
     "hooking": ("import sys; sys.excepthook = print", "replaces standard files or hooks"),
     "changing": ("import os; os.environ['HOME'] = '/elsewhere'", "changes the variable HOME"),
-    "choosing": ("import os; os.environ.get('CHOICE')", "reads CHOICE when it is imported, in which the functions differ"),
-    "native": ("", "reads NATIVE_LEVEL when it is imported, in which the functions differ"),
+    "choosing": ("import os; os.environ.get('CHOICE')", "reads CHOICE when it is imported, which is not the same in all pods"),
+    "native": ("", "reads NATIVE_LEVEL when it is imported, which is not the same in all pods"),
     "large": ("content = bytearray(1 << 27); content[::4096] = b'x' * (1 << 15)", "would take the fork server to "),
 }
 GOOD = {
@@ -42,11 +42,13 @@ GOOD = {
     "reading": "text = open(__file__)",
     "asking": "import os\nfor name, value in os.environ.items(): pass\nos.environ.copy()",
 }
+OURS = ("function.agents.echo", "weights_cache.uri")
 TRY = """
 import json, os, sys
 from function.warm_imports import Importer, LeftOut, Order, own_bytes
 
 functions = [{"CHOICE": "a", "NATIVE_LEVEL": "1", "PORT": "1"}, {"CHOICE": "b", "NATIVE_LEVEL": "1", "PORT": "2"}, {"CHOICE": "a"}]
+functions = [{**env, "WEIGHTS_CACHE_DIR": f"/pod-{number}", "FUNCTION_AGENT": f"agent:A{number}"} for number, env in enumerate(functions)]
 for library in sys.argv[1:]:
     told, tell = os.pipe()
     child = os.fork()
@@ -75,7 +77,7 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     for name, code in {**{name: code for name, (code, _) in BAD.items()}, **GOOD}.items():
         (packages / f"{name}.py").write_text(code)
     env = {"PATH": os.environ["PATH"], "HOME": "/home", "PYTHONPATH": f"{packages}:{ROOT}", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-c", TRY, *BAD, *GOOD], env=env, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", TRY, *BAD, *GOOD, *OURS], env=env, capture_output=True, text=True, timeout=60, check=True)
     return {library: said for library, *said in map(json.loads, done.stdout.splitlines())}
 
 
@@ -89,6 +91,16 @@ def test_a_library_that_leaves_nothing_behind_is_held(tried: Mapping[str, Any], 
     reason, libraries, added = tried[library]
     assert (reason, library in libraries) == ("", True)
     assert added == ({"QUIET_HOME": "/quiet"} if library == "quiet" else {})
+
+
+@pytest.mark.parametrize("module", OURS)
+def test_settings_of_ours_are_no_reason_to_leave_our_modules_out(tried: Mapping[str, Any], module: str) -> None:
+    assert tried[module] == ["", [], {}]
+
+
+def test_a_library_that_our_modules_import_answers_for_itself() -> None:
+    order = Order(modules=["function.agents", "weights_cache.restore", "numpy", "function.agents.echo", "torch"])
+    assert list(order.names()) == ["numpy", "torch", "function.agents", "weights_cache.restore", "function.agents.echo"]
 
 
 def test_what_an_agents_source_names(tmp_path: Path) -> None:
@@ -260,7 +272,9 @@ def test_functions_have_what_was_imported_for_them(project: Path, tmp_path: Path
         assert stage.server.pid  # the one before goes on
         await until("the next", lambda: stage.server._current and "threads_library" in stage.server._current.order["without"])
         assert "later_library" in stage.server.status()["modules"]
-        assert stage.said == ["the fork server does without threads_library, which starts threads when it is imported"]
+        assert stage.said == [
+            "threads_library is imported by each function itself, which only makes its start longer: it starts threads when it is imported"
+        ]
 
         # A file of the user's that would be in a library's place, and a package that is replaced.
         (project / "slow_library.py").write_text("pid, level = 0, 'mine'")
@@ -298,7 +312,8 @@ def test_a_library_that_ends_the_process_is_left_out(project: Path, tmp_path: Pa
     async def scene(stage: Stage) -> None:
         could_not, without = stage.said
         assert could_not.startswith("the fork server could not be warmed up")  # once, which may have been anybody's doing
-        assert without == "the fork server does without slow_library, which ends or hangs the process that imports it"
+        assert without.startswith("slow_library is imported by each function itself")
+        assert without.endswith(": it ends or hangs the process that imports it")
         assert "numpy" in stage.server.status()["modules"]
         process = replace(stage.process(), env={**stage.process().env, "FUNCTION_AGENT": "function.agents.echo:Echo"})
         async with stage.running(process) as container:
