@@ -67,7 +67,7 @@ deploy: ## Apply an overlay and wait until it is ready (the variables of render,
 undeploy: ## Delete what deploy made
 status: ## Show the Service, its revisions and pods
 logs: ## Print the logs of its pods (CONTAINER=, FOLLOW=true)
-invoke: ## Send it a request (DATA=, ROUTE=, ADDRESS=)
+invoke: ## Send it a request (DATA=, ROUTE=, HEADER=, ADDRESS=)
 build: ## Build the images (IMAGE=, WEIGHTS_IMAGE=, QUEUE_IMAGE=, VARIANT=cpu or cuda, SBOM=folder, OPTIONS=), or with AGENT_DIR=folder an agent's
 push: ## Push the images
 

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import yaml
 
+from knative.deploy import pullable
 from knative.deploy.errors import DeployError
-from knative.deploy.objects import Object, container, get_env, services, set_env
+from knative.deploy.objects import Object, container, get_env, pod_spec, services, set_env
 from knative.deploy.variables import Variables
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 EXAMPLE = "relight/example"  # an annotation of the Service: a request that shows the agent at work
 OUR_IMAGE = "relight-function"
+NO_WEIGHTS = "none"  # as WEIGHTS_URI: of an agent that has none
+_SIDECAR = "weights-cache"  # the container, and the volume that it fills
 # Of our own agents, those whose libraries are not in our image.
 _WITH_LIBRARIES = ("function.agents.transformers", "function.agents.onnx")
 _OF_BOTH = "WEIGHTS_"  # settings that a function shares with its sidecar
@@ -70,8 +73,22 @@ def put(variables: Variables, service: Object) -> None:
         del annotations[EXAMPLE]
 
 
-def check(variables: Variables, objects: Iterable[Object]) -> None:
-    """Raises DeployError for an agent that cannot belong to its weights or is not in its image, and for settings that it would refuse."""
+def without_weights(service: Object) -> None:
+    """Take away what brings weights: the sidecar, the cache, and the variables that lead there."""
+    spec, function = pod_spec(service), container(service, "function")
+    spec["containers"] = [one for one in spec["containers"] if one["name"] != _SIDECAR]
+    spec["volumes"] = [one for one in spec.get("volumes", []) if one["name"] != _SIDECAR]
+    function["volumeMounts"] = [one for one in function.get("volumeMounts", []) if one["name"] != _SIDECAR]
+    function["env"] = [one for one in function.get("env", []) if one["name"] not in ("WEIGHTS_URI", "WEIGHTS_CACHE_DIR")]
+
+
+def check(variables: Variables, objects: Iterable[Object]) -> list[str]:
+    """Raises DeployError for an agent that cannot belong to its weights or is not in its image, and for settings that it would refuse.
+
+    Returns what is no error, and yet to be told.
+    """
+    objects = list(objects)
+    notes = pullable.notes(pullable.named(objects))
     for service in services(objects):
         function = container(service, "function")
         agent = get_env(function, "FUNCTION_AGENT")
@@ -80,10 +97,18 @@ def check(variables: Variables, objects: Iterable[Object]) -> None:
             _check_image(agent, function.get("image", ""))
         if agent and (variables.environment or "/" in variables.env):  # else there are only our own
             _check_settings(function)
+        if variables.agent and EXAMPLE not in service["metadata"].get("annotations", {}):
+            notes.append(f"{agent} has no EXAMPLE='{{…}}', and the demo's is left out: `make invoke` will need DATA='{{…}}'")
+    return notes
 
 
 def _check_weights(variables: Variables, name: str, agent: str, uri: str | None) -> None:
     weights = (uri or demo().weights).partition("#")[0]
+    if variables.agent and agent != demo().agent and uri == demo().weights and not variables.weights_uri:
+        raise DeployError(
+            f"WEIGHTS_URI: which? {agent} would get the demo's weights, {uri}\n"
+            f"name those of this agent, as WEIGHTS_URI=s3://bucket/prefix; if it has none, say WEIGHTS_URI={NO_WEIGHTS}"
+        )
     if variables.agent or agent != demo().agent or (name, weights) == (demo().name, demo().weights):
         return
     raise DeployError(

@@ -17,7 +17,7 @@ from knative.deploy.errors import DeployError
 from knative.deploy.kubectl import Kubectl
 from knative.deploy.render import deadline_s, dump, render, render_cluster
 from knative.deploy.variables import Variables
-from knative.local import plain
+from knative.local import plain, sent_headers
 from weights_cache.environment import masked
 
 INVOKE_S = 600.0  # a cold start is waited for; Knative itself gives up sooner
@@ -65,7 +65,8 @@ def _variables(command: Callable[[Variables], None]) -> Callable[..., None]:
 def render_(variables: Variables) -> None:
     """Print the manifests of an overlay (ENV=)."""
     objects = render(variables, Kubectl(variables.kubectl))
-    agent.check(variables, objects)
+    for note in agent.check(variables, objects):
+        click.echo(f"note: {note}", err=True)
     click.echo(dump(objects), nl=False)
 
 
@@ -130,11 +131,15 @@ def logs(variables: Variables) -> None:
 @cluster.command()
 @_variables
 def invoke(variables: Variables) -> None:
-    """Send a request (DATA=, ROUTE=; by default the Service's example) and print the answer; the exit status is 1 if it is an error."""
+    """Send a request (DATA=, ROUTE=, HEADER=; by default the Service's example) and print the answer; an error ends with status 1."""
     service = rollout.find(variables, Kubectl(variables.kubectl))
-    body = variables.data or service["metadata"].get("annotations", {}).get(EXAMPLE, '{"instances": ["hello"]}')
+    body = variables.data
+    if body is None and variables.route == "/":
+        body = service["metadata"].get("annotations", {}).get(EXAMPLE)
+        if body is None:
+            raise DeployError(f"{service['metadata']['name']} has no example (EXAMPLE= of `make deploy`): say what to send, DATA='{{…}}'")
     try:
-        code, answer = _ask(variables, service, variables.route, None if variables.route != "/" and not variables.data else body, INVOKE_S)
+        code, answer = _ask(variables, service, variables.route, body, INVOKE_S)
     except _NotReached as error:
         raise DeployError(str(error)) from error
     click.echo(plain.body(answer))
@@ -177,6 +182,7 @@ def _ask(variables: Variables, service: dict[str, Any], route: str, body: str | 
     if not url:
         raise DeployError(f"{service['metadata']['name']} has no URL yet: `make status` tells why")
     headers = {"Content-Type": "application/json"} if body is not None else {}
+    headers |= dict(sent_headers.parse([variables.header] if variables.header else []))
     if variables.address:  # the gateway chooses by the host
         headers["Host"], url = urlsplit(url).netloc, variables.address
     request = urllib.request.Request(url.rstrip("/") + route, body.encode() if body is not None else None, headers)  # noqa: S310  http or https

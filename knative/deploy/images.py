@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
+from knative.deploy import pullable
 from knative.deploy.errors import DeployError, VariableError
 from knative.deploy.variables import Variables
 
@@ -167,11 +168,12 @@ def sbom(engine: str, image: str) -> bytes:
 def push(variables: Variables, say: Callable[[str], object]) -> None:
     """All but a queue source that nobody named; with AGENT_DIR, of what is not the agent's own what is here under the name that was said.
 
-    Raises DeployError if there is no engine, an image has no registry, or a push fails.
+    Raises DeployError if there is no engine, an image has no registry or a placeholder for it, or a push fails.
     """
     wanted = {target: image for target, image in names(variables).items() if target != "queue-source" or variables.queue_image}
     if variables.agent_dir and not variables.weights_image:
         del wanted["weights-cache"]
+    pullable.check((VARIABLES[target], image) for target, image in wanted.items())
     for target, image in wanted.items():
         if "/" not in image:
             raise DeployError(f"{image} names no registry: say where to, as {VARIABLES[target]}=registry.example.com/{image}")

@@ -8,6 +8,12 @@ from knative.deploy.errors import DeployError
 Object = dict[str, Any]
 SERVING = "serving.knative.dev/"
 MAKE_PODS = ("Service", "Deployment", "DaemonSet", "ContainerSource")
+# Which variable names the image of our containers.
+IMAGE_VARIABLES = {
+    "function": "IMAGE",
+    **dict.fromkeys(("weights-cache", "agent", "directory"), "WEIGHTS_IMAGE"),
+    "queue-source": "QUEUE_IMAGE",
+}
 
 
 def services(objects: Iterable[Object]) -> list[Object]:

@@ -18,7 +18,7 @@ from knative.deploy import agent, flags
 from knative.deploy.agent import MANIFESTS
 from knative.deploy.errors import DeployError, KubectlError, VariableError
 from knative.deploy.kubectl import Kubectl
-from knative.deploy.objects import Object, belongs, container, containers, get_env, pod_spec, services, set_env
+from knative.deploy.objects import IMAGE_VARIABLES, Object, belongs, container, containers, get_env, pod_spec, services, set_env
 from knative.deploy.variables import SET, Variables
 
 GROUPS = {  # at most one of each
@@ -27,6 +27,7 @@ GROUPS = {  # at most one of each
     "source of this name": ("sqs", "sqs-keda", "amqp", "rabbitmq", "integration-source"),
     "owner of the dead letters": ("broker", "kafka"),
 }
+_FOR_WEIGHTS = ("node-cache-pvc", "node-cache-agent", "prefetch", "gpu-resident")
 NEEDS = {"prefetch": ("node-cache-agent", "gpu"), "gpu-resident": ("node-cache-agent", "gpu")}
 
 TELL_FAILURE, TELL_FAILURE_S = "FUNCTION_TELL_FAILURE_S", 10.0
@@ -52,6 +53,8 @@ def render(variables: Variables, kubectl: Kubectl) -> list[Object]:
     overlay = _overlay(variables.env)
     named = list(_components(overlay))
     added = [name for name in _wanted(variables) if name not in named]
+    if variables.weights_uri == agent.NO_WEIGHTS and (for_weights := [name for name in named + added if name in _FOR_WEIGHTS]):
+        raise VariableError("WEIGHTS_URI", agent.NO_WEIGHTS, f"does not go with {', '.join(for_weights)}, which is there for weights")
     if variables.gpu == 0 and "gpu" in named + added:
         raise VariableError("GPU", 0, f"the overlay {variables.env} has the component gpu; choose another with ENV=")
     events = variables.events or ("sqs" if variables.queue_url and not set(_QUEUE_SOURCES) & set(named) else None)
@@ -113,6 +116,14 @@ def check_annotations(objects: Iterable[Object], settings: flags.Config) -> None
 
 def _overlay(env: str) -> Path:
     folder = Path(env) if "/" in env else MANIFESTS / "overlays" / env
+    if "/" not in env and Path("kustomization.yaml").is_file():
+        raise VariableError(
+            "ENV",
+            env,
+            "names an overlay of Relight's own, which serves the demo, and this folder is an overlay itself: leave ENV out of `make …`"
+            " here (`relight cluster …` takes ENV=./) and say what to add, COMPONENTS=gpu,…; for another overlay of yours name its folder,"
+            " with a / in it",
+        )
     if (folder / "kustomization.yaml").is_file():
         return folder.resolve()
     known = sorted(path.parent.name for path in (MANIFESTS / "overlays").glob("*/kustomization.yaml"))
@@ -180,11 +191,10 @@ def _put(variables: Variables, objects: list[Object]) -> None:
             for volume in pod_spec(item).get("volumes", []):
                 if Path(volume.get("hostPath", {}).get("path", "/")).parent == _CACHE:
                     volume["hostPath"]["path"] = str(_CACHE / namespace)  # who can read it can read every model in it
-    images = ((variables.image, "function"), (variables.weights_image, "weights-cache"), (variables.queue_image, "queue-source"))
-    for image, pattern in images:
-        for one in containers(objects) if image else ():
-            if one["name"] == pattern or (pattern == "weights-cache" and one["name"] in ("agent", "directory")):
-                one["image"] = image
+    images = {"IMAGE": variables.image, "WEIGHTS_IMAGE": variables.weights_image, "QUEUE_IMAGE": variables.queue_image}
+    for one in containers(objects):
+        if image := images.get(IMAGE_VARIABLES.get(one["name"], "")):
+            one["image"] = image
     if not found and any(one["kind"] in _HAVE_SINKS for one in objects):
         raise DeployError(f"EVENTS: the overlay {variables.env} has no Knative Service that they could be sent to")
     chosen = [name.upper() for name in _OF_A_SERVICE if getattr(variables, name) is not None]
@@ -237,7 +247,9 @@ def _put_service(variables: Variables, service: Object, objects: list[Object]) -
             if item is not service and belongs(item, one):
                 item |= _renamed(item, one, name)
     uri = variables.weights_uri or get_env(function, "WEIGHTS_URI")
-    if uri:
+    if uri == agent.NO_WEIGHTS:
+        agent.without_weights(service)
+    elif uri:
         set_weights(service, uri)
         _prefetch(objects, olds | {name}, name, uri)
     template = service["spec"]["template"]

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from knative.deploy import agent, preflight, progress
+from knative.deploy import agent, preflight, progress, pullable
 from knative.deploy.errors import DeployError, KubectlError
 from knative.deploy.kubectl import NOT_FOUND, Kubectl
 from knative.deploy.objects import Object, belongs, get_env, one_service, pod_spec
@@ -34,9 +34,10 @@ def deploy(variables: Variables, kubectl: Kubectl, say: Say) -> Object:
     """Apply the overlay and wait until it is ready; returns the Service as the cluster has it. Raises DeployError."""
     objects = render(variables, kubectl)
     service = one_service(objects)
-    agent.check(variables, objects)
+    pullable.check(pullable.named(objects))
+    notes = agent.check(variables, objects)
     name, namespace = service["metadata"]["name"], service["metadata"].get("namespace", "default")
-    for note in preflight.check(kubectl, namespace, objects, variables.overlay_in_words()):
+    for note in notes + preflight.check(kubectl, namespace, objects, variables.overlay_in_words()):
         say(f"note: {note}")
     if variables.pin:
         _pin(objects, service, say)

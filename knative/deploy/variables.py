@@ -11,6 +11,7 @@ from typing import Any
 from knative.autoscaler.config import TARGET_MIN
 from knative.autoscaler.spec import CONTAINER_CONCURRENCY_MAX
 from knative.deploy.errors import VariableError
+from knative.local import sent_headers
 from weights_cache.environment import is_secret
 
 _LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -19,7 +20,7 @@ _IMAGE = re.compile(
     r"([a-zA-Z0-9][-.a-zA-Z0-9]*(:[0-9]+)?/)?[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*"
     r"(:[\w][\w.-]{0,127})?(@sha256:[0-9a-f]{64})?"
 )
-_WEIGHTS = re.compile(r"s3://[^/#\s]+/[^#\s]*[^/#\s](#[0-9a-f]{32})?")
+_WEIGHTS = re.compile(r"none|s3://[^/#\s]+/[^#\s]*[^/#\s](#[0-9a-f]{32})?")
 # As SQS has them, and those who imitate it: an account or a word for it, and the queue's name.
 _QUEUE = re.compile(r"https?://[^/\s@?#]+/[\w-]+/[\w-]{1,80}(\.fifo)?", re.ASCII)
 _AGENT = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -48,7 +49,7 @@ class Variables:
     namespace: str | None = None
     image: str | None = None  # of the function
     weights_image: str | None = None  # of the sidecar and the agent
-    weights_uri: str | None = None
+    weights_uri: str | None = None  # "none" of an agent without
     agent: str | None = None  # package.module:Class
     example: str | None = None  # a request that shows the agent at work, as JSON
     device: str | None = None  # where the model runs
@@ -67,6 +68,7 @@ class Variables:
     timeout: int | None = None  # seconds that `deploy` waits; by default as long as the revision may take, and a minute
     data: str | None = None  # a request body, for `invoke`
     route: str = "/"  # where to, for `invoke`
+    header: str | None = None  # `Name: value`, for `invoke`
     address: str | None = None  # where the cluster's gateway answers, if the Service's host name does not lead there
     container: str = "function"  # whose log
     follow: bool = False  # go on with the log
@@ -157,6 +159,15 @@ def _json(name: str, text: str) -> str:
     return text
 
 
+def _header(name: str, text: str) -> str:
+    try:
+        sent_headers.parse([text])
+    except ValueError as error:
+        # What it holds is not repeated: it may be a key.
+        raise VariableError(name, "…", "must be a header that a caller may choose, as 'Name: value'") from error
+    return text
+
+
 def _names(name: str, text: str) -> tuple[str, ...]:
     found = tuple(dict.fromkeys(re.split(r"[,\s]+", text.strip(", \t\n"))))
     if not all(re.fullmatch(r"[a-z][-a-z0-9]*", one) for one in found):
@@ -208,7 +219,7 @@ _CHECKS: Mapping[str, Callable[[str, str], Any]] = {
     "NAMESPACE": _label,
     "IMAGE": _image,
     "WEIGHTS_IMAGE": _image,
-    "WEIGHTS_URI": _matching(_WEIGHTS, "must be s3://bucket/prefix, or s3://bucket/prefix#snapshot with the 32 hex digits of one"),
+    "WEIGHTS_URI": _matching(_WEIGHTS, "must be s3://bucket/prefix, s3://bucket/prefix#snapshot with the 32 hex digits of one, or none"),
     "AGENT": _matching(_AGENT, "must be package.module:Class"),
     "EXAMPLE": _json,
     "DEVICE": _matching(re.compile(r"cpu|cuda(:\d+)?"), "must be cpu, cuda or cuda:0"),
@@ -226,6 +237,7 @@ _CHECKS: Mapping[str, Callable[[str, str], Any]] = {
     "TIMEOUT": _whole(1, 86_400),
     "DATA": lambda _, text: text,
     "ROUTE": _matching(re.compile(r"/\S*"), "must begin with /"),
+    "HEADER": _header,
     "ADDRESS": _matching(re.compile(r"https?://[^/\s]+"), "must be http://host:port"),
     "CONTAINER": _label,
     "FOLLOW": _yes,

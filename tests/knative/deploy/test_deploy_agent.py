@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from knative.deploy import agent
+from knative.deploy import agent, images, pullable
 from knative.deploy.agent import MANIFESTS
 from knative.deploy.errors import DeployError, VariableError
 from knative.deploy.kubectl import Kubectl
@@ -61,10 +61,13 @@ def test_the_demos_example_stays_with_the_demo() -> None:
     [
         pytest.param(base("linear"), Variables(), "AGENT: which? linear, with the weights at s3://models/minilm, would be", id="name"),
         pytest.param(base(WEIGHTS_URI="s3://models/linear#" + "0" * 32), Variables(), "the weights at s3://models/linear,", id="weights"),
+        pytest.param(
+            base(FUNCTION_AGENT="a:B"), Variables(agent="a:B"), "WEIGHTS_URI: which? a:B would get the demo's", id="demo's weights"
+        ),
         pytest.param(base(FUNCTION_AGENT="a:B"), Variables(), "the module a cannot be in relight-function, which is Relight's", id="image"),
         pytest.param(
             base(FUNCTION_AGENT="function.agents.transformers:Chat"),
-            Variables(agent="function.agents.transformers:Chat"),
+            Variables(agent="function.agents.transformers:Chat", weights_uri="s3://models/minilm"),
             "the libraries of that agent cannot be in relight-function",
             id="libraries",
         ),
@@ -81,6 +84,45 @@ def test_an_agent_that_cannot_have_these_weights_or_be_in_this_image_is_refused(
         return
     with pytest.raises(DeployError, match=re.escape(reason)):
         agent.check(variables, [service])
+
+
+def test_an_agent_without_weights_says_so_and_has_neither_sidecar_nor_cache() -> None:
+    words = [*OWN[:2], "AGENT=my_model:Rules", "WEIGHTS_URI=none"]
+    objects = rendered(*words)
+    notes = agent.check(Variables.parse(words), objects)
+    assert notes == ["my_model:Rules has no EXAMPLE='{…}', and the demo's is left out: `make invoke` will need DATA='{…}'"]
+    spec = pod_spec(one_service(objects))
+    (function,) = spec["containers"]
+    assert {one["name"] for one in function["env"]} == {"FUNCTION_AGENT", "FUNCTION_MODEL_NAME", "FUNCTION_DEVICE"}
+    assert [one["name"] for one in (*spec["volumes"], *function["volumeMounts"])] == ["tmp", "tmp"]
+    assert "weights-cache" not in yaml.safe_dump_all(objects)
+    with pytest.raises(VariableError, match="WEIGHTS_URI=none: does not go with node-cache-pvc, which is there for weights"):
+        rendered(*words, "COMPONENTS=node-cache-pvc")
+
+
+def test_images_that_no_cluster_can_pull_are_told_and_placeholders_are_not_deployed() -> None:
+    ours = pullable.named(rendered("IMAGE=registry.example.com/flowers:1", "EVENTS=amqp"))
+    version = images.version()
+    assert ours == [
+        ("IMAGE", "registry.example.com/flowers:1"),
+        *(("WEIGHTS_IMAGE", f"relight-weights-cache:{version}"), ("QUEUE_IMAGE", f"relight-queue-source:{version}")),
+    ]
+    assert pullable.notes(ours) == [
+        "IMAGE=registry.example.com/flowers:1: registry.example.com is a placeholder, which `make deploy` and `make push` refuse",
+        f"WEIGHTS_IMAGE=relight-weights-cache:{version} QUEUE_IMAGE=relight-queue-source:{version}: "
+        "without a registry in its name an image is found only where it was loaded into the nodes",
+    ]
+    with pytest.raises(DeployError, match=r"IMAGE=registry.example.com/flowers:1: registry.example.com is a placeholder; name the image"):
+        pullable.check(ours)
+    assert pullable.notes([("IMAGE", "ghcr.io/me/flowers:1"), ("WEIGHTS_IMAGE", "me/weights:1")]) == []
+
+
+def test_in_a_folder_that_is_an_overlay_none_of_ours_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kustomization.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    for words in (["ENV=gpu"], []):
+        with pytest.raises(VariableError, match=r"names an overlay of Relight's own, which serves the demo, and this folder is an overlay"):
+            rendered(*words)
 
 
 @pytest.mark.parametrize(

@@ -95,16 +95,16 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return told
 
 
-NAMED = Variables(image="registry.example.com/function:1", weights_image="registry.example.com/weights:1")
+NAMED = Variables(image="r.example.com/function:1", weights_image="r.example.com/weights:1")
 
 
 def test_what_is_named_is_pushed_and_a_queue_source_only_if_it_is(engine: Path) -> None:
     said: list[str] = []
     images.push(NAMED, said.append)
-    assert said == ["pushing registry.example.com/function:1", "pushing registry.example.com/weights:1"]
-    images.push(replace(NAMED, queue_image="registry.example.com/queue:1"), said.append)
+    assert said == ["pushing r.example.com/function:1", "pushing r.example.com/weights:1"]
+    images.push(replace(NAMED, queue_image="r.example.com/queue:1"), said.append)
     pushes = [line for line in engine.read_text().splitlines() if line.startswith("push")]
-    assert pushes == [f"push registry.example.com/{name}:1" for name in ("function", "weights", "function", "weights", "queue")]
+    assert pushes == [f"push r.example.com/{name}:1" for name in ("function", "weights", "function", "weights", "queue")]
 
 
 OURS = " ".join(images.names(Variables()).values())
@@ -175,12 +175,14 @@ def test_a_recipe_without_requirements_installs_nothing_and_ends_as_nobody() -> 
 def test_with_an_agents_image_a_sidecar_that_is_not_here_is_not_pushed(engine: Path, folder: Path) -> None:
     said: list[str] = []
     images.push(replace(NAMED, agent_dir=folder), said.append)
-    assert said == ["pushing registry.example.com/function:1", "registry.example.com/weights:1 is not here, and so not pushed"]
+    assert said == ["pushing r.example.com/function:1", "r.example.com/weights:1 is not here, and so not pushed"]
 
 
 def test_nothing_is_pushed_while_one_image_names_no_registry(engine: Path) -> None:
     with pytest.raises(DeployError, match=r"relight-weights-cache:\S+ names no registry: say where to, as WEIGHTS_IMAGE="):
         images.push(Variables(image=NAMED.image), print)
+    with pytest.raises(DeployError, match=r"QUEUE_IMAGE=registry.example.com/queue:1: registry.example.com is a placeholder"):
+        images.push(replace(NAMED, queue_image="registry.example.com/queue:1"), print)
     assert engine.read_text() == ""
 
 

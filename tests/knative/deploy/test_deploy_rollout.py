@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from tests.support import BIN, clean_environment, free_port, request, running, w
 
 URI = "s3://models/minilm#0123456789abcdef0123456789abcdef"
 
+# As a registry has them; without one they are told to be nowhere.
+IMAGES = ("IMAGE=r.example.com/function:1", "WEIGHTS_IMAGE=r.example.com/weights:1")
 MINILM = "AGENT=function.agents.minilm:MiniLM"  # under whatever name
 
 Run = Callable[..., Result]
@@ -76,7 +79,7 @@ def test_a_deploy_applies_everything_tells_how_far_it_is_and_prints_the_url(clus
             cluster.add("pods", pod(revision, **states[(look - 1) // 2]), "default")
 
     cluster.controller = slowly
-    done = deploy(run, "NAME=ada")
+    done = deploy(run, *IMAGES, "NAME=ada")
     assert (done.exit_code, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         "ada-00001: ada-00001-pod: waiting for its node",
@@ -280,12 +283,12 @@ def test_a_revision_is_pinned_to_the_weights_that_the_store_has_and_new_weights_
         return str(uri)
 
     store.put_object(Bucket="models", Key="minilm/model.safetensors", Body=b"first")
-    done = run("deploy")
+    done = run("deploy", *IMAGES)
     assert (done.exit_code, done.stderr) == (0, "")
     first = pinned()
     assert re.fullmatch(r"s3://models/minilm#[0-9a-f]{32}", first)
     assert done.stdout.splitlines()[0] == f"weights: {first}"
-    assert "no new revision" in run("deploy").stdout
+    assert "no new revision" in run("deploy", *IMAGES).stdout
 
     store.put_object(Bucket="models", Key="minilm/model.safetensors", Body=b"second")
     assert run("deploy").exit_code == 0
@@ -344,6 +347,7 @@ class Gateway:
     def __init__(self, answer: Callable[[bytes], int] = lambda _: 200, said: bytes = b"the answer") -> None:
         outer = self
         self.asked: list[tuple[str, str, str, bytes]] = []
+        self.headers: list[Message] = []  # of each
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -351,6 +355,7 @@ class Gateway:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                outer.headers.append(self.headers)
                 outer.asked.append((self.command, self.path, self.headers["Host"], body))
                 self.send_response(answer(body))
                 self.end_headers()
@@ -430,6 +435,24 @@ def test_invoke_sends_the_example_through_the_gateway_that_is_named(cluster: Clu
         ("POST", "/", host, b'{"a": 1}'),
     ]
     assert (models.exit_code, gateway.asked[2]) == (1, ("GET", "/v1/models", host, b""))
+
+
+def test_invoke_without_an_example_asks_for_one(cluster: Cluster, run: Run) -> None:
+    assert deploy(run, "AGENT=my_model:Linear", *IMAGES).exit_code == 0
+    with Gateway() as gateway:
+        done = run("invoke", gateway.address)
+    assert (done.exit_code, gateway.asked) == (1, [])
+    assert "minilm has no example (EXAMPLE= of `make deploy`): say what to send, DATA='{…}'" in done.stderr
+
+
+def test_invoke_sends_a_header_that_is_given(cluster: Cluster, run: Run) -> None:
+    assert deploy(run).exit_code == 0
+    with Gateway() as gateway:
+        assert run("invoke", gateway.address, "HEADER=Authorization: Bearer a:b").exit_code == 0
+        assert gateway.headers[0]["Authorization"] == "Bearer a:b"
+        refused = run("invoke", gateway.address, "HEADER=Bearer a-key")
+    assert (refused.exit_code, len(gateway.asked)) == (1, 1)
+    assert "HEADER=…: must be a header that a caller may choose, as 'Name: value'" in refused.stderr
 
 
 def test_a_gateway_on_this_machine_is_asked_without_a_proxy(cluster: Cluster, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def annotations(objects: list[Object]) -> dict[str, str]:
         ("IMAGE=registry.example.com/Function:1", "must be an image: registry/path:tag, or with @sha256: and 64 hex digits"),
         ("IMAGE=function:1@sha256:beef", "must be an image"),
         ("WEIGHTS_IMAGE=a b", "must be an image"),
-        ("WEIGHTS_URI=https://models/minilm", "must be s3://bucket/prefix, or s3://bucket/prefix#snapshot with the 32 hex digits of one"),
+        ("WEIGHTS_URI=https://models/minilm", "must be s3://bucket/prefix, s3://bucket/prefix#snapshot with the 32 hex digits of one, or"),
         ("WEIGHTS_URI=s3://models", "must be s3://bucket/prefix"),
         ("WEIGHTS_URI=s3://models/minilm#latest", "must be s3://bucket/prefix"),
         ("MIN_SCALE=-1", "must be a whole number from 0 to 1000000"),
