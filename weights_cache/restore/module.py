@@ -137,7 +137,7 @@ def _placeholders() -> Iterator["_Placeholders"]:
     """While it lasts, parameters that this thread makes are placeholders."""
     with ExitStack() as entered:
         torch.empty(0, device=_META)  # what torch imports for its first one is not imported in the middle of somebody's constructor
-        if torch.get_default_device().type != "cpu":
+        if torch.empty(0).device.type != "cpu":  # which `get_default_device` of torch 2.6 does not know of a `with torch.device`
             entered.enter_context(torch.device("cpu"))  # what becomes a placeholder takes no room on a device before
         mode = entered.enter_context(_Placeholders())
         entered.enter_context(_making)
