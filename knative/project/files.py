@@ -15,6 +15,8 @@ from knative.deploy.variables import Variables
 _TEMPLATES = Path(__file__).parent / "templates"
 _BASE = Path(__file__).parents[1] / "manifests" / "base"
 _SUFFIX = ".txt"  # so that nothing takes a template for a module or a manifest of ours
+# Of service.yaml: what is before the example, and the example.
+EXAMPLE_LINE = r"(?m)^( *relight/example: )(.*)$"
 # What is called otherwise in a project than here.
 _PLACES = {"gitignore": ".gitignore", "dockerignore": ".dockerignore", "ci.yaml": ".github/workflows/ci.yaml"}
 
@@ -99,20 +101,25 @@ def files(name: str, kind: Kind) -> dict[str, str]:
     return found
 
 
+def quoted(request: str) -> str:
+    """As YAML has it on a line."""
+    doubled = request.replace("'", "''")
+    return f"'{doubled}'"
+
+
 def _filled(text: str, words: Mapping[str, str]) -> str:
     return re.sub(rf"@({'|'.join(words)})@", lambda found: words[found[1]], text)
 
 
 def _service(text: str, name: str, kind: Kind) -> str:
     """The base's Service with the project's names, its comments kept."""
-    example = kind.example.replace("'", "''")
     for pattern, value in (
-        (r"^(  name: )minilm$", name),
-        (r"^(    relight/example: ).*$", f"'{example}'"),
-        (r"(?<=name: FUNCTION_AGENT\n)( +value: ).*$", kind.agent),
-        (r"(?<=name: FUNCTION_MODEL_NAME\n)( +value: ).*$", name),
-        (r"(?<=name: WEIGHTS_URI\n)( +value: ).*$", f"s3://models/{name}"),
+        (r"(?m)^(  name: )minilm$", name),
+        (EXAMPLE_LINE, quoted(kind.example)),
+        (r"(?m)(?<=name: FUNCTION_AGENT\n)( +value: ).*$", kind.agent),
+        (r"(?m)(?<=name: FUNCTION_MODEL_NAME\n)( +value: ).*$", name),
+        (r"(?m)(?<=name: WEIGHTS_URI\n)( +value: ).*$", f"s3://models/{name}"),
     ):
-        text, count = re.subn(rf"(?m){pattern}", lambda found, value=value: found[1] + value, text)  # type: ignore[misc]
+        text, count = re.subn(pattern, lambda found, value=value: found[1] + value, text)  # type: ignore[misc]
         assert count, f"the base has no {pattern}"
     return text

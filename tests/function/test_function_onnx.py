@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from function.agent import BadInput, TensorSpec, Weights
+from function.agents import examples
 from function.agents.onnx import Session
 from tests.support import Server, clean_environment, fill_cache, free_port, request, running
 from weights_cache.environment import SettingsError
@@ -126,6 +127,28 @@ def test_several_inputs_and_outputs_have_their_names_and_rows_of_one_length_shar
     inputs = [{"words": [1, 2], "scale": 2}, {"words": [3], "scale": 0.5}, {"words": [4, 5], "scale": 1.0}]
     assert agent.predict(inputs) == [{"sum": 3, "scaled": 6.0}, {"sum": 3, "scaled": 1.5}, {"sum": 9, "scaled": 9.0}]
     assert [agent.size(one) for one in inputs] == [3, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        pytest.param(linear(), [1.0, 1.0, 1.0], id="rows"),
+        pytest.param(linear(4), [[1.0] * 3] * 4, id="a fixed size"),
+        pytest.param(two(), {"words": [1], "scale": 1.0}, id="several"),
+        pytest.param(texts(), "text", id="texts"),
+    ],
+)
+def test_the_example_of_a_file_fits_it(made: onnx.ModelProto, expected: Any, load: Loader, tmp_path: Path) -> None:
+    onnx.save(made, tmp_path / "model.onnx")
+    assert examples.of_onnx(tmp_path / "model.onnx") == {"instances": [expected]}
+    assert len(load(made).predict([expected])) == 1
+
+
+def test_a_large_input_has_no_example(tmp_path: Path) -> None:
+    shape = ["n", 3, 32, 32]
+    picture = [value(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
+    onnx.save(model([helper.make_node("Identity", ["x"], ["y"])], picture[:1], picture[1:]), tmp_path / "model.onnx")
+    assert examples.of_onnx(tmp_path / "model.onnx") is None
 
 
 def test_texts_go_in_and_come_out(load: Loader) -> None:

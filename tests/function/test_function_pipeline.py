@@ -1,5 +1,6 @@
 """The agent of transformers' tasks beside the library's own pipelines, on tiny models with random weights that are made here."""
 
+import base64
 import io
 import json
 import sys
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from function.agent import BadInput, Weights
+from function.agents import examples
 from tests.support import Server, clean_environment, fill_cache, free_port, request, running
 from weights_cache.environment import SettingsError
 from weights_cache.errors import WeightsError
@@ -110,6 +112,14 @@ def assert_same_alone(agent: Any, inputs: Sequence[Any], parameters: Mapping[str
         assert_alike(agent.predict([one], parameters)[0], answer)
 
 
+def assert_example_is_answered(agent: Any, folder: Path) -> None:
+    """The request that a project gets when the model is saved."""
+    example = examples.of_transformers(folder)
+    assert example is not None
+    inputs = [base64.b64decode(one["b64"]) if "b64" in one else one for one in example["instances"]]  # as the server does
+    assert len(agent.predict(inputs, example.get("parameters", {}))) == 1
+
+
 PAIRS = [{"text": "the cat", "text_pair": "a man eats food"}, {"text": "who"}, {"text": "the cat", "text_pair": ""}]
 NER = [{}, {"ignore_labels": ["B-PER"]}, *({"aggregation_strategy": how} for how in ("simple", "first", "average", "max"))]
 LABELS: Sequence[Mapping[str, Any]] = [
@@ -140,6 +150,7 @@ def test_answers_are_those_of_the_librarys_pipeline(
     folder = workshop.bert(kind)
     agent = workshop.agent(folder)
     assert agent.task == task
+    assert_example_is_answered(agent, folder)
     theirs = workshop.library.pipeline(task, model=str(folder), device="cpu")
     for said in parameters:
         with pytest.MonkeyPatch.context() as patch:
@@ -174,6 +185,7 @@ def test_images_come_as_bytes_and_are_labelled_as_by_the_librarys_pipeline(works
     folder = workshop.save("vit", workshop.library.ViTForImageClassification(config), processor)
     agent = workshop.agent(folder)
     assert agent.media_types == ("image/*",)
+    assert_example_is_answered(agent, folder)
     draw = np.random.default_rng(1)
     images = [Image.fromarray(draw.integers(0, 255, (*shape, 3), dtype=np.uint8)) for shape in ((30, 20), (16, 16))]
     theirs = workshop.library.pipeline("image-classification", model=str(folder), device="cpu")
@@ -203,6 +215,7 @@ def test_speech_comes_as_bytes_and_is_written_down_as_by_the_librarys_pipeline(w
     folder = workshop.save("speech", workshop.library.Wav2Vec2ForCTC(config), tokenizer, workshop.library.Wav2Vec2FeatureExtractor())
     agent = workshop.agent(folder)
     assert (agent.task, agent.media_types) == ("automatic-speech-recognition", ("audio/*", "video/*"))
+    assert_example_is_answered(agent, folder)
     samples = np.random.default_rng(0).normal(size=3200).astype(np.float32) / 10
     theirs = workshop.library.pipeline("automatic-speech-recognition", model=str(folder), device="cpu")
     expected = theirs({"raw": samples, "sampling_rate": 16_000})
@@ -239,6 +252,7 @@ def test_a_question_is_answered_by_the_likeliest_span(workshop: Workshop) -> Non
     folder = workshop.bert("ForQuestionAnswering", ("start", "end"))
     agent = workshop.agent(folder)
     assert agent.task == "question-answering"
+    assert_example_is_answered(agent, folder)
     questions = ["where is john ?", "who eats ?", "cat ?"]
     inputs = [{"question": question, "context": CONTEXT} for question in questions]
     answers = agent.predict(inputs, {"align_to_words": False})
@@ -337,7 +351,12 @@ def test_a_task_that_is_not_known_or_not_the_models_is_an_error_that_says_what_t
 def test_where_the_config_leaves_a_choice_the_card_decides(workshop: Workshop) -> None:
     folder = workshop.bert("ForSequenceClassification", ("contradiction", "entailment"))
     card = b"---\nlanguage: en\npipeline_tag: zero-shot-classification\n---\n# A model\n"
-    assert workshop.agent(folder, more={"README.md": card}).task == "zero-shot-classification"
+    agent = workshop.agent(folder, more={"README.md": card})
+    assert agent.task == "zero-shot-classification"
+    assert examples.of_transformers(folder) is None
+    (folder / "README.md").write_bytes(card)
+    assert_example_is_answered(agent, folder)
+    (folder / "README.md").unlink()
 
 
 # Requests that cannot be answered

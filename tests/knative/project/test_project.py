@@ -11,13 +11,14 @@ from click.testing import CliRunner, Result
 
 from knative.deploy import agent
 from knative.deploy.kubectl import Kubectl
-from knative.deploy.objects import container, get_env, one_service
+from knative.deploy.objects import container, containers, get_env, one_service
 from knative.deploy.render import render
 from knative.deploy.variables import Variables
 from knative.project.cli import init
+from knative.project.example import put_example
 from knative.project.files import KINDS
 from knative.project.init import make_project
-from tests.support import BIN, ROOT
+from tests.support import BIN, ROOT, clean_environment
 from tests.system.walks import Page
 
 STYLE = ["--isolated", "--line-length", "140", "--select", "B,E,F,SIM,UP,W"]
@@ -97,6 +98,63 @@ def test_a_project_is_an_overlay_with_its_own_agent_and_weights(projects: Path) 
         assert {item["metadata"]["namespace"] for item in objects} == {"models"}
         assert (get_env(function, "FUNCTION_AGENT"), get_env(function, "FUNCTION_MODEL_NAME")) == (about.agent, f"my-{kind}")
         assert {get_env(one, "WEIGHTS_URI") for one in (function, sidecar)} == {f"s3://models/my-{kind}"}
+
+
+def test_an_example_that_fits_the_model_is_put_in_the_place_of_the_first_one_alone(
+    projects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service = tmp_path / "service.yaml"
+    before = (projects / "my-onnx/service.yaml").read_text()
+    service.write_text(before)
+    put_example({"instances": [["it's", 1]]}, service)
+    assert service.read_text() == before.replace("'{\"instances\": [[1.0, 1.0]]}'", "'{\"instances\": [[\"it''s\", 1]]}'")
+    assert yaml.safe_load(service.read_text())["metadata"]["annotations"]["relight/example"] == '{"instances": [["it\'s", 1]]}'
+    assert capsys.readouterr().out.startswith("its example is in ")
+    again = service.read_text()
+    put_example({"instances": [["it's", 1]]}, service)
+    assert capsys.readouterr().out == ""
+    put_example({"instances": [[2]]}, service)
+    put_example({"instances": [[2]]}, tmp_path / "none.yaml")
+    assert capsys.readouterr().out == 'a request for this model: {"instances": [[2]]}\n' * 2
+    assert service.read_text() == again
+
+
+@pytest.mark.soak
+def test_the_agents_test_does_not_know_its_names(tmp_path: Path) -> None:
+    """Another class, another width: what says so is service.yaml."""
+    folder = tmp_path / "flowers"
+    make_project(folder, "torch")
+    for name, replaced in {
+        "agent.py": {"class Agent": "class Flower", "FEATURES": "WIDTH", "WIDTH = 2": "WIDTH = 3"},
+        "service.yaml": {"agent:Agent": "agent:Flower", "[[1.0, 1.0]]": "[[1.0, 2.0, 3.0]]"},
+    }.items():
+        text = (folder / name).read_text()
+        for old, new in replaced.items():
+            assert old in text
+            text = text.replace(old, new)
+        (folder / name).write_text(text)
+    env = clean_environment(PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    command = [BIN / "python", "-m", "pytest", "-q", "test_agent.py"]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert "4 passed" in done.stdout, done.stdout
+
+
+def test_a_project_passes_on_what_its_makefile_names_and_refuses_an_overlay_of_ours(projects: Path) -> None:
+    folder = projects / "my-torch"
+
+    def make(*words: str) -> "subprocess.CompletedProcess[str]":
+        env = clean_environment(PATH=f"{BIN}:/usr/local/bin:/usr/bin:/bin")
+        return subprocess.run(["make", *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+    names = ("NAMESPACE=models", "IMAGE=r.example.com/mine:1", "WEIGHTS_IMAGE=r.example.com/weights:1", "QUEUE_IMAGE=r.example.com/queue:1")
+    done = make("render", *names, "EVENTS=amqp")
+    objects = list(yaml.safe_load_all(done.stdout))
+    assert {item["metadata"]["namespace"] for item in objects} == {"models"}
+    images = {one["name"]: one["image"] for one in containers(objects)}
+    assert (done.stderr, images["queue-source"]) == ("", "r.example.com/queue:1")
+    refused = make("render", "ENV=gpu")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "ENV=gpu: names an overlay of Relight's own, which serves the demo" in refused.stderr
 
 
 @pytest.mark.parametrize(
