@@ -157,8 +157,9 @@ def node(cache: NodeCache) -> Iterator[Node]:
 
 
 @pytest.fixture
-def weights(cache: NodeCache) -> Weights:
-    return Weights(WeightsSettings(uri=URI, cache_dir=cache.root))
+def weights(cache: NodeCache) -> Iterator[Weights]:
+    with contextlib.closing(Weights(WeightsSettings(uri=URI, cache_dir=cache.root))) as weights:
+        yield weights
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -263,7 +263,7 @@ def test_who_has_mapped_a_file_that_turns_out_to_be_damaged_is_told(bucket: Buck
         except WeightsError as error:
             told.append(str(error))
 
-    with ThreadPoolExecutor(1) as pool:
+    with closing(weights), ThreadPoolExecutor(1) as pool:
         pulling = pool.submit(puller(bucket.uri).run)
         wait_until("some bytes", lambda: weights.restored().bytes >= MIB)
         threading.Thread(target=read, daemon=True).start()

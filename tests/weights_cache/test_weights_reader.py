@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -872,8 +873,10 @@ def sidecar() -> Iterator[Sidecar]:
 
 
 @pytest.fixture
-def careful(cache: NodeCache, sidecar: Sidecar) -> Weights:
-    return Weights(WeightsSettings(uri=URI, cache_dir=cache.root, revalidate="before", port=sidecar.port))
+def careful(cache: NodeCache, sidecar: Sidecar) -> Iterator[Weights]:
+    settings = WeightsSettings(uri=URI, cache_dir=cache.root, revalidate="before", port=sidecar.port)
+    with contextlib.closing(Weights(settings)) as weights:
+        yield weights
 
 
 def test_who_asks_first_reads_what_the_sidecar_found_in_the_store_and_not_what_is_there(
@@ -994,8 +997,8 @@ def test_a_sidecar_that_does_not_answer_in_time_is_asked_again_and_no_probe_wait
     monkeypatch.setattr(snapshot, "ASK_S", 0.2)
     node.pin(FILES)
     node.finish()
-    with Uncertain(serve) as sidecar:
-        weights = Weights(WeightsSettings(uri=URI, cache_dir=node.cache.root, revalidate="before", port=sidecar.port))
+    settings = WeightsSettings(uri=URI, cache_dir=node.cache.root, revalidate="before")
+    with Uncertain(serve) as sidecar, contextlib.closing(Weights(replace(settings, port=sidecar.port))) as weights:
         weights.watch()
         asked = later(lambda: weights["t0"])
         took = []
