@@ -188,7 +188,7 @@ class Store:
             raise refused(error) from error
         except known.NoCredentialsError as error:
             self._renew()
-            remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the pod a role"
+            remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE of ~/.aws, or give the pod a role"
             raise StoreError(f"cannot {what} {place} at {endpoint}: no credentials; {remedy}") from error
         except (known.HTTPClientError, known.ConnectionError, known.IncompleteReadError, OSError) as error:
             raise StoreUnavailable(f"cannot {what} {place} at {endpoint}: {error}") from error

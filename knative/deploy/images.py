@@ -6,9 +6,10 @@ import shutil
 import subprocess
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 
@@ -20,7 +21,12 @@ ROOT = Path(__file__).parents[2]  # of our sources, if this is no installed pack
 CONTAINERFILES = ("Containerfile", "Dockerfile")
 REQUIREMENTS = "requirements.txt"
 # What is in many a folder with an agent, and no part of its code.
-_NO_CODE = (".*", "__pycache__", "*.egg-info", "weights", "*.safetensors", "*.gguf", "*.bin", "*.onnx", "venv", "build", "dist")
+_WEIGHTS = ("weights", *(f"*.{kind}" for kind in ("safetensors", "gguf", "bin", "onnx", "pt", "pth", "ckpt")))
+_SECRET = ("*.pem", "*.key", "*.p12", "id_rsa", "id_ed25519", "credentials", "credentials.json", "kubeconfig*")
+_NO_CODE = (".*", "__pycache__", "*.egg-info", "build", "dist", *_WEIGHTS, *_SECRET)
+_IGNORE = (".dockerignore", ".containerignore")  # of an engine
+_VENV = "pyvenv.cfg"  # in each virtual environment, whatever its name
+_MOST_NAMED = 6
 ENGINES = ("docker", "podman")
 ANSWER_S = 60.0  # for an engine to say how it is
 VARIABLES = {"function": "IMAGE", "weights-cache": "WEIGHTS_IMAGE", "queue-source": "QUEUE_IMAGE"}
@@ -94,6 +100,8 @@ def _build_agent(folder: Path, variables: Variables, say: Callable[[str], object
     if _has_sources() and not _is_here(engine, ours["weights-cache"]):
         _build(engine, "weights-cache", ours["weights-cache"], variables, say)
     say(f"building {variables.image} from {folder}")
+    for note in _notes(folder):
+        say(f"note: {note}")
     with _context(folder, base) as arguments:
         own = ["--tag", variables.image, "--build-arg", f"BASE={base}", *shlex.split(variables.options)]
         _run(engine, ["build", *own, *arguments])
@@ -109,11 +117,33 @@ def _context(folder: Path, base: str) -> Iterator[list[str]]:
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "agent"
         try:
-            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*_NO_CODE), ignore_dangling_symlinks=True)
+            shutil.copytree(folder, copy, ignore=lambda place, names: _no_code(Path(place), names), ignore_dangling_symlinks=True)
         except OSError as error:
             raise VariableError("AGENT_DIR", folder, f"cannot be copied for the build: {error}") from error
         (copy / CONTAINERFILES[0]).write_text(containerfile(base, has_requirements=(folder / REQUIREMENTS).is_file()))
         yield ["--file", str(copy / CONTAINERFILES[0]), str(copy)]
+
+
+def _no_code(folder: Path, names: Iterable[str]) -> set[str]:
+    """Those that are no part of an agent's code."""
+    others = {name for name in names if any(fnmatch(name, kind) for kind in _NO_CODE) or (folder / name / _VENV).is_file()}
+    return others - set(_IGNORE)  # which the engine goes by
+
+
+def _notes(folder: Path) -> list[str]:
+    """What of a folder may be in the image against its owner's will, or is not and might be missed."""
+    try:
+        odd = sorted(_no_code(folder, (path.name for path in folder.iterdir())) - {"__pycache__"})
+    except OSError:
+        return []  # the copy will say so
+    if not odd:
+        return []
+    named = ", ".join(odd[:_MOST_NAMED]) + (", …" if len(odd) > _MOST_NAMED else "")
+    if any((folder / name).is_file() for name in CONTAINERFILES):
+        if any((folder / name).is_file() for name in _IGNORE):
+            return []
+        return [f"{folder} has no .dockerignore: {named} go to the engine too, and into the image with a `COPY . …`"]
+    return [f"left out as no code: {named}; a Containerfile of your own in {folder} can copy them"]
 
 
 def containerfile(base: str, *, has_requirements: bool = True) -> str:

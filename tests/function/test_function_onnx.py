@@ -145,7 +145,7 @@ def test_the_example_of_a_file_fits_it(made: onnx.ModelProto, expected: Any, loa
 
 
 def test_a_large_input_has_no_example(tmp_path: Path) -> None:
-    shape = ["n", 3, 32, 32]
+    shape: list[int | str | None] = ["n", 3, 32, 32]
     picture = [value(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
     onnx.save(model([helper.make_node("Identity", ["x"], ["y"])], picture[:1], picture[1:]), tmp_path / "model.onnx")
     assert examples.of_onnx(tmp_path / "model.onnx") is None

@@ -114,7 +114,15 @@ OURS = " ".join(images.names(Variables()).values())
 def folder(tmp_path: Path) -> Path:
     """An agent and what else is in such a folder."""
     found = tmp_path / "agent"
-    for place in ("my_model.py", "words/__init__.py", "weights/model.safetensors", ".venv/pyvenv.cfg", "requirements.txt"):
+    for place in (
+        "my_model.py",
+        "words/__init__.py",
+        "weights/model.safetensors",
+        ".venv/pyvenv.cfg",
+        "env/pyvenv.cfg",
+        "tls.key",
+        "requirements.txt",
+    ):
         (found / place).parent.mkdir(parents=True, exist_ok=True)
         (found / place).touch()
     return found
@@ -129,7 +137,10 @@ def test_an_agents_image_stands_on_ours_and_has_its_code_alone(engine: Path, fol
     monkeypatch.setenv("HAS", OURS)
     said: list[str] = []
     images.build(Variables(agent_dir=folder, image="example/mine:1", options="--network=host"), said.append)
-    assert said == [f"building example/mine:1 from {folder}"]
+    assert said == [
+        f"building example/mine:1 from {folder}",
+        f"note: left out as no code: .venv, env, tls.key, weights; a Containerfile of your own in {folder} can copy them",
+    ]
     build, content = builds(engine)
     base = images.names(Variables())["function"]
     assert build.startswith(f"build --tag example/mine:1 --build-arg BASE={base} --network=host --file ")
@@ -144,7 +155,14 @@ def test_a_folders_own_recipe_is_taken_and_the_image_that_it_stands_on_may_be_na
     said: list[str] = []
     images.build(Variables(agent_dir=folder, image="example/mine:1", base_image="example/function:2"), said.append)
     assert said[0] == "example/function:2 is not here yet; docker fetches it"
+    assert said[-1] == (
+        f"note: {folder} has no .dockerignore: .venv, env, tls.key, weights go to the engine too, and into the image with a `COPY . …`"
+    )
     assert builds(engine)[0] == f"build --tag example/mine:1 --build-arg BASE=example/function:2 --file {folder}/Dockerfile {folder}"
+    (folder / ".dockerignore").touch()
+    said.clear()
+    images.build(Variables(agent_dir=folder, image="example/mine:1", base_image="example/function:2"), said.append)
+    assert not [line for line in said if line.startswith("note")]
 
 
 def test_what_of_ours_is_not_here_yet_is_built_before_an_agents_image(engine: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,7 +134,7 @@ def test_the_agents_test_does_not_know_its_names(tmp_path: Path) -> None:
             text = text.replace(old, new)
         (folder / name).write_text(text)
     env = clean_environment(PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
-    command = [BIN / "python", "-m", "pytest", "-q", "test_agent.py"]
+    command = [str(BIN / "python"), "-m", "pytest", "-q", "test_agent.py"]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert "4 passed" in done.stdout, done.stdout
 
