@@ -63,6 +63,10 @@ class Code:
                 _forget_compiled(file)
         return found
 
+    def is_gone(self) -> bool:
+        """Whether it is other code by now."""
+        return self.now() != self
+
     def changed(self, new: "Code") -> list[str]:
         """The names of the files that are others in `new`, came to it or are gone."""
         paths = [path for path in self.files.keys() | new.files.keys() if self.files.get(path) != new.files.get(path)]

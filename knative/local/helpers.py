@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from knative.local.again import Again
+from knative.local.earlier import EarlierWeights
 from knative.local.embedded import EmbeddedServer
 from knative.local.errors import PlatformError
 from knative.local.fork_server import PROGRAM, ForkServer
@@ -16,16 +18,25 @@ from knative.local.pod import Pod
 from knative.local.pod_maker import PodMaker
 from knative.local.queue_watch import QueueWatch
 from knative.local.schema import CPU, MEMORY
+from knative.local.seeds import Seed
 from knative.local.weights import cached
 
 LONG_START_S = 15.0
+DROP_S = 2.0  # between two looks for earlier weights that nobody needs any more
 
 
 class Helpers:
     """Starts them for the manifests of the moment, and ends them."""
 
-    def __init__(self, logs: Path, maker: PodMaker, pods: Callable[[], Iterable[Pod]], say: Callable[[str], object]) -> None:
-        """maker: is told of each, and has the seeds. pods: those of each moment. say: tells the user."""
+    def __init__(
+        self,
+        logs: Path,
+        maker: PodMaker,
+        pods: Callable[[], Iterable[Pod]],
+        weights_in_use: Callable[[], set[str]],
+        say: Callable[[str], object],
+    ) -> None:
+        """maker: is told of each, and has the seeds. pods: those of each moment. weights_in_use: see Workloads. say: tells the user."""
         self.queue_watch: QueueWatch | None = None  # set before anything is started
         self._logs = logs
         self._maker = maker
@@ -33,8 +44,11 @@ class Helpers:
             str, tuple[str, str]
         ] = {}  # by the place of a seed, the stamp that its directory had, and the snapshot that it is
         self._pods = pods
+        self._weights_in_use = weights_in_use
         self._say = say
         self._embedded: EmbeddedServer | None = None
+        self._earlier: EarlierWeights | None = None
+        self._dropping: Again | None = None
         self._has_limits = False
 
     async def start(self, manifests: Manifests, *, with_fork_server: bool) -> None:
@@ -95,9 +109,16 @@ class Helpers:
             stamp = await asyncio.to_thread(seed.stamp)
             before = self._pushed.get(seed.place)
             if self._embedded and before and before[0] != stamp:
+                await self._keep(self._embedded, seed, *before)
                 self._pushed[seed.place] = now = stamp, await self._embedded.fill(seed)
-                for pushed in (before, now):
-                    self._maker.seeds.pin(seed, *pushed)
+                self._maker.seeds.pin(seed, *now)
+
+    async def _keep(self, embedded: EmbeddedServer, seed: Seed, stamp: str, snapshot: str) -> None:
+        if not self._earlier:
+            self._earlier = EarlierWeights(embedded.address, self._maker.seeds, self._weights_in_use)
+            self._dropping = Again("the look for weights that nobody needs any more", self._earlier.drop, DROP_S, self._say)
+            self._dropping.start()
+        await self._earlier.keep(seed, stamp, snapshot)
 
     def _set_limits(self, manifests: Manifests) -> None:
         """Say once which mechanism holds containers to their limits, as soon as there are any."""
@@ -114,6 +135,8 @@ class Helpers:
 
     async def stop(self) -> None:
         """End all of them."""
+        if self._dropping:
+            await self._dropping.stop()
         helpers = (self.queue_watch, self._maker.fork_server, self._embedded, self._maker.limiter)
         await asyncio.gather(*(helper.stop() for helper in helpers if helper))
 

@@ -69,7 +69,9 @@ class Platform:
         self._activator = Activator(self._router, self._ports)
         self._workloads = Workloads(self._maker, self._ports, self._activator, terminal, self._domain)
         self._workloads.services.update(self._workloads.new(self._reloader.manifests.services))
-        self._helpers = Helpers(settings.state_dir / "logs", self._maker, lambda: self._workloads.pods, terminal.note)
+        self._helpers = Helpers(
+            settings.state_dir / "logs", self._maker, lambda: self._workloads.pods, self._workloads.weights_in_use, terminal.note
+        )
         self._tasks = Tasks(self._task_failed)
         self._stop = asyncio.Event()
         self._mistake: Exception | None = None

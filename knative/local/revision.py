@@ -125,13 +125,23 @@ class Revision:
             pod.enter()
         try:
             if pod is None:
-                self.failures.check()
+                self._check()
                 async with held():
                     pod = await self.waiting.wait(self.scaling.asked)
             yield pod
         finally:
             if pod:
                 pod.leave()
+
+    def _check(self) -> None:
+        """Whether there is any use in waiting for a pod. Raises RevisionFailed if not."""
+        try:
+            self.failures.check()
+        except RevisionFailed:
+            code = self.service.code
+            if self.pods.kept or code is None or not code.is_gone():
+                raise
+            self.failures.forget()  # perhaps that is mended: with the code that there is now another revision takes over
 
     def hand_over(self, choose: Callable[[], "Revision"]) -> None:
         """Have each of those who wait here wait for the revision that is chosen now: nothing of their requests has reached a pod."""
@@ -141,7 +151,7 @@ class Revision:
     def receive(self, turn: Turn) -> None:
         """One more who waits, who has waited for another revision until now."""
         try:
-            self.failures.check()
+            self._check()
         except RevisionFailed as error:
             if not turn.done():
                 turn.set_exception(error)

@@ -77,6 +77,8 @@ class Rollout:
             same is None or same is not self.newest or self.next_failure
         ):  # one that failed is tried again: what it refers to may have changed
             self._roll_out(same or self._create(service))
+        if self.latest.failures.present and not self.latest.pods.ready:
+            self._pass_over_latest()  # whoever calls waits for what may mend it
         self._reroute()
 
     def renew(self, service: Service, why: str) -> None:
@@ -87,11 +89,16 @@ class Rollout:
             same = same or self._create(service)
             self._tell(f"{why}: {same.name} takes over")
             self._roll_out(same)
-        if self.next and not self.service.recreate and not self.latest.pods.kept:  # nobody is served by the old one, nor will be
-            self.latest, self.next, self.next_failure = self.next, None, None
+        if not self.latest.pods.kept:  # nobody is served by the old one, nor will be
+            self._pass_over_latest()
         self._reroute()
         if self.latest.waiting:
             self.latest.scaling.asked()
+
+    def _pass_over_latest(self) -> None:
+        """Have the next revision get the traffic though it is not ready, or will not be."""
+        if self.next and not self.service.recreate:
+            self.latest, self.next, self.next_failure = self.next, None, None
 
     def _create(self, service: Service) -> Revision:
         name = self._name(service)
@@ -172,7 +179,9 @@ class Rollout:
             self._reroute()
         elif failure := revision.failures.present:
             self.next_failure = failure
-            self._tell(f"{revision.name} failed; traffic stays on {self.latest.name}")
+            self._tell(self.stale.after_failure(revision, self.latest))
+            if self.stale.is_gone(self.latest) and not self.latest.pods.ready:
+                self._pass_over_latest()
             self._reroute()
 
     def _reroute(self) -> None:
@@ -192,6 +201,7 @@ class Rollout:
             reachable = revision is going or revision.name in route.names
             if not reachable:
                 revision.hand_over(self.choose)
+            revision.scaling.keeps_one = self.next is not None and revision is self.latest and self.stale.is_gone(revision)
             revision.set_reachable(reachable=reachable)
         self._forget()
 

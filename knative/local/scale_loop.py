@@ -38,6 +38,7 @@ class ScaleLoop:
         """
         self.scaler = Scaler(service.scale, meter, time.monotonic())
         self.held = False  # no pods yet, whoever waits
+        self.keeps_one = False  # of those that are ready, though nobody wants it: there could be no other one
         self.is_closed = False  # and none any more
         self._meter = meter
         self._pods = pods
@@ -54,7 +55,11 @@ class ScaleLoop:
         """How many pods the autoscaler last wanted."""
         if not self.scaler.spec.reachable and not self._waiting:
             return 0
-        return len(self._pods) if self.scaler.wanted is None else self.scaler.wanted
+        return len(self._pods) if self.scaler.wanted is None else max(self.scaler.wanted, self._least)
+
+    @property
+    def _least(self) -> int:
+        return int(self.keeps_one and self._pods.ready > 0)
 
     async def run(self) -> None:
         """Sample each second, decide every two."""
@@ -112,6 +117,7 @@ class ScaleLoop:
             wanted = max(wanted, 1)  # also for those who came from another revision, whom the autoscaler does not know
         elif not self.scaler.spec.reachable:
             wanted = 0
+        wanted = max(wanted, self._least)
         kept = len(self._pods.kept)
         if self._has_gpus and self.scaler.settled and not self._meter.current and not self._waiting:
             # A pod that has given its GPU up is not wanted back before somebody calls.

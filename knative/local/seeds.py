@@ -69,12 +69,19 @@ class Seeds:
         return [seed.stamp() for seed in self.all]
 
     def pin(self, seed: Seed, stamp: str, pinned: str) -> None:
-        """Whoever starts with the weights of this stamp is to have this snapshot (`s3://…#…`), whatever else a cache holds of the place."""
+        """Whoever starts with the weights of this stamp is to have these, whatever else a cache holds of the place.
+
+        pinned: a snapshot (`s3://…#…`), or another place (`s3://…/`).
+        """
         self._pinned[seed.place, stamp] = pinned
 
     def pinned(self, uri: str, stamp: str) -> str:
         """What a pod is told in place of `uri`, whose weights have this stamp."""
-        return self._pinned.get((_place(uri), stamp), uri)
+        place, seed = _place(uri), self.of(uri)
+        pinned = self._pinned.get((seed.place, stamp)) if seed else None
+        if not seed or not pinned or (place != seed.place and "#" in pinned):  # a snapshot is that of the whole place
+            return uri
+        return pinned if "#" in pinned else (pinned + place.removeprefix(seed.place)).rstrip("/")
 
 
 def _place(uri: str) -> str:

@@ -50,20 +50,47 @@ class Stale:
 
     def is_outdated(self, revision: Revision) -> bool:
         """Whether a pod of the revision that starts now would run other code than its others. If so another revision is to take over."""
-        code = revision.service.code
-        if code is None or (now := code.now()) == code:
+        if not self.is_gone(revision):
             return False
         if not self._is_renewing:
             self._is_renewing = True
-            asyncio.get_running_loop().call_soon(self._renew, revision, now, listed(code.changed(now)))
+            asyncio.get_running_loop().call_soon(self._renew, revision)
         return True
 
-    def _renew(self, revision: Revision, code: Code, files: str) -> None:
+    def is_gone(self, revision: Revision) -> bool:
+        """Whether the revision's code is not there any more."""
+        code = revision.service.code
+        return code is not None and code.is_gone()
+
+    def after_failure(self, failed: Revision, latest: Revision) -> str:
+        """What happens now that a revision has failed that was to take over from the latest one."""
+        if not self.is_gone(latest):
+            return f"{failed.name} failed; traffic stays on {latest.name}"
+        files = _changed(latest)[1]
+        if latest.pods.ready:
+            return (
+                f"{failed.name} failed; traffic stays on {latest.name}, of which one pod is kept until {files} is mended: "
+                "with its code changed it could not be started again"
+            )
+        return (
+            f"{failed.name} failed, and {latest.name} cannot start either, as its code is gone: callers get errors until {files} is mended"
+        )
+
+    def _renew(self, revision: Revision) -> None:
         """Have a revision with the code that there is now, as `revision` needs a pod and cannot have one."""
         self._is_renewing = False
+        code, files = _changed(revision)
         rollout = self._rollout
         if revision in (rollout.latest, rollout.next):
             rollout.renew(replace(rollout.service, code=code), f"{files} changed since {revision.name} was made")
         elif not revision.pods.kept and not revision.failures.pause_s:
             reason = f"{revision.name} cannot start: {files} changed since, and there is one version of the files here"
             revision.failures.start_failed(Trouble(reason))
+
+
+def _changed(revision: Revision) -> tuple[Code, str]:
+    """The code that there is now, and the names of the files in which it is other code."""
+    before = revision.service.code
+    assert before
+    now = before.now()
+    return now, listed(before.changed(now))

@@ -56,6 +56,15 @@ class Workloads:
         """Those of the Services that do not leave."""
         return chain.from_iterable(live.pods for live in self.services.values())
 
+    def weights_in_use(self) -> set[str]:
+        """Stamps of the weights that pods may yet start with: of revisions that get requests, or are to get some, or have pods."""
+        return {
+            revision.service.weights
+            for live in self.all_services
+            for revision in live.revisions.values()
+            if revision.reachable or revision in (live.rollout.latest, live.rollout.next) or revision.pods
+        }
+
     def new(self, services: Sequence[Service]) -> dict[Key, LiveService]:
         """Those that are not there yet. Raises ManifestError if one of the others cannot take what its manifest says."""
         for service in services:

@@ -32,7 +32,7 @@ def test_a_server_that_dies_is_started_again_with_its_seeds_and_its_queues(tmp_p
     said: list[str] = []
 
     async def main() -> None:
-        store = EmbeddedServer(free_port(), tmp_path / "log", said.append)
+        store = EmbeddedServer(free_port(), tmp_path / "log", said.append, f"{tmp_path}/")
         try:
             await store.start()
             await store.serve_objects([Seed(tmp_path / "small", "s3://models/small")])
@@ -62,7 +62,7 @@ def test_a_server_that_was_emptied_is_filled_again(tmp_path: Path) -> None:
     said: list[str] = []
 
     async def main() -> None:
-        store = EmbeddedServer(free_port(), tmp_path / "log", said.append)
+        store = EmbeddedServer(free_port(), tmp_path / "log", said.append, f"{tmp_path}/")
         try:
             await store.start()
             await store.serve_objects([Seed(tmp_path / "small", "s3://models/small"), Seed(tmp_path / "small", "s3://other/small")])
@@ -98,7 +98,7 @@ def test_what_cannot_be_filled_again_is_told_once(tmp_path: Path, monkeypatch: p
 
     async def main() -> None:
         monkeypatch.setattr("knative.local.embedded.LOOK_S", 0.01)
-        store = EmbeddedServer(free_port(), tmp_path / "log", said.append)
+        store = EmbeddedServer(free_port(), tmp_path / "log", said.append, f"{tmp_path}/")
         tries: list[int] = []
         fill = store.fill
 

@@ -13,6 +13,7 @@ from knative.local.manifest import Service
 from knative.local.trouble import Trouble
 from tests.knative.local.test_local_service import (
     NEW,
+    NEWEST,
     OLD,
     become_ready,
     change,
@@ -143,5 +144,78 @@ def test_a_name_of_the_template_stays_with_the_first_code_that_had_it(agent: Pat
             agent.write_text("second = 2")
             change(live, coded(agent, name="hello-mine"))
             assert list(live.revisions) == ["hello-mine", NEW]
+
+    asyncio.run(main())
+
+
+def test_where_new_code_fails_one_pod_with_the_old_code_is_kept_until_it_is_mended(agent: Path) -> None:
+    async def main() -> None:
+        async with running(coded(agent)) as (live, events):
+            old = live.revisions[OLD]
+            agent.write_text("broken = 2")
+            change(live, coded(agent))
+            live.revisions[NEW].failures.start_failed(Trouble("it is broken"))
+            (said,) = (text for text in events.told if "traffic stays" in text)
+            assert said.startswith(f"{NEW} failed; traffic stays on {OLD}, of which one pod is kept until agent.py is mended: ")
+            old.scaling.scale_to(0)  # as when nobody has called for a while
+            assert ([pod.phase for pod in pods(live, OLD)], old.scaling.desired) == (["ready"], 1)
+            agent.write_text("third = 3")
+            change(live, coded(agent))
+            await settle()
+            old.scaling.scale_to(0)
+            assert [pod.phase for pod in pods(live, OLD)] == ["ready"]
+            become_ready(live, NEWEST)
+            await settle()
+            assert ([pod.phase for pod in pods(live, OLD)], shares(live)) == (["draining"], {NEWEST: 100})
+
+    asyncio.run(main())
+
+
+def test_where_new_code_fails_and_the_old_code_has_no_pod_the_reason_is_told_and_callers_are_held_once_it_is_mended(agent: Path) -> None:
+    async def main() -> None:
+        async with running(coded(agent)) as (live, events):
+            (pod,) = pods(live, OLD)
+            live.revisions[OLD].scaling.scale_to(0)
+            pod.gone.set()
+            await settle()
+            agent.write_text("broken = 2")
+            change(live, coded(agent))
+            live.revisions[NEW].failures.start_failed(Trouble("it is broken"))
+            assert (
+                f"{NEW} failed, and {OLD} cannot start either, as its code is gone: callers get errors until agent.py is mended"
+                in events.told
+            )
+            with pytest.raises(RevisionFailed, match="it is broken"):
+                await asyncio.wait_for(hold(live.choose(), asyncio.Event()), 5)
+            for pod in pods(live, NEW):
+                pod.gone.set()
+                live.revisions[NEW].supervisor.give_up(pod)
+            await settle()
+            agent.write_text("mended = 3")  # which nobody has noticed yet
+            leave = asyncio.Event()
+            leave.set()
+            caller = asyncio.create_task(hold(live.choose(), leave))
+            await settle()
+            live.revisions[NEW].scaling.beat(decides=True)
+            await settle()
+            become_ready(live, NEWEST)
+            await asyncio.wait_for(caller, 5)
+
+    asyncio.run(main())
+
+
+def test_who_calls_while_a_mended_manifest_is_tried_is_held(agent: Path) -> None:
+    async def main() -> None:
+        async with running(coded(agent, scale={"initial-scale": "0"})) as (live, _):
+            live.rollout.latest.failures.start_failed(Trouble("the setting is wrong"))
+            with pytest.raises(RevisionFailed, match="the setting is wrong"):
+                await asyncio.wait_for(hold(live.choose(), asyncio.Event()), 5)
+            change(live, coded(agent, scale={"initial-scale": "1"}))
+            leave = asyncio.Event()
+            leave.set()
+            caller = asyncio.create_task(hold(live.choose(), leave))
+            await settle()
+            become_ready(live, NEW)
+            await asyncio.wait_for(caller, 5)
 
     asyncio.run(main())
