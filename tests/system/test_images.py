@@ -190,7 +190,7 @@ def test_a_project_is_built_on_ours_and_answers_as_the_library_does(
     page.run("push weights")
     image = "relight-test/films:1"
     ours = f"BASE_IMAGE={built['function']} WEIGHTS_IMAGE={built['weights-cache']} OPTIONS='{variables.options}'"
-    page.run("build", {"registry.example.com/flowers:1": f"{image} {ours}"})
+    page.run("build", {"make build": f"make build IMAGE={image} {ours}"})
     try:
         service = yaml.safe_load((page.folder / "service.yaml").read_text())
         settings = {one["name"]: one["value"] for one in container(service, "function")["env"]}
