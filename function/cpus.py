@@ -3,10 +3,22 @@
 import os
 from pathlib import Path
 
+_SPINS = 5000  # some 0.1 ms: longer than there is between two parts of a pass that are computed in parallel
+
 
 def threads(wanted: int) -> int:
     """What FUNCTION_TORCH_THREADS wants; 0 is what the container may use, as more than cores make a busy machine several times slower."""
     return wanted or cpu_limit()
+
+
+def limit_waiting() -> None:
+    """Have threads of OpenMP, as torch has them, sleep soon where they wait for each other; before it is loaded, as it reads this then.
+
+    By itself each spins for milliseconds. Where its partner has no core at that time that is half of all the work, and takes the core from
+    whoever is waited for. What the environment says of it holds.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = str(_SPINS)
 
 
 def cpu_limit(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

@@ -32,7 +32,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from function import server, warm_imports
+from function import cpus, server, warm_imports
 from function.warm_imports import OURS, Importer, LeftOut, Order
 
 PROGRAM = "function"
@@ -77,6 +77,7 @@ class _Held:
 
 def _warm_up(control: socket.socket, order: Order) -> _Held:
     """Import everything. Ends the process if something is left behind that forks must not have."""
+    cpus.limit_waiting()
     sites = warm_imports.sites()  # as they were before anything was read
     importer = Importer(order, lambda library: control.send(f"importing {library}".encode()))
     try:

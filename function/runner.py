@@ -125,6 +125,7 @@ class Runner:
             lean_torch.install()
         if settings.device != "cpu" and not self._weights.is_empty():
             threading.Thread(target=self._prepare_device, name="device", daemon=True).start()
+        cpus.limit_waiting()
         with _uncollected():
             agent = GuardedAgent(load_agent(settings.agent, settings.agent_folders))
         _limit_threads(settings.threads)

@@ -137,6 +137,11 @@ class FunctionSettings:
         return 3 * self.queue_limit + 2 * self.max_batch + 16
 
 
+def for_agents() -> FunctionSettings:
+    """The function's settings as an agent may ask for them, also where no function runs it. Raises SettingsError."""
+    return environment.read(FunctionSettings, {"FUNCTION_AGENT": "agent", **os.environ}, prefix="FUNCTION_")
+
+
 def from_environment() -> tuple[FunctionSettings, WeightsSettings]:
     """Both settings of the function's process. Raises SettingsError."""
     environ: Mapping[str, str] = os.environ

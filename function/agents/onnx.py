@@ -18,7 +18,7 @@ import onnxruntime
 from function import cpus
 from function.agent import BadInput, TensorSpec, Weights
 from function.errors import bounded
-from function.settings import from_environment
+from function.settings import for_agents
 from weights_cache.environment import SettingsError
 from weights_cache.errors import WeightsError
 
@@ -83,7 +83,7 @@ class Session:
 
     def load(self, weights: Weights, device: str) -> None:
         """Make onnxruntime's session. Raises WeightsError, and SettingsError for a choice of file or device that is not there."""
-        settings, _ = from_environment()
+        settings = for_agents()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = cpus.threads(settings.threads)
         options.inter_op_num_threads = 1

@@ -260,6 +260,13 @@ def test_without_a_word_of_the_caller_the_models_generation_config_holds(load: L
     assert agent.predict([{"prompt": "the", "temperature": 0}])[0] == agent._tokenizer.decode(wanted, skip_special_tokens=True)
 
 
+def test_the_dtype_is_the_settings(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUNCTION_DTYPE", "bfloat16")
+    agent = load(make_model("llama"))
+    assert agent._model.dtype == torch.bfloat16
+    assert drain(agent, agent.start({"prompt": "the fox", "max_tokens": 2}))
+
+
 def test_each_of_several_end_tokens_ends_a_text_and_counts(load: Load) -> None:
     tokenizer = make_tokenizer()
     model = make_reciter([*tokenizer("the fox")["input_ids"], 9, *[0] * 20])

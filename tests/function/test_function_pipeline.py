@@ -336,8 +336,17 @@ def test_a_text_is_made_by_the_models_own_generate(task: str, prefix: str, name:
         (None, "LMHeadModel", ("a",), r"function\.agents\.transformers:Chat"),
         ("nonsense", "Model", ("a",), "there is no such task; there are text-classification"),
         ("zero-shot-classification", "ForSequenceClassification", ("a", "b"), "no label 'entailment'"),
-        ("fill-mask", "ForSequenceClassification", ("a", "b"), r"they lack cls\.predictions"),
-        ("image-classification", "ForSequenceClassification", ("a", "b"), "'bert' is none of AutoModelForImageClassification"),
+        (
+            "fill-mask",
+            "ForSequenceClassification",
+            ("a", "b"),
+            r"BertForSequenceClassification.*FUNCTION_TASK=text-classification$",
+        ),
+        ("token-classification", "ForSequenceClassification", ("a", "b"), r"FUNCTION_TASK=text-classification$"),  # which would load
+        ("image-classification", "ForPreTraining", ("a", "b"), "'bert' is none of AutoModelForImageClassification: .* BertForPreTraining"),
+        ("question-answering", "Model", ("a", "b"), "As BertForQuestionAnswering, which was asked for, they lack qa_outputs"),
+        ("text-clasification", "ForSequenceClassification", ("a", "b"), "did you mean 'text-classification'.*feature-extraction and trans"),
+        ("text-generation", "LMHeadModel", ("a",), r"function\.agents\.transformers:Chat"),
     ],
 )
 def test_a_task_that_is_not_known_or_not_the_models_is_an_error_that_says_what_to_do(
@@ -346,6 +355,35 @@ def test_a_task_that_is_not_known_or_not_the_models_is_an_error_that_says_what_t
     folder = workshop.bert(kind, labels)
     with pytest.raises((SettingsError, WeightsError), match=reason):
         workshop.agent(folder, task)
+
+
+def weights_of(folder: Path, cache: Path) -> Weights:
+    fill_cache(cache, URI, {path.name: path.read_bytes() for path in folder.iterdir()})
+    return Weights(WeightsSettings(uri=URI, cache_dir=cache))
+
+
+@pytest.mark.parametrize(("kind", "task"), [("ForSequenceClassification", "text-classification"), ("ForMaskedLM", "fill-mask")])
+def test_a_model_that_does_not_talk_is_told_which_agent_it_is_for(kind: str, task: str, workshop: Workshop, tmp_path: Path) -> None:
+    from function.agents.transformers import Chat
+
+    weights = weights_of(workshop.bert(kind, ("a", "b")), tmp_path)
+    with pytest.raises(SettingsError, match=f"model is Bert{kind} .*:Pipeline with FUNCTION_TASK={task}$"):
+        Chat().load(weights, "cpu")
+
+
+def test_what_an_agent_makes_of_a_model_that_was_made_for_another_is_in_the_log(
+    workshop: Workshop, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from function.agents.transformers import Embeddings
+
+    monkeypatch.setenv("FUNCTION_DTYPE", "bfloat16")
+    agent = Embeddings()
+    agent.load(weights_of(workshop.bert("ForSequenceClassification", ("a", "b")), tmp_path), "cpu")
+    assert "the mean of its tokens'; the model is BertForSequenceClassification by config.json, for which there is" in caplog.text
+    assert agent._encoder._model.dtype == torch.bfloat16
+    assert np.isfinite(agent.predict(["the cat"], {})[0]).all()
+    workshop.agent(workshop.bert("Model"), more={"modules.json": b"[]"})
+    assert "FUNCTION_AGENT=function.agents.transformers:Embeddings" in caplog.text
 
 
 def test_where_the_config_leaves_a_choice_the_card_decides(workshop: Workshop) -> None:

@@ -22,10 +22,12 @@ from torch import Tensor
 from function.agent import BadInput, Weights
 from function.agents.inputs import read_input, whole_texts
 from function.agents.sampling import FURTHER_PARAMETERS, Chooser, Sampling, Stops
+from function.agents.transformers import choice
 from function.agents.transformers.chat_template import ChatTemplate
 from function.agents.transformers.chat_text import Vocabulary, Words
 from function.agents.transformers.chat_tools import Form, NoTools, Parser, form_of
-from function.agents.transformers.loading import library, load_model, load_tokenizer
+from function.agents.transformers.loading import library, load_model, load_tokenizer, read_config
+from function.settings import for_agents
 
 library()  # before its parts are imported: it says what is missing
 from function.agents.transformers.generation import Decoder, decoder  # noqa: E402
@@ -123,11 +125,13 @@ class Chat:
 
     def load(self, weights: Weights, device: str) -> None:
         """Bind the model, its tokenizer and its chat template."""
+        config = read_config(weights)
+        choice.check_talks(config)
         self._tokenizer = load_tokenizer(weights)
         self._vocabulary = Vocabulary(self._tokenizer)
         self._template = ChatTemplate(self._tokenizer)
         self._form: Form | None = form_of(self._template.text) if self._template.takes("tools") else None
-        self._model = load_model(weights, device, "AutoModelForCausalLM")
+        self._model = load_model(weights, device, "AutoModelForCausalLM", config=config, dtype=for_agents().dtype)
         config = self._model.config.get_text_config(decoder=True)
         self._context = _context(config, self._tokenizer)
         generation = self._model.generation_config

@@ -6,6 +6,7 @@ token of a causal language model, as the library has it. The vectors are those o
 """
 
 import functools
+import logging
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from function.agent import BadInput, TensorSpec, Weights
-from function.agents.transformers import loading
+from function.agents.transformers import choice, loading
 from function.agents.transformers.sentence_modules import SENTENCE, TOKENS, Features, Normalize, Pooling, Step, read_json, read_layout
+from function.settings import for_agents
 from weights_cache.errors import WeightsError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger("relight.function")
 
 _ENCODERS = {  # of models with a decoder, which is not needed
     "longt5": "LongT5EncoderModel",
@@ -105,7 +109,14 @@ def _modules(weights: Weights, device: str) -> "tuple[Encoder | Static, Sequence
     layout = read_layout(weights, device)
     if layout is None:
         encoder = Encoder(weights, device, is_plain=True)
-        return encoder, [encoder.default_pooling()]
+        pooling = encoder.default_pooling()
+        log.log(
+            logging.WARNING if encoder.other_use else logging.INFO,
+            "the weights have no modules.json, as models made for embeddings have: a text's vector is %s%s",
+            "its last token's" if pooling.modes == ("lasttoken",) else "the mean of its tokens'",
+            encoder.other_use and f"; {encoder.other_use}",
+        )
+        return encoder, [pooling]
     below = weights.folder(layout.folder) if layout.folder else weights
     return Static(below, device) if layout.first == "StaticEmbedding" else Encoder(below, device), layout.steps
 
@@ -160,9 +171,10 @@ class Encoder:
         dtype = _of_either(said, "model").get("dtype") or _of_either(said, "model").get("torch_dtype")
         self.config = config.to_dict()
         self._architectures: Sequence[str] = config.architectures or []
+        self.other_use = choice.other_use(config)
         self._is_causal = bool(getattr(config, "is_causal", True))
         kind = _ENCODERS.get(config.model_type, "AutoModel")
-        named = dtype if dtype in loading.DTYPES else None
+        named = for_agents().dtype or (dtype if dtype in loading.DTYPES else None)
         self._model = loading.load_model(weights, device, kind, config=config, dtype=named, spare=("pooler.",))
         self._device = next(self._model.parameters()).device
         self._tokenizer = self._make_tokenizer(weights, said, config)

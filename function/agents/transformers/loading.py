@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from function.agent import Weights
+from function.agents.transformers import choice
 from weights_cache.environment import SettingsError
 from weights_cache.errors import WeightsError
 
@@ -126,7 +127,7 @@ def load_model(
     placed = dict(theirs.to(device)) if device != "cpu" else {}  # first, as its tensors land while the bytes come
     views = dict(theirs.to("cpu"))
     if not views:
-        raise WeightsError(_no_tensors(weights.files()))
+        raise WeightsError(_no_tensors(weights.files(), config))
     wanted = _dtype(dtype) or _most_common_dtype(views.values())
     with explained(model_class.__name__):
         model, info = model_class.from_pretrained(
@@ -194,7 +195,10 @@ def _check_vocabulary(tokenizer: Any, weights: Weights) -> None:
     """Raises WeightsError where there is none: the library then makes a tokenizer that knows no word."""
     names = set(getattr(tokenizer, "vocab_files_names", {}).values())
     if names and not names & set(weights.files()):
-        raise WeightsError(f"the weights have no vocabulary for the tokenizer, which is one of {', '.join(sorted(names))}")
+        raise WeightsError(
+            f"the weights have no vocabulary for the tokenizer, which is one of {', '.join(sorted(names))}: save it beside the model, "
+            "tokenizer.save_pretrained(FOLDER), and push FOLDER again"
+        )
 
 
 def _model_class(config: Any, kind: str | type | None) -> Any:
@@ -216,13 +220,9 @@ def _model_class(config: Any, kind: str | type | None) -> Any:
     from transformers.models.auto import auto_factory
 
     if type(config) not in found._model_mapping:  # noqa: SLF001  what its own from_pretrained asks, which wants a folder
-        raise WeightsError(f"a model of type {config.model_type!r} is none of {found.__name__}: {_classes(config)}")
+        raise WeightsError(f"a model of type {config.model_type!r} is none of {found.__name__}: {choice.fitting(config)}")
     with explained(found.__name__):
         return auto_factory._get_model_class(config, found._model_mapping)  # noqa: SLF001
-
-
-def _classes(config: Any) -> str:
-    return f"its class is {' or '.join(config.architectures)}" if config.architectures else "its config names no class"
 
 
 def _of_model(weights: Weights) -> Weights:
@@ -235,12 +235,13 @@ def _of_model(weights: Weights) -> Weights:
     return weights.only(*(name for name in files if name.endswith(".safetensors") and "/" not in name))
 
 
-def _no_tensors(files: Collection[str]) -> str:
+def _no_tensors(files: Collection[str], config: Any) -> str:
     if any(name in files for name in _PICKLED):
+        kind = (config.architectures or ["AutoModel"])[0]
         return (
-            "the weights are pickled (pytorch_model.bin), which is not restored. Convert them once: "
-            "AutoModel….from_pretrained(FOLDER).save_pretrained(FOLDER, safe_serialization=True) with the model's class writes "
-            "model.safetensors; push that in place of the .bin"
+            "the weights are pickled (pytorch_model.bin), which is not restored. Convert them once where they come from: "
+            f"`from transformers import {kind}; {kind}.from_pretrained(FOLDER).save_pretrained(FOLDER)` writes model.safetensors; "
+            "then remove pytorch_model*.bin* from FOLDER and push it again"
         )
     if any(name.endswith(".gguf") for name in files):
         return "the weights are GGUF; `relight convert` makes safetensors of those of Llama's kind, or take the model's safetensors"
@@ -277,8 +278,11 @@ def _check(model: Any, info: Mapping[str, Any], spare: Sequence[str]) -> None:
     ]
     strange = [name for name in unexpected if name not in heads]
     said = [f"they lack {_some(missing)}"] * bool(missing) + [f"the model has no {_some(strange)}"] * bool(strange) + wrong
+    name = type(model).__name__
+    if said and missing and name not in (model.config.architectures or [name]):
+        raise WeightsError(f"{choice.fitting(model.config)}. As {name}, which was asked for, {'; '.join(said)}")
     if said:
-        raise WeightsError(f"the weights do not fit {type(model).__name__}, which config.json describes: {'; '.join(said)}")
+        raise WeightsError(f"the weights do not fit {name}, which config.json describes: {'; '.join(said)}")
     if heads:
         log.info("%s has no use for %s of the weights", type(model).__name__, _some(heads))
 

@@ -4,6 +4,7 @@ What an input, a parameter and an answer are is what the library's own `pipeline
 of them. A text that is longer than the model takes is refused, unless the parameter `truncation` says that it be cut.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,9 @@ from function.agents.transformers.tasks import (
     ZeroShotClassification,
 )
 from function.agents.transformers.texts import TextToText
-from function.settings import from_environment
+from function.settings import for_agents
+
+log = logging.getLogger("relight.function")
 
 _TASKS: Mapping[str, type[Any]] = {
     "text-classification": TextClassification,
@@ -48,10 +51,16 @@ class Pipeline:
 
     def load(self, weights: Weights, device: str) -> None:
         """Choose the task, restore the model, and make what stands around it."""
-        settings, _ = from_environment()
+        settings = for_agents()
         config = loading.read_config(weights)
         self.task = choice.task_of(settings.task, config, weights)
         base = choice.base(self.task)
+        log.info("the task is %s, as %s has it", self.task, "FUNCTION_TASK" if settings.task else "config.json or the model's card")
+        if base == "feature-extraction" and "modules.json" in weights.files():
+            log.warning(
+                "feature-extraction gives a vector for each token, and the weights are a model of sentence-transformers (modules.json), "
+                "made to give one for each text: FUNCTION_AGENT=function.agents.transformers:Embeddings does"
+            )
         model = loading.load_model(
             weights, device, choice.HEADS[base] or None, config=config, dtype=settings.dtype, spare=_SPARE.get(base, ())
         )
