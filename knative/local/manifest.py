@@ -62,6 +62,7 @@ OBJECT_STORE = "http://object-store.relight.localhost"
 QUEUES = "http://queue.relight.localhost"
 AUTOSCALER_CONFIG = "config-autoscaler"
 FEATURES_CONFIG = "config-features"
+EXAMPLE = "relight/example"  # of a Service: a request body
 ROLLOUT = "relight/rollout"  # of a Service: what a Deployment calls its strategy
 RECREATE = "recreate"
 STDIN = Path("-")
@@ -136,7 +137,12 @@ class Service(_Named):
     @property
     def example(self) -> str:
         """A request body that its author gave as an example, or a guess."""
-        return self.metadata.annotations.get("relight/example") or '{"instances": ["hello"]}'
+        return self.metadata.annotations.get(EXAMPLE) or '{"instances": ["hello"]}'
+
+    @property
+    def has_example(self) -> bool:
+        """Whether that is no guess."""
+        return bool(self.metadata.annotations.get(EXAMPLE))
 
     @property
     def user_container(self) -> Container:

@@ -1,5 +1,6 @@
 """A Service that nobody has written down: for an agent's name and a directory of weights (`relight run my_model:Linear --weights DIR`)."""
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -17,6 +18,9 @@ from knative.local.seeds import Seed
 _AGENT = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 CACHE, CACHE_DIR = "weights-cache", "/var/cache/relight"
+# Agents of ours to whom any text is an input, and architectures of which `Pipeline` asks no more.
+_OF_TEXTS = {f"function.agents.transformers:{name}" for name in ("Chat", "Embeddings")}
+_PIPELINE, _CLASSIFIERS = "function.agents.transformers:Pipeline", ("ForSequenceClassification", "ForTokenClassification")
 WINDOW = "30s"  # without requests, until it goes to zero; long enough to type the next one
 
 
@@ -57,6 +61,16 @@ class OwnModel:
         """The name of the Service: what was said, or that of the class (`MyModel` is my-model)."""
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", self.agent.partition(":")[2])
         return self.name or re.sub(r"[-_]+", "-", words.lower()).strip("-")
+
+    @property
+    def _shown(self) -> str:
+        """The request that shows it at work: the one that was given, or one for an agent of ours, as far as it is known what that takes."""
+        takes_texts = self.agent in _OF_TEXTS
+        if self.agent == _PIPELINE and self.weights and "FUNCTION_TASK" not in self.settings:
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+                (architecture,) = json.loads((self.weights / "config.json").read_bytes())["architectures"]
+                takes_texts = architecture.endswith(_CLASSIFIERS)
+        return self.example or ('{"instances": ["hello"]}' if takes_texts else "")
 
     @property
     def seeds(self) -> list[Seed]:
@@ -103,7 +117,7 @@ class OwnModel:
         return {
             "apiVersion": SERVING,
             "kind": "Service",
-            "metadata": {"name": self.service, "annotations": {"relight/example": self.example} if self.example else {}},
+            "metadata": {"name": self.service, "annotations": {"relight/example": self._shown} if self._shown else {}},
             "spec": {"template": {"metadata": {"annotations": {"autoscaling.knative.dev/window": WINDOW}}, "spec": pods}},
         }
 

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Ta
 from rich.text import Text
 
 from knative.local.figures import size
-from knative.local.manifest import Service
+from knative.local.manifest import EXAMPLE, Service
 from knative.local.patient import PatientStream
 from knative.local.plain import block, line
 from knative.local.pod import Pod
@@ -87,9 +87,10 @@ class Terminal:
             queue = f"queue {source['queue']}" if source["queue"] else "events"
             self._parts("  ", (source["name"], "bold"), "  ", queue, " → ", source["sink"])
         self.note("")
-        self.note(
-            f"  call it   curl http://127.0.0.1:{port}/ -H 'Content-Type: application/json' -d {shlex.quote(_on_one_line(default.example))}"
-        )
+        body = shlex.quote(_on_one_line(default.example)) if default.has_example else """'{"instances": [INPUT]}'"""
+        self.note(f"  call it   curl http://127.0.0.1:{port}/ -H 'Content-Type: application/json' -d {body}")
+        if not default.has_example:
+            self.note(f"            with what {default.name} takes; one that is to stand here: annotation {EXAMPLE}, or --example")
         for polled in [source["queue"] for source in sources if source["queue"]][:1]:
             self.note(f"  send it   relight send {polled} --count 10")
         self.note(f"  watch it  http://127.0.0.1:{admin_port}/")

@@ -1,5 +1,6 @@
 """`relight run` of an agent by its name, and of a project's folder: what is made of the words, and that it answers."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,7 +79,7 @@ def test_an_agent_gets_its_weights_its_settings_and_an_example(folder: Path) -> 
     assert service.example == '{"instances": [1]}'
     assert chosen.seeds == [Seed(Path("weights"), "s3://models/reader")]
     assert not chosen.notes
-    assert "--weights weights was not said" in run("reader:Reader").notes[0]
+    assert run("reader:Reader").notes == ["no --weights DIR: the agent gets none; there is a folder weights here"]
     with pytest.raises(ManifestError, match="found 'PORT', which Knative sets itself"):
         run("reader:Reader", settings={"PORT": "1"}).sources.read()
 
@@ -98,13 +99,41 @@ def test_an_agent_gets_its_weights_its_settings_and_an_example(folder: Path) -> 
         ([], {"settings": {"A": "b"}}, "--set belongs to an agent"),
         ([], {}, "there is no service.yaml in {here}: `relight init NAME` makes a project"),
         (["weights"], {}, "there is no service.yaml in {here}/weights: `relight init NAME` makes a project"),
+        (
+            ["reader.py"],
+            {},
+            "reader.py: is Python, and no manifest; an agent is named by its class: `relight run reader:Reader --weights DIR`",
+        ),
+        (["reader"], {"weights": Path("weights")}, "reader: is Python, and no manifest"),
+        (["saved"], {}, "or `relight run function.agents.transformers:Pipeline --weights saved`"),
     ],
 )
 def test_what_cannot_be_is_said_at_once(folder: Path, words: list[str], own: Mapping[str, Any], said: str) -> None:
     (folder / "empty").mkdir()
+    (folder / "saved").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / "saved" / name).touch()
     with pytest.raises(PlatformError) as error:
         run(*words, **own)
     assert said.format(here=folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("agent", "architecture", "settings", "has_example"),
+    [
+        ("function.agents.transformers:Chat", "", {}, True),
+        ("function.agents.transformers:Pipeline", "BertForSequenceClassification", {}, True),
+        ("function.agents.transformers:Pipeline", "BertForSequenceClassification", {"FUNCTION_TASK": "zero-shot-classification"}, False),
+        ("function.agents.transformers:Pipeline", "BertForQuestionAnswering", {}, False),
+        ("reader:Reader", "", {}, False),
+    ],
+)
+def test_an_example_is_shown_where_it_is_known_to_be_an_input(
+    folder: Path, agent: str, architecture: str, settings: Mapping[str, str], has_example: bool
+) -> None:
+    (folder / "weights" / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    (service,) = run(agent, weights=Path("weights"), settings=settings).sources.read().services
+    assert service.has_example is has_example
 
 
 def project(folder: Path, uri: str = "s3://models/own") -> None:

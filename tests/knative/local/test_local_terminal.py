@@ -148,6 +148,7 @@ def test_once_the_platform_serves_its_own_lines_have_the_time(terminal: Terminal
     terminal.say("[dim]manifests read again[/]")
     terminal.note("[stopped]\nnow")
     first, *_, again, stopped, rest = screen.getvalue().splitlines()
+    assert """-d '{"instances": [INPUT]}'""" in screen.getvalue()  # nobody has said what it takes
     assert first == "object store at http://127.0.0.1:1"
     assert re.fullmatch(r"\d\d:\d\d:\d\d manifests read again", again)
     assert re.fullmatch(r"\d\d:\d\d:\d\d \[stopped\]", stopped)
