@@ -18,7 +18,7 @@ _OPTIONAL = {
 
 _NO_KNATIVE = (
     "the cluster has no Knative Serving: an administrator installs it (https://knative.dev/docs/install),"
-    " or `make render ENV=keda` makes manifests that do without"
+    " or the overlay keda of Relight's checkout shows how to do without"
 )
 
 
