@@ -1,14 +1,21 @@
 """What a process of ours has before the server begins: standard files that work, output that appears at once, room for open files."""
 
+import importlib
 import io
 import os
 import resource
 import select
 import sys
 from collections.abc import Iterator
+from itertools import dropwhile, zip_longest
+from pathlib import Path
+from types import TracebackType
 from typing import TextIO
 
 OPEN_FILES = 65_536  # more are of no use to us, and some programs close each number below the limit before they start
+
+_IMPORTS = ("<frozen importlib", importlib.__file__)  # where the files of frames begin that are Python's import
+_OURS = Path(__file__).parent  # the agents that come with us are in a folder of their own
 
 _SIGNALS_ELSEWHERE = (
     "an agent runs in a thread of its own, and only the main thread of a process may set signal handlers: leave that out, "
@@ -30,6 +37,24 @@ def explain(error: BaseException | None) -> str | None:
         if isinstance(cause, ValueError | RuntimeError) and "only works in main thread" in str(cause):
             return _SIGNALS_ELSEWHERE
     return None
+
+
+def trim(error: BaseException) -> None:
+    """Take out of an agent's error, and of those it came from, what its author cannot change: our way to the agent, and Python's import."""
+    for one in _chain(error):
+        frames = [frame for frame in _frames(one.__traceback__) if not frame.tb_frame.f_code.co_filename.startswith(_IMPORTS)]
+        theirs = list(dropwhile(lambda frame: Path(frame.tb_frame.f_code.co_filename).parent == _OURS, frames))
+        if not theirs and not isinstance(one, SyntaxError):  # which says itself where it is
+            continue
+        for frame, following in zip_longest(theirs, theirs[1:]):
+            frame.tb_next = following
+        one.__traceback__ = theirs[0] if theirs else None
+
+
+def _frames(traceback: TracebackType | None) -> Iterator[TracebackType]:
+    while traceback:
+        yield traceback
+        traceback = traceback.tb_next
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from function import cpus, lean_torch, warm_imports
@@ -23,6 +23,7 @@ from function.failing import says_enough
 from function.guarded_agent import GuardedAgent, Traits, log_failure
 from function.parts import Slice
 from function.priority import Priority
+from function.process import trim
 from function.settings import FunctionSettings
 from function.streams import Made, Streams
 from weights_cache.reader import Weights
@@ -104,6 +105,8 @@ class Runner:
             agent = self._bring_up()
         except BaseException as error:  # noqa: BLE001  also SystemExit: whatever it is, there is nothing to serve
             is_enough = says_enough(error)
+            with suppress(Exception):  # an error may be of any class
+                trim(error)
             log_failure(
                 str(error) if is_enough else f"the agent {self._settings.agent} could not be brought up", None if is_enough else error
             )

@@ -32,6 +32,7 @@ from weights_cache.environment import SettingsError
 from weights_cache.reader import Weights
 from weights_cache.settings import WeightsSettings
 
+WRONG_SETTING = 2  # the exit status, which says that another start would end in the same way
 # When this process was asked for, on `time.monotonic`'s clock; None if that is when the kernel started it. See fork_server.
 asked_at: float | None = None
 
@@ -109,7 +110,7 @@ class FunctionServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no 
             nonlocal reason
             if model.failing.tells or not ends_with_reason(error):  # lines of those who were told have come after it
                 reason = model.failing.last_line
-            ending.fail(Master.WORKER_BOOT_ERROR, error)
+            ending.fail(WRONG_SETTING if isinstance(error, SettingsError) else Master.WORKER_BOOT_ERROR, error)
 
         patience = None
         if model.failing.tells:
@@ -185,7 +186,7 @@ def main() -> None:
 
 def _complain(message: str) -> int:
     sys.stderr.write(f"function: {message}\n")
-    return 2
+    return WRONG_SETTING
 
 
 def _process_started_at() -> float:

@@ -21,7 +21,7 @@ from knative.local.fork_server import ForkServer
 from knative.local.health import Health
 from knative.local.launch import LONGEST_GRACE_S, PodPlan
 from knative.local.limits import Limiter
-from knative.local.process import ContainerProcess, Ending, tail
+from knative.local.process import ContainerProcess, Ending
 from knative.local.tasks import Tasks, describe
 from knative.local.trouble import Trouble
 from knative.local.troubles import Troubles
@@ -278,7 +278,7 @@ class Pod:
         is_starting = self.phase == "starting"
         self._health.ended(container)
         self.troubles.ended(container, ending, is_starting=is_starting)
-        last = tail(process.log, 1)
+        last = container.tail(1)
         self._on_exit(self, f"{process.container} {ending}" + (f": {last[0].strip()}" if last else ""))
         if self.phase == "starting":
             self._on_change(self)

@@ -72,6 +72,7 @@ class ContainerProcess:
         self._cannot = ""  # why it could not be started
         self._was_well = False  # since it started last
         self._oom_kills = 0  # of the machine, when it started last
+        self._log_at = 0  # bytes of the log, likewise
         self._child: asyncio.subprocess.Process | Forked | None = None
         self._tasks = Tasks(on_failure)
 
@@ -119,8 +120,8 @@ class ContainerProcess:
             self._confinement = None
 
     def tail(self, lines: int) -> list[str]:
-        """The last lines that the process wrote."""
-        return tail(self.process.log, lines)
+        """The last lines that the process wrote, since it started last."""
+        return tail(self.process.log, lines, self._log_at)
 
     async def _keep(self) -> None:
         pause_s = 0.0
@@ -166,6 +167,7 @@ class ContainerProcess:
         try:
             self.process.log.parent.mkdir(parents=True, exist_ok=True)  # somebody may tidy up while we run
             with self.process.log.open("ab") as log:
+                self._log_at = log.tell()
                 self._child = await self._begin(log)
         except OSError as error:
             self._cannot = error.strerror or type(error).__name__  # the log says what; a Secret's value may be in its name
@@ -262,11 +264,12 @@ def _put_aside(log: Path) -> None:
     os.truncate(log, 0)
 
 
-def tail(log: Path, lines: int) -> list[str]:
-    """The last lines of a file; none if it is not there."""
+def tail(log: Path, lines: int, since: int = 0) -> list[str]:
+    """The last lines of a file; none if it is not there. since: a byte before which none counts, unless the file was put aside."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 16_384))
+            size = log.stat().st_size
+            file.seek(max(0, size - 16_384, since if since <= size else 0))
             return file.read().decode(errors="replace").splitlines()[-lines:]
     except FileNotFoundError:
         return []

@@ -127,7 +127,8 @@ class Supervisor:
 
     def process_ended(self, pod: Pod, ended: str) -> None:
         """Called by a pod one of whose processes ended by itself."""
-        self._watcher.crashed(self._revision, pod, ended)
+        if not pod.troubles.has_failed:  # which says how it ended
+            self._watcher.crashed(self._revision, pod, ended)
 
     def timed_out(self, pod: Pod, had_s: float, limit_s: float) -> None:
         """A request that the pod had for `had_s` seconds got no byte of an answer within its `limit_s`; a pod that hangs is replaced.

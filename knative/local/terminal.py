@@ -114,7 +114,7 @@ class Terminal:
                 self._forget(pod)
             return
         if not self.console.is_terminal:
-            if phase not in ("starting", "ready", self._phases.get(pod.name)):
+            if phase not in ("starting", "ready", "failed", self._phases.get(pod.name)):  # what they mean is told as an event
                 self._phases[pod.name] = phase
                 moved = f", {size(report.restored_bytes)} of {size(report.total_bytes)} of weights" if report.total_bytes else ""
                 self._event(revision, f"{pod.name} {phase}{moved}")

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+SHORT = 20  # characters, of a text that may be in another by chance
+
 
 @dataclass(frozen=True)
 class Trouble:
@@ -13,10 +15,17 @@ class Trouble:
 
     @property
     def whole(self) -> str:
-        """The reason, and the log below it."""
-        if not self.lines:
+        """The reason, and the log below it, without what the reason says already."""
+        news = [text for text in self.lines if not self._says(text)]
+        if not news:
             return self.reason
-        return "\n".join([self.reason, f"the last lines of {self.container}:", *(f"  {text}" for text in self.lines)])
+        return "\n".join([self.reason, f"the last lines of {self.container}:", *(f"  {text}" for text in news)])
+
+    def _says(self, text: str) -> bool:
+        """Whether a line of the log is in the reason, but for what may begin it (`2026-01-31 09:12:59 ERROR relight.function: `)."""
+        parts = text.split(": ")
+        told = [": ".join(parts[at:]).strip() for at in range(len(parts))]
+        return any(len(words) >= SHORT and words in self.reason for words in told)
 
     def log(self) -> dict[str, object] | None:
         """The log, in `/api/status`."""

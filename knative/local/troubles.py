@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
+from knative.local.launch import FUNCTION
 from knative.local.plain import line
 from knative.local.process import ContainerProcess, Ending
 from knative.local.trouble import Trouble
@@ -12,6 +14,7 @@ SAME_ENDS, ENDS = 2, 3  # a start that ends so often in the same way, or in any,
 KILLED_ENDS = 10  # and one that is killed from outside so often in a row: it may do that itself
 YOUNG_S = 5.0  # what ends so soon after it was ready, and never had a request, was not: its port was open for a moment, say
 LINES = 12  # of a log
+SETTING = "ended with status 2"  # of our function: a setting is wrong, or what it names is not there, which another start would not change
 
 
 class Troubles:
@@ -72,7 +75,9 @@ class Troubles:
         said = self._complaint[1] if self._complaint and self._complaint[0] is container else ""
         self._complaint = None
         why = f"its container {name} {ending.text}{f': {said}' if said else ''}"
-        if counts and (often := self._count(name, ending)):
+        if counts and _is_wrongly_set(container, ending):
+            self.fail(self._blame(container, why))
+        elif counts and (often := self._count(name, ending)):
             why += f", {often} as it started"
             self.fail(self._blame(container, why))
         self._ended = self._blame(container, why)
@@ -133,3 +138,7 @@ class Troubles:
 
     def _blame(self, container: ContainerProcess, reason: str) -> Trouble:
         return Trouble(reason, container.process.container, tuple(line(text, 300) for text in container.tail(LINES)))
+
+
+def _is_wrongly_set(container: ContainerProcess, ending: Ending) -> bool:
+    return ending.text == SETTING and FUNCTION in pairwise(container.process.argv)

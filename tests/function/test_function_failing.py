@@ -3,7 +3,9 @@
 import http.server
 import json
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from function.agent import load_agent
 from function.errors import Unavailable
 from function.failing import MOST_REASON, Failing, Patience, ends_with_reason, reason_of, told_of
+from function.process import trim
 from tests.support import BIN, Server, clean_environment, free_port, request, running, wait_until
 from weights_cache.environment import SettingsError
 from weights_cache.errors import WeightsError
@@ -83,7 +87,7 @@ def test_callers_are_told_why_it_cannot_start_where_a_setting_says_so(start: Sta
     assert request(function.port, "GET", "/v1/models/model").json()["ready"] is False
     assert request(function.port, "GET", "/healthz").status == 200
     function.signal(signal.SIGTERM)
-    assert function.wait() in (0, 3)
+    assert function.wait() in (0, 2, 3)
 
 
 @pytest.mark.parametrize("tell_s", ["0", "0.5"])
@@ -276,3 +280,35 @@ def test_who_is_told_to_end_meanwhile_ends_as_told() -> None:
     failing.stop()
     thread.join(30)
     assert (thread.is_alive(), ended) == (False, [])
+
+
+@pytest.mark.parametrize(
+    ("module", "files"),
+    [("def broken(:", []), ("import other", ["agent.py", "other.py"]), ("class A:\n    def __init__(self): 1 / 0", ["agent.py"])],
+    ids=["syntax", "import", "constructor"],
+)
+def test_a_traceback_has_the_frames_of_the_agents_author_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, files: list[str]
+) -> None:
+    (tmp_path / "agent.py").write_text(module)
+    (tmp_path / "other.py").write_text("1 / 0")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    try:
+        with pytest.raises((SyntaxError, ZeroDivisionError)) as raised:
+            load_agent("agent:A", [str(tmp_path)])
+    finally:
+        for name in ("agent", "other"):
+            sys.modules.pop(name, None)
+    error = raised.value
+    error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next  # behind the test itself
+    trim(error)
+    assert [Path(frame.filename).name for frame in traceback.extract_tb(error.__traceback__)] == files
+
+
+def test_a_traceback_without_any_frame_of_an_author_stays_as_it_is() -> None:
+    error = ValueError()
+    with pytest.raises(SettingsError) as raised:
+        load_agent("json:tool")
+    ours = error.__traceback__ = raised.traceback[-1]._rawentry  # a frame of agent.py
+    trim(error)
+    assert error.__traceback__ is ours

@@ -463,9 +463,21 @@ def test_a_start_that_ends_twice_in_the_same_way_has_failed_and_says_why(tmp_pat
         await pod.start()
         await until("the failure", lambda: pod.troubles.has_failed)
         reason = "its container function ended with status 3, twice as it started"
-        assert pod.trouble == Trouble(reason, "function", ("no model", "no model"))
-        assert (pod.status()["reason"], pod.status()["log"]["lines"]) == (reason, ["no model", "no model"])
+        assert pod.trouble == Trouble(reason, "function", ("no model",))  # of the last start
+        assert (pod.status()["reason"], pod.status()["log"]["lines"]) == (reason, ["no model"])
         assert pod.status()["restarts"] == {"function": 1}
+        await pod.drain(0)
+
+    play(tmp_path, scene)
+
+
+def test_a_function_with_a_setting_that_is_wrong_is_not_started_again_to_see_whether_it_is(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        pod = stage.pod(stage.process("function", "sh", "-c", "echo no such setting; exit 2", "-m", "function", readiness=stage.probe()))
+        stage.function.status = 503
+        await pod.start()
+        await until("the failure", lambda: pod.troubles.has_failed)
+        assert pod.trouble == Trouble("its container function ended with status 2", "function", ("no such setting",))  # not: twice
         await pod.drain(0)
 
     play(tmp_path, scene)

@@ -259,3 +259,12 @@ def test_the_example_is_a_command_to_copy(terminal: Terminal, screen: io.StringI
     revision.service.metadata.annotations["relight/example"] = example
     terminal.serving([revision.service], ["http://hello/"], [], revision.service, 1, 2)
     assert [line.partition("-d ")[1] + line.partition("-d ")[2] for line in screen.getvalue().splitlines() if "curl" in line] == [shown]
+
+
+def test_what_a_reason_says_is_not_said_again_by_the_log(terminal: Terminal, screen: io.StringIO, revision: Revision) -> None:
+    why = "FUNCTION_AGENT='a:B': module 'a' has no 'B'"
+    log = (f"2026-01-31 09:12:59,1 ERROR relight.function: {why}", f"function: {why}", "loading: tokenizer")
+    terminal.failed(revision, Trouble(f"its container function ended with status 2: {why}", "function", log))
+    first, _, *lines = told(screen)
+    assert first == f"hello failed: its container function ended with status 2: {why}"
+    assert [line.strip("│ ") for line in lines] == ["loading: tokenizer"]
