@@ -97,7 +97,7 @@ class Rollout:
 
     def _pass_over_latest(self) -> None:
         """Have the next revision get the traffic though it is not ready, or will not be."""
-        if self.next and not self.service.recreate:
+        if self.next and (self.next_failure or not self.service.recreate):
             self.latest, self.next, self.next_failure = self.next, None, None
 
     def _create(self, service: Service) -> Revision:
@@ -201,7 +201,7 @@ class Rollout:
             reachable = revision is going or revision.name in route.names
             if not reachable:
                 revision.hand_over(self.choose)
-            revision.scaling.keeps_one = self.next is not None and revision is self.latest and self.stale.is_gone(revision)
+            revision.scaling.keeps_one = bool(self.next and revision is self.latest and reachable and self.stale.is_gone(revision))
             revision.set_reachable(reachable=reachable)
         self._forget()
 

@@ -219,3 +219,39 @@ def test_who_calls_while_a_mended_manifest_is_tried_is_held(agent: Path) -> None
             await asyncio.wait_for(caller, 5)
 
     asyncio.run(main())
+
+
+def test_recreate_keeps_no_pod_with_the_old_code_and_tells_callers_why_the_new_code_has_failed(agent: Path) -> None:
+    async def main() -> None:
+        recreate = {"annotations": {"relight/rollout": "recreate"}}
+        async with running(coded(agent, **recreate)) as (live, _):
+            (pod,) = pods(live, OLD)
+            agent.write_text("broken = 2")
+            change(live, coded(agent, **recreate))
+            await settle()
+            assert pod.phase == "draining"
+            pod.gone.set()
+            async with asyncio.timeout(5):
+                while not pods(live, NEW):
+                    await asyncio.sleep(0.01)
+            live.revisions[NEW].failures.start_failed(Trouble("it is broken"))
+            with pytest.raises(RevisionFailed, match="it is broken"):
+                await asyncio.wait_for(hold(live.choose(), asyncio.Event()), 5)
+
+    asyncio.run(main())
+
+
+def test_a_revision_that_gets_no_traffic_keeps_no_pod(agent: Path) -> None:
+    async def main() -> None:
+        named = {"revisionName": OLD, "percent": 100}
+        async with running(coded(agent)) as (live, _):
+            change(live, replace(version(2, named), code=live.service.code))
+            await settle()
+            become_ready(live, NEW)
+            await settle()
+            agent.write_text("third = 3")
+            change(live, replace(version(2, named), code=Code.read("agent:A", [agent.parent])))
+            await settle()
+            assert [pod.phase for pod in pods(live, NEW)] == ["draining"]
+
+    asyncio.run(main())
