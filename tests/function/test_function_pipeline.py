@@ -178,7 +178,7 @@ def png(image: Any) -> bytes:
     return data.getvalue()
 
 
-def test_images_come_as_bytes_and_are_labelled_as_by_the_librarys_pipeline(workshop: Workshop) -> None:
+def test_images_come_as_bytes_and_are_labelled_as_by_the_librarys_pipeline(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(2)
     config = workshop.library.ViTConfig(**SIZES, image_size=16, patch_size=8, num_labels=7, initializer_range=0.5)
     processor = workshop.library.ViTImageProcessor(size={"height": 16, "width": 16})
@@ -195,6 +195,21 @@ def test_images_come_as_bytes_and_are_labelled_as_by_the_librarys_pipeline(works
     for wrong in (b"x", png(images[0])[:100], "http://example.com/cat.png", {"image": 1}):
         with pytest.raises(BadInput, match="image"):
             agent.predict([wrong], {})
+    # What a small body holds is known before it is decoded, and a broken one may have Pillow raise anything.
+    grey = png(Image.new("L", (7500, 7500)))
+    with pytest.raises(BadInput, match=r"56250000 pixels \(7500 × 7500\); together they may have 50000000"):
+        agent.predict([grey], {})
+    with pytest.raises(BadInput, match=r"1040 × 16 pixels: the longer side may be 64 times"):
+        agent.predict([png(Image.new("L", (1040, 16)))], {})
+    monkeypatch.setattr(agent._task, "_most", 800)
+    with pytest.raises(BadInput, match=r"256 pixels \(16 × 16\), and those before it 600"):
+        agent.predict([png(image) for image in images], {})
+    jpeg = io.BytesIO()
+    images[0].resize((50, 60)).save(jpeg, "JPEG")
+    assert len(agent.predict([jpeg.getvalue()], {})) == 1  # it is decoded smaller
+    monkeypatch.setattr(agent._task._images, "open", lambda *_, **__: 1 / 0)
+    with pytest.raises(BadInput, match="the image cannot be used: division by zero"):
+        agent.predict([png(images[1])], {})
 
 
 def wave(samples: Any, rate: int = 16_000) -> bytes:
@@ -228,6 +243,39 @@ def test_speech_comes_as_bytes_and_is_written_down_as_by_the_librarys_pipeline(w
             agent.predict([wrong], {})
     with pytest.raises(BadInput, match="no parameter 'language'"):
         agent.predict([wave(samples)], {"language": "en"})
+    for raw in (["1"] * 3200, [None] * 3200, [True] * 3200, [1e300] * 3200, [10**400] * 3200):
+        with pytest.raises(BadInput, match="must be a recording"):
+            agent.predict([{"raw": raw, "sampling_rate": 16_000}], {})
+    assert_recordings_are_bounded(agent, samples)
+
+
+def assert_recordings_are_bounded(agent: Any, samples: Any) -> None:
+    silence = np.zeros(16_000 * 121, np.int16)
+    lies = bytearray(flac(silence[:3200]))
+    lies[21] |= 0x0F  # of 36 bits that say how many samples there are
+    lies[22:26] = b"\xff" * 4
+    cases: list[tuple[bytes, Mapping[str, Any], str]] = [
+        (bytes(lies), {}, "68719476735 samples, and may have 57600000"),
+        (flac(silence), {}, "121 s long, and one pass takes 120"),
+        (flac(silence[: 16_000 * 100]), {"chunk_length_s": 1, "stride_length_s": 0.3}, "a quarter of 'chunk_length_s' at most, 0.25"),
+        (wave(samples), {"stride_length_s": 1}, "wants 'chunk_length_s'"),
+        (flac(np.tile(silence, 2)), {"chunk_length_s": 1}, "363 pieces of 1 s, and may make 256"),
+    ]
+    for data, said, reason in cases:
+        with pytest.raises(BadInput, match=reason):
+            agent.predict([data], said)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agent._task, "_most", 5000)
+        with pytest.raises(BadInput, match="more than 5000 samples together"):
+            agent.predict([wave(samples)] * 2, {})
+
+
+def flac(samples: Any) -> bytes:
+    import soundfile
+
+    data = io.BytesIO()
+    soundfile.write(data, samples, 16_000, format="FLAC")
+    return data.getvalue()
 
 
 # Tasks whose pipelines the library has no more
@@ -318,6 +366,12 @@ def test_a_text_is_made_by_the_models_own_generate(task: str, prefix: str, name:
         expected.append({name: workshop.tokenizer.decode(made[0], skip_special_tokens=True)})
     together = agent.predict(TEXTS, {"max_new_tokens": 6})
     assert together == expected
+    for said, reason in (
+        ({"max_new_tokens": 4096}, "from 1 to 2048"),
+        ({"max_new_tokens": 1024, "num_beams": 16}, "are 16384, and may be 8192"),
+    ):
+        with pytest.raises(BadInput, match=reason):
+            agent.predict(TEXTS, said)
     assert_same_alone(agent, TEXTS, {"max_new_tokens": 6}, together)
     two = agent.predict(TEXTS[:2], {"max_new_tokens": 6, "num_return_sequences": 2})
     assert [len(one) for one in two] == [2, 2]
@@ -405,7 +459,7 @@ def test_where_the_config_leaves_a_choice_the_card_decides(workshop: Workshop) -
     [
         ([3], {}, "must be a string.*not a number"),
         ([None], {}, "not null"),
-        ([{"sentence": "x"}], {}, "no 'sentence'"),
+        ([{"sentence": "x"}], {}, "'sentence' is no field"),
         (["cat " * 70], {}, r"72 tokens, and the model takes 64.*truncation"),
         (["\ud800"], {}, "surrogate"),
         (["x"], {"topk": 1}, "no parameter 'topk'; it has top_k"),
@@ -429,6 +483,9 @@ def test_what_a_classifier_cannot_use_is_the_callers_mistake(
         ("ForMaskedLM", "fill-mask", "no mask", {}, r"must have the mask '\[MASK\]'"),
         ("ForMaskedLM", "fill-mask", "[MASK]", {"top_k": 1000}, "more than the"),
         ("ForTokenClassification", "token-classification", "a", {"stride": 64}, "stride"),
+        ("ForTokenClassification", "token-classification", "a " * 100, {"stride": 32}, "'stride' must be at most 31"),
+        ("ForTokenClassification", "token-classification", "a " * 20_000, {"stride": 31}, "rows .* may make 256"),
+        ("ForTokenClassification", "token-classification", "a" * ((1 << 20) + 1), {"truncation": True}, "may have 1048576"),
         ("ForTokenClassification", "token-classification", "a", {"stride": 2, "aggregation_strategy": "none"}, "stride"),
     ],
 )
@@ -446,12 +503,34 @@ def test_what_other_tasks_cannot_use_is_the_callers_mistake(
         ({}, "candidate_labels"),
         ({"candidate_labels": []}, "candidate_labels"),
         ({"candidate_labels": ["a"], "hypothesis_template": "{0.x}"}, "braces"),
+        ({"candidate_labels": ["a"] * 257}, "257 rows .* may make 256"),
+        ({"candidate_labels": ["a" * 1000], "hypothesis_template": "{}" * 2000}, "2004000 characters, and may have 1048576"),
     ],
 )
 def test_labels_that_are_none_are_the_callers_mistake(parameters: Mapping[str, Any], reason: str, workshop: Workshop) -> None:
     agent = workshop.agent(workshop.bert("ForSequenceClassification", ("contradiction", "entailment")), "zero-shot-classification")
     with pytest.raises(BadInput, match=reason):
         agent.predict(["a"], parameters)
+
+
+@pytest.mark.parametrize(
+    ("context", "parameters", "reason"),
+    [
+        ("a " * 100, {"doc_stride": 30}, "'doc_stride' must be at most 29"),
+        ("a " * 12_000, {}, "rows .* may make 256"),
+        ("a", {"max_seq_len": 5000}, "from 1 to 4096"),
+    ],
+)
+def test_a_context_is_cut_into_so_many_pieces_at_most(context: str, parameters: Mapping[str, Any], reason: str, workshop: Workshop) -> None:
+    agent = workshop.agent(workshop.bert("ForQuestionAnswering", ("start", "end")), "question-answering")
+    with pytest.raises(BadInput, match=reason):
+        agent.predict([{"question": "who ?", "context": context}], parameters)
+
+
+def test_labels_of_all_inputs_together_are_bounded(workshop: Workshop) -> None:
+    agent = workshop.agent(workshop.bert("ForSequenceClassification", ("contradiction", "entailment")), "zero-shot-classification")
+    with pytest.raises(BadInput, match="more than 1024 rows together"):
+        agent.predict(["a"] * 5, {"candidate_labels": ["a"] * 256})
 
 
 # Batches

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from function.agent import BadInput
 from function.agents.transformers.parameters import FLAG, Parameter, whole
-from function.agents.transformers.rows import Numbers, Row
+from function.agents.transformers.rows import Numbers, Row, within_bounds
 from function.agents.transformers.tasks import TextTask, strings
 from weights_cache.errors import WeightsError
 
@@ -30,7 +30,7 @@ class QuestionAnswering(TextTask):
         "top_k": whole(1, 1000),
         "doc_stride": whole(0),
         "max_answer_len": whole(1),
-        "max_seq_len": whole(1),
+        "max_seq_len": whole(1, 4096),
         "handle_impossible_answer": FLAG,
         "align_to_words": FLAG,
     }
@@ -45,19 +45,24 @@ class QuestionAnswering(TextTask):
 
     def rows(self, inputs: Sequence[Any], parameters: Mapping[str, Any]) -> list[list[Row]]:
         """As many of an input as its context has pieces."""
-        return [self._pieces(strings(one, ("question", "context"), (), self.wants), parameters) for one in inputs]
+        return within_bounds(self._pieces(strings(one, ("question", "context"), (), self.wants), parameters) for one in inputs)
 
     def _pieces(self, one: Mapping[str, str], parameters: Mapping[str, Any]) -> list[Row]:
         if not all(one.values()):
             raise BadInput(f"each input must be {self.wants}")
         limit = self.texts.limit or MOST_TOKENS
         most = min(parameters.get("max_seq_len", min(limit, MOST_TOKENS)), limit)
-        stride = parameters.get("doc_stride", min(most // 2, STRIDE))
         question = len(self.texts.encode(one["question"], add_special_tokens=False)["input_ids"])
-        if (room := most - question - self.tokenizer.num_special_tokens_to_add(pair=True)) <= stride:
+        room, least = most - question - self.tokenizer.num_special_tokens_to_add(pair=True), max(1, most // 4)
+        if room < least:
             raise BadInput(
                 f"the question has {question} tokens and leaves {max(room, 0)} of the {most} that the model sees at once, which must be "
-                f"more than the {stride} that pieces of the context share (doc_stride)"
+                f"{least} at least"
+            )
+        stride = parameters.get("doc_stride", min(most // 2, STRIDE, room // 2))
+        if stride > room // 2:
+            raise BadInput(
+                f"'doc_stride' must be at most {room // 2}, half of the {room} tokens of the context that the model sees at once"
             )
         texts, cut = (one["question"], one["context"]), "only_second"
         if not self._is_question_first():
@@ -78,7 +83,7 @@ class QuestionAnswering(TextTask):
         """The answer to one input."""
         count, is_aligned = options.get("top_k", 1), options.get("align_to_words", True)
         longest, may_be_none = options.get("max_answer_len", 15), options.get("handle_impossible_answer", False)
-        answers: list[dict[str, Any]] = []
+        by_text: dict[str, dict[str, Any]] = {}
         null_score = 1_000_000.0
         for row, found in zip(rows, numbers, strict=True):
             may_answer = self._may_answer(row)
@@ -87,7 +92,8 @@ class QuestionAnswering(TextTask):
             start[0] = end[0] = 0  # the first token says that there is none
             # Of answers that are made to end where words do, some are one and the same.
             for first, last, score in _spans(start, end, may_answer, count * 2 + 10 if is_aligned else count, longest):
-                _add(answers, row.extra["context"], *self._place(row, first, last, is_aligned=is_aligned), score)
+                _add(by_text, row.extra["context"], *self._place(row, first, last, is_aligned=is_aligned), score)
+        answers = list(by_text.values())
         if may_be_none:
             answers.append({"score": null_score, "start": 0, "end": 0, "answer": ""})
         answers = sorted(answers, key=lambda answer: answer["score"], reverse=True)[:count]
@@ -139,11 +145,10 @@ def _spans(start: Floats, end: Floats, may_answer: NDArray[np.bool_], count: int
     return [(int(first), int(last), float(scores[first, last])) for first, last in found if may_answer[first] and may_answer[last]]
 
 
-def _add(answers: list[dict[str, Any]], context: str, start: int, end: int, score: float) -> None:
+def _add(answers: dict[str, dict[str, Any]], context: str, start: int, end: int, score: float) -> None:
     """One more; the same text again makes it likelier."""
     text = context[start:end]
-    for answer in answers:
-        if answer["answer"].lower() == text.lower():
-            answer["score"] += score
-            return
-    answers.append({"score": score, "start": start, "end": end, "answer": text})
+    if (answer := answers.get(text.lower())) is not None:
+        answer["score"] += score
+    else:
+        answers[text.lower()] = {"score": score, "start": start, "end": end, "answer": text}

@@ -10,6 +10,7 @@ from typing import Any
 from function.agent import BadInput
 
 MOST = 2**31
+MOST_GENERATED = 2048  # tokens of a text
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ TEMPLATE = Parameter(
 TRUNCATION = {"truncation": FLAG}
 # Of `generate`, those whose cost is bounded.
 GENERATION = {
-    "max_new_tokens": whole(1, 1 << 16),
-    "max_length": whole(1, 1 << 16),
-    "min_new_tokens": whole(0, 1 << 16),
-    "min_length": whole(0, 1 << 16),
+    "max_new_tokens": whole(1, MOST_GENERATED),
+    "max_length": whole(1, MOST_GENERATED),
+    "min_new_tokens": whole(0, MOST_GENERATED),
+    "min_length": whole(0, MOST_GENERATED),
     "num_beams": whole(1, 16),
     "num_return_sequences": whole(1, 16),
     "do_sample": FLAG,

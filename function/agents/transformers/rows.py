@@ -7,7 +7,7 @@ seen to change nothing; else rows of one length share a pass.
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -21,6 +21,10 @@ from function.agents.transformers.packing import MOST_TOKENS, Packing
 log = logging.getLogger("relight.function")
 
 MOST_CELLS = 32_768  # of one pass, padding counted
+MOST_ROWS = 256  # that one input may be: pieces of a text, labels
+MOST_ROWS_OF_BATCH = 1024
+MOST_CHARACTERS = 1 << 20  # of a text; the tokenizer reads all of it, and keeps all that it cuts off
+MOST_CHARACTERS_OF_BATCH = 4 << 20
 PASS_CELLS = 32  # that a pass costs a processor besides those it has: about as long as reading the weights takes
 _TOLERANCE = {torch.float32: 5e-5, torch.float64: 5e-5}  # of what padding may change, by the largest number; in 16 bits:
 _TOLERANCE_16 = 3e-2
@@ -184,6 +188,33 @@ def _are_close(one: Tensor, other: Tensor) -> bool:
     return bool(((one - other).abs() <= tolerance).all())
 
 
+def check_characters(lengths: Sequence[int]) -> None:
+    """Raises BadInput for texts that would take too long to make tokens of. lengths: of each."""
+    longest, total = max(lengths, default=0), sum(lengths)
+    if longest > MOST_CHARACTERS:
+        raise BadInput(f"the text has {longest} characters, and may have {MOST_CHARACTERS}")
+    if total > MOST_CHARACTERS_OF_BATCH:
+        raise BadInput(f"the texts, each with its label or pair, have {total} characters, and may have {MOST_CHARACTERS_OF_BATCH} together")
+
+
+def check_rows(count: int) -> None:
+    """Raises BadInput for an input that would take too many rows."""
+    if count > MOST_ROWS:
+        raise BadInput(f"an input makes {count} rows (pieces of its text, or labels), and may make {MOST_ROWS}: send it in parts")
+
+
+def within_bounds(each: Iterable[list[Row]]) -> list[list[Row]]:
+    """The rows of each input. Raises BadInput as soon as they are too many."""
+    found, total = [], 0
+    for rows in each:
+        check_rows(len(rows))
+        total += len(rows)
+        if total > MOST_ROWS_OF_BATCH:
+            raise BadInput(f"the inputs make more than {MOST_ROWS_OF_BATCH} rows together (pieces of texts, or labels): send fewer at once")
+        found.append(rows)
+    return found
+
+
 class Texts:
     """Makes rows of texts, as long as the model takes them."""
 
@@ -213,6 +244,7 @@ class Texts:
 
     def encode(self, *texts: Any, **options: Any) -> Any:
         """What the tokenizer makes of them. Raises BadInput for a text that it cannot take."""
+        check_characters([len(text) for one in texts if one is not None for text in ([one] if isinstance(one, str) else one)])
         try:
             return self.tokenizer(*texts, **options)
         except (UnicodeEncodeError, TypeError):

@@ -11,7 +11,7 @@ from function.agent import BadInput
 from function.agents.transformers import loading
 from function.agents.transformers.choice import is_entailment
 from function.agents.transformers.parameters import FLAG, LABELS, TARGETS, TEMPLATE, TEXTS, TRUNCATION, Parameter, checked, one_of, whole
-from function.agents.transformers.rows import Forward, Numbers, Row, Texts, token_limit
+from function.agents.transformers.rows import Forward, Numbers, Row, Texts, check_characters, check_rows, token_limit, within_bounds
 from weights_cache.errors import WeightsError
 
 SCORES = one_of("sigmoid", "softmax", "none")
@@ -140,7 +140,9 @@ class TokenClassification(TextTask):
         """With `stride` a text is cut into pieces that overlap; else each has one."""
         if "stride" in parameters:
             self.options(parameters)
-            each = [self._pieces(self.text(one), parameters["stride"]) for one in inputs]
+            if (limit := self.texts.limit) and parameters["stride"] > (most := (limit - self.tokenizer.num_special_tokens_to_add()) // 2):
+                raise BadInput(f"'stride' must be at most {most}, half of the tokens of a text that the model takes at once")
+            each = within_bounds(self._pieces(self.text(one), parameters["stride"]) for one in inputs)
         else:
             each = super().rows(inputs, parameters)
         for one, rows in zip(inputs, each, strict=True):
@@ -207,7 +209,7 @@ class ZeroShotClassification(TextTask):
 
     def rows(self, inputs: Sequence[Any], parameters: Mapping[str, Any]) -> list[list[Row]]:
         """One for each label of an input; what it says itself goes before the parameters."""
-        return [self._pairs(one, parameters) for one in inputs]
+        return within_bounds(self._pairs(one, parameters) for one in inputs)
 
     def _pairs(self, one: Any, parameters: Mapping[str, Any]) -> list[Row]:
         own = {} if isinstance(one, str) else _object(one, self.wants)
@@ -219,7 +221,9 @@ class ZeroShotClassification(TextTask):
         if labels is None:
             raise BadInput('"candidate_labels" must say which labels there are, in the parameters or in the input')
         labels = [label.strip() for label in labels.split(",") if label.strip()] if isinstance(labels, str) else labels
+        check_rows(len(labels))
         template = said.get("hypothesis_template", "This example is {}.")
+        check_characters([len(template) + template.count("{}") * len(label) for label in labels])
         hypotheses = [template.replace("{}", label) for label in labels]
         rows = self.texts.rows([text] * len(labels), hypotheses, truncation="only_first" if said.get("truncation") else False)
         for label, row in zip(labels, rows, strict=True):
@@ -273,7 +277,7 @@ def strings(one: Any, needed: Sequence[str], others: Sequence[str], wants: str) 
     """An input that is an object of strings with these names. Raises BadInput."""
     found = _object(one, wants)
     if strange := [name for name in found if name not in (*needed, *others)]:
-        raise BadInput(f"an input has no {strange[0]!r}; it must be {wants}")
+        raise BadInput(f"{strange[0]!r:.100} is no field of an input, which must be {wants}")
     if any(name not in found for name in needed) or not all(isinstance(text, str) for text in found.values()):
         raise BadInput(f"each input must be {wants}")
     return found

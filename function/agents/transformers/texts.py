@@ -18,6 +18,7 @@ from function.agents.transformers.rows import Row, Texts, joined, position_limit
 from function.agents.transformers.tasks import characters, kind_of, refusing
 
 MOST_NEW_TOKENS, BEAMS = 256, 4  # where the model's generation config does not say
+MOST_OF_ALL_BEAMS = 8192  # tokens of all beams, or of all sequences, of one text
 _NOT_SAID = 20  # the `max_length` of a generation config that says none
 _NAMES = {"summarization": "summary_text", "translation": "translation_text", "text2text-generation": "generated_text"}
 
@@ -102,6 +103,9 @@ class TextToText:
         most = max(said.get("max_new_tokens", 0), said.get("max_length", 0))
         if self._room and most >= self._room:
             raise BadInput(f"the model can make at most {self._room - 1} tokens, and not {most}")
+        wide = max(said.get("num_beams", how.num_beams), said.get("num_return_sequences", 1))
+        if most * wide > MOST_OF_ALL_BEAMS:
+            raise BadInput(f"{most} tokens in {wide} beams or sequences are {most * wide}, and may be {MOST_OF_ALL_BEAMS}: ask for fewer")
         names = [name for name in rows[0].inputs if name != "token_type_ids"]
         pad, is_left = self._tokenizer.pad_token_id, self._tokenizer.padding_side == "left"
         inputs = {name: joined(name, rows, pad, is_left=is_left).to(self._model.device) for name in names}
