@@ -138,6 +138,8 @@ class EmbeddedServer:
 
         Raises PlatformError.
         """
+        if not any(path.is_file() for path in seed.directory.rglob("*")):
+            raise PlatformError(f"{seed.directory}: holds no files; the embedded object store keeps what it has")
         env = inherited() | ALONE | EMBEDDED | {"AWS_ENDPOINT_URL": self.address, "AWS_DEFAULT_REGION": REGION}
         command = (sys.executable, "-m", "weights_cache", "push", str(seed.directory), seed.uri, "--create-bucket")
         child = await asyncio.create_subprocess_exec(*command, env=env, stdout=asyncio.subprocess.PIPE)

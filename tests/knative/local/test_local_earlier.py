@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import pytest
 
 from knative.local.earlier import BUCKET, EarlierWeights
 from knative.local.embedded import EmbeddedServer
+from knative.local.errors import PlatformError
 from knative.local.seeds import Seed, Seeds
 from tests.support import free_port
 
@@ -46,6 +48,9 @@ def test_weights_that_are_replaced_stay_for_whoever_was_made_with_them_and_no_lo
             assert told == {first: f"s3://{BUCKET}/{first[:16]}/models/all/small", second: "s3://models/all/small"}
             assert [await asyncio.to_thread(holds, told[stamp]) for stamp in (first, second)] == [b"1", b"2"]
             assert seeds.pinned("s3://models/all", first) == f"s3://{BUCKET}/{first[:16]}/models/all"
+            value.unlink()
+            with pytest.raises(PlatformError, match="weights: holds no files; the embedded object store keeps what it has"):
+                await store.fill(seed)
             await earlier.drop()
             assert await asyncio.to_thread(holds, told[first]) == b"1"
             in_use.clear()
