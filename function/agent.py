@@ -115,7 +115,7 @@ def load_agent(name: str, folders: Sequence[str] = ()) -> InferenceAgent:
         agent: InferenceAgent = agent_class()
         _check_methods(agent)
     except _WrongShape as error:
-        raise SettingsError(f"FUNCTION_AGENT={name!r}: {error}; see function/agent.py for the contract") from None
+        raise SettingsError(f"FUNCTION_AGENT={name!r}: {error}; docs/function.md has the contract") from None
     return agent
 
 

@@ -6,6 +6,7 @@ from werkzeug.exceptions import HTTPException
 from function.access import Access, Trace
 from function.bodies import ParseBudget
 from function.cors import Cors
+from function.error_shapes import OPENAI_PATHS
 from function.errors import HttpError, NotFound
 from function.fast_path import FastPath
 from function.gate import Gate
@@ -65,6 +66,8 @@ def create(settings: FunctionSettings, model: Model, metrics: Metrics, trace: Tr
         path, method = flask.request.path, flask.request.method
         if error.code == 404:
             known = f"POST / or /v1/models/{settings.model_name}:predict"
+            if path.startswith("/v1/") and not path.startswith("/v1/models"):  # OpenAI has more of them
+                known = f"of OpenAI's there are {', '.join(OPENAI_PATHS)} and /v1/models; besides, {known}"
             return failure(NotFound(f"there is no route {path!r:.200}; {known}"), method, path)
         kind = (error.name or "error").lower().replace(" ", "_")
         allowed = getattr(error, "valid_methods", None)

@@ -33,6 +33,7 @@ _CHUNK_BYTES = 64 * 1024
 _MOST_CODINGS = 2
 _MOST_MEMBERS = 4096  # of a gzip body; each costs some µs, and bgzip makes one of 64 KiB at most
 _BOM = b"\xef\xbb\xbf"
+_MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}  # what a compressed body begins with
 
 # What a document takes, seen with orjson 3.13 and CPython 3.11 (`bench/bodies.py`). While it is parsed: a copy of the text and 16 bytes for
 # each value and key. From then on, with the allocator's rounding and the garbage collector's head:
@@ -190,6 +191,9 @@ def _loads(data: bytes | memoryview) -> Any:
         return _loads(memoryview(data)[len(_BOM) :])
     if problem.startswith("depth limit"):
         raise _too_deep()
+    if coding := next((name for name, magic in _MAGIC.items() if bytes(data[:4]).startswith(magic)), ""):
+        remedy = "; say so: Content-Encoding: gzip" if coding == "gzip" else ", which is not understood here: send it plain, or with gzip"
+        raise BadInput(f"the body is not JSON, but compressed with {coding}{remedy}")
     if "UTF-8" in problem or b"\0" in bytes(data[:4]):
         raise BadInput("the body is not JSON in UTF-8; send it in this encoding")
     raise BadInput(f"the body is not JSON: {problem:.200}")

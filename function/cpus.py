@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-_SPINS = 5000  # some 0.1 ms: longer than there is between two parts of a pass that are computed in parallel
+_SPINS = 1000  # some 0.02 ms: about as long as there is between two parts of a pass that are computed in parallel
 
 
 def threads(wanted: int) -> int:

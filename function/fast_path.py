@@ -107,7 +107,7 @@ class FastCall:
         """The document that is its answer, once it is settled. Raises why there is none."""
         error = self.failed or (self.call and self.call.reply.error)
         if error:
-            raise error
+            raise self.request.explained(error) if self.request else error
         assert self.request
         assert self.call
         return self.request.answer(self.call.reply.outputs)

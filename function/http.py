@@ -1,6 +1,7 @@
 """What all protocols share: reading a request within bounds, answering in JSON or in server-sent events."""
 
 import base64
+import difflib
 import logging
 import math
 import time
@@ -46,6 +47,13 @@ class PredictRequest:
         """The outputs in the shape of the request."""
         return outputs[0] if self.is_bare else {"predictions": outputs}
 
+    def explained(self, error: Exception) -> Exception:
+        """The same, with a hint where what was refused is an object that was meant to be {"instances": …}, by the look of it."""
+        item = self.inputs[0] if self.is_bare and isinstance(error, BadInput) else None
+        if not isinstance(item, dict) or not (meant := [name for name in list(item)[:10] if _is_like_instances(name)]):
+            return error
+        return BadInput(f'{error} (a request is {{"instances": […]}}; an object without "instances", as with {meant[0]!r}, is one input)')
+
 
 @dataclass(frozen=True)
 class PredictRoute:
@@ -73,7 +81,10 @@ class Function:
     def predict(self, request: PredictRequest, context: CallContext | None = None) -> list[Any]:
         """One output for each input. Raises what Model.predict does, and BadInput when there are too many."""
         context = context or self.context()
-        return self.model.predict(self._inputs(request), context, request.parameters)
+        try:
+            return self.model.predict(self._inputs(request), context, request.parameters)
+        except BadInput as error:
+            raise request.explained(error) from error.__cause__
 
     def submit(self, request: PredictRequest, context: CallContext, then: Callable[[], object]) -> Call:
         """The same without waiting: see Model.submit."""
@@ -163,6 +174,11 @@ class Function:
             raise TooLarge(f"the body is larger than {limit} bytes (FUNCTION_MAX_BODY_BYTES)")
         coding = request.headers.get("Content-Encoding", "")
         return decompress(body, coding, limit) if coding else body
+
+
+def _is_like_instances(name: str) -> bool:
+    """Whether it is a misspelt "instances", or what another server has in its place."""
+    return name in ("inputs", "input") or bool(difflib.get_close_matches(name[:20].lower(), ["instances"], cutoff=0.75))
 
 
 def _decoded(item: Any) -> Any:

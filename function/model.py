@@ -226,7 +226,7 @@ def _group(traits: Traits, parameters: Mapping[str, Any] | None, context: CallCo
     """
     if parameters and not traits.takes_parameters:
         names = ", ".join(repr(name)[:60] for name in list(parameters)[:5])
-        raise BadInput(f"this model takes no parameters: leave out {names} (its agent's predict has no argument `parameters`)")
+        raise BadInput(f"this model takes no parameters: leave out {names}")
     headers = context.headers if traits.headers_differ else None
     return orjson.dumps([parameters or None, headers or None], option=orjson.OPT_SORT_KEYS) if parameters or headers else b""
 

@@ -128,7 +128,7 @@ class FunctionSettings:
     @property
     def agent_folders(self) -> list[str]:
         """Where the agent's module is looked for first, as absolute paths."""
-        return [os.path.abspath(folder) for folder in (self.agent_path or "").split(os.pathsep) if folder]
+        return [os.path.abspath(folder) for folder in (self.agent_path or "").split(os.pathsep) if folder]  # noqa: PTH100  which leaves links alone
 
     @property
     def http_threads(self) -> int:

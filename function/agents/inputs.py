@@ -44,6 +44,34 @@ def read_input(item: Any) -> TextInput:
     return TextInput(None, found, _parameters(others) if kind == "text_input" else others)
 
 
+def with_parameters(item: Any, parameters: Mapping[str, Any]) -> Any:
+    """An input that has what its request says of all inputs, but for what it says itself."""
+    if isinstance(item, str):
+        item = {"messages": [{"role": "user", "content": item}]}
+    if not parameters or not isinstance(item, Mapping):
+        return item
+    if "text_input" not in item:
+        return {**parameters, **item}
+    return {**item, "parameters": {**parameters, **_parameters({name: item[name] for name in item if name != "text_input"})}}
+
+
+def check_message(message: Any, where: str, roles: Sequence[str], *, may_lack_content: bool = False) -> None:
+    """Raises BadInput for what is no message of a conversation, which says what is wrong with it. where: `messages[0]`."""
+    if not isinstance(message, Mapping):
+        raise BadInput(f"{where} must be an object with 'role' and 'content', not {type(message).__name__}")
+    role, content = message.get("role"), message.get("content")
+    if role not in roles:
+        raise BadInput(f"{where}: 'role' must be one of {', '.join(roles)}, not {role!r:.60}")
+    if not isinstance(content, str) and not (may_lack_content and content is None):
+        raise BadInput(f"{where}: 'content' must be a string, not {type(content).__name__}")
+
+
+def check_no_prompt(inputs: Sequence[Any], what: str) -> None:
+    """Raises BadInput if one is what an agent that generates takes. what: the model is for."""
+    if any(isinstance(item, Mapping) and not item.keys().isdisjoint(_KINDS) for item in inputs):
+        raise BadInput(f'this model is for {what}, and does not go on with texts or chat: ask with {{"instances": […]}} at POST /')
+
+
 class Generator(Protocol):
     """An agent that makes texts in steps."""
 

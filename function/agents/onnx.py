@@ -1,12 +1,16 @@
 """An ONNX model, run by onnxruntime. No code of the user's and no torch is needed.
 
 What goes in and comes out is what the model's file says, by its names. Where the first axis of all tensors may have any size, or is 1, it
-counts rows: one row is one input of the agent, and rows of several callers that are alike in shape share a call of onnxruntime. A model
-whose first axis is something else (a fixed size, a scalar) is run once for each input, which is then all of its tensors; `/v2` shows
+counts rows: one row is one input of the agent, and rows of several callers that are alike in shape share a call of onnxruntime, once two
+rows were seen to give together what each gives alone. A model whose first axis is something else (a fixed size, a scalar) is run once for each input, which is then all of its tensors; `/v2` shows
 one axis more.
 """
 
+import itertools
 import logging
+import math
+import mmap
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +39,11 @@ _DTYPES = {  # onnxruntime's names of element types: the protocol's, and numpy's
     "string": ("BYTES", "object"),
     **{f"{sign}int{bits}": (f"{sign}int{bits}".upper(), f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)},
 }
+_LOCATION = re.compile(rb"\n\x08location\x12([\x01-\x7f])", re.DOTALL)  # protobuf's key of a file of tensors, and the length of its name
+_TRIED_SIZES = (4, 1, 32, 224)  # of axes that may have any
+_TRIED_HIGHS = (10, 2)  # whole numbers below: words of a vocabulary, kinds of words
+_MOST_TRIED = 1 << 24  # elements
+_TOLERANCE, _TOLERANCE_16 = 1e-3, 3e-2  # of what company may change, by the largest number: rounding
 _KINDS = {"f": "iuf", "i": "iu", "u": "iu", "b": "b"}  # what a caller may give for a dtype: numpy's kinds of dtypes
 
 
@@ -98,16 +107,34 @@ class Session:
         self._by_rows = all(slot.counts_rows() for slot in tensors)
         # With a size of 1, as models exported from one example have it, a row is a call.
         self._shares_calls = self._by_rows and not any(slot.axes and slot.axes[0] == 1 for slot in tensors)
+        self._taken: Row | None = None  # a row that the model is known to take
+        self._try()
         self.inputs = [slot.spec(by_rows=self._by_rows) for slot in self._given]
         self.outputs = [slot.spec(by_rows=self._by_rows) if slot.dtype else TensorSpec(slot.name, "BYTES", (-1,)) for slot in self._made]
 
-    def warm_up(self) -> None:
-        """One call on zeros, which has onnxruntime make its kernels and arenas."""
-        sizes = {slot.name: [max(size, 1) for size in slot.sizes(by_rows=self._by_rows)] for slot in self._given}
+    def _try(self) -> None:
+        """See that rows which share a call do not change each other: a model may mix them, whatever its file says of its axes."""
+        for rows in _trials(self._given, by_rows=self._by_rows):
+            try:
+                alone = [self._call([row])[0] for row in rows]
+            except Exception:  # noqa: BLE001, S112  random rows may be no input of this model, which says nothing about what callers send
+                continue
+            self._taken = rows[0]
+            if self._shares_calls and not self._are_alike_together(rows, alone):
+                self._end_sharing("two rows of the ONNX model together give other outputs than each alone")
+            return
+        if self._shares_calls:
+            self._end_sharing("it could not be tried whether rows of the ONNX model change each other")
+
+    def _are_alike_together(self, rows: Sequence[Row], alone: Sequence[Any]) -> bool:
         try:
-            self._call([{slot.name: np.zeros(sizes[slot.name], slot.dtype) for slot in self._given if slot.dtype != "object"}])
-        except Exception:  # noqa: BLE001, S110  zeros may be no input of this model, which says nothing about what callers send
-            pass
+            return _are_alike(alone, self._call(rows))
+        except Exception:  # noqa: BLE001  it takes one row, and not two
+            return False
+
+    def _end_sharing(self, why: str) -> None:
+        self._shares_calls = False
+        log.warning("%s: each row is a call of its own from now on", why)
 
     def predict(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """The outputs for each input, in arrays: by name where the model has several outputs. Inputs likewise, or as nested lists."""
@@ -155,8 +182,13 @@ class Session:
             converted = _converted(found, slot.dtype)
             if converted is not None:
                 return converted
-        has = "lists of different lengths" if found is None else f"{_what(found)} of {list(found.shape)}"
         shape = "any shape" if slot.axes is None else f"shape {list(wanted)}"
+        if found is None:
+            has = "lists of different lengths"
+        elif slot.axes is None or _is_like(found.shape, wanted):
+            has = _what(found)
+        else:
+            has = f"shape {list(found.shape)}"
         raise BadInput(f"input {slot.name!r} must be {slot.datatype} of {shape} in each instance, not {has}")
 
     def _calls(self, rows: Sequence[Row]) -> Iterator[Sequence[int]]:
@@ -176,15 +208,29 @@ class Session:
             found = self._session.run(None, feeds, self._run_options)
         except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
             raise BadInput(f"the model refuses this: {bounded(str(error), 300)}") from error
+        except (onnxruntime.capi.onnxruntime_pybind11_state.Fail, onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException) as error:
+            if not self._still_works():
+                raise
+            raise BadInput(f"the model fails on this, and not on other values: {bounded(str(error), 300)}") from error
         if len(rows) > 1 and not all(_counts(output, len(rows)) for output in found):
-            self._shares_calls = False  # the file has it that the first axis counts rows, and the model computes something else
-            log.warning("the outputs of the ONNX model do not have a row for each of its inputs: each is a call of its own from now on")
+            # The file has it that the first axis counts rows, and the model computes something else.
+            self._end_sharing("the outputs of the ONNX model do not have a row for each of its inputs")
             return [self._call([row])[0] for row in rows]
         parts = [self._parts(slot, output, len(rows)) for slot, output in zip(self._made, found, strict=True)]
         if len(parts) == 1:
             return parts[0]
         names = [slot.name for slot in self._made]
         return [dict(zip(names, row, strict=True)) for row in zip(*parts, strict=True)]
+
+    def _still_works(self) -> bool:
+        """Whether the model takes what it took before, so that a failure is of the values and not of the model or its device."""
+        if self._taken is None:
+            return False
+        try:
+            self._session.run(None, {name: self._joined([array]) for name, array in self._taken.items()}, self._run_options)
+        except Exception:  # noqa: BLE001  whatever it is, it is not for these values
+            return False
+        return True
 
     def _joined(self, arrays: Sequence[Array]) -> Array:
         if not self._by_rows:
@@ -230,6 +276,52 @@ def _session(file: Path, options: Any, providers: list[Any]) -> Any:
     if wanted not in session.get_providers():  # it takes the processor then, and only warns
         raise SettingsError(f"onnxruntime cannot use {wanted}: its libraries (CUDA, cuDNN) are missing or do not fit; it says above which")
     return session
+
+
+def external_files(file: Path) -> list[Path]:
+    """Those beside a model that hold its tensors, as `torch.onnx.export` makes them, which the model names. Raises OSError for no file."""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        named = {data[found.end() : found.end() + found[1][0]] for found in _LOCATION.finditer(data)}
+    root = file.parent.resolve()
+    paths = {(root / name.decode(errors="replace")).resolve() for name in named}
+    return sorted(path.relative_to(root) for path in paths if path.is_relative_to(root) and path.is_file())
+
+
+def _trials(given: Sequence[Slot], *, by_rows: bool) -> Iterator[list[Row]]:
+    """Pairs of random rows, one of which the model may take; what is a mask is of ones."""
+    draw = np.random.default_rng(0)
+    for size, high in itertools.product(_TRIED_SIZES, _TRIED_HIGHS):
+        shapes = {slot.name: [size if axis == -1 else axis for axis in slot.sizes(by_rows=by_rows)] for slot in given}
+        if sum(map(math.prod, shapes.values())) > _MOST_TRIED:
+            continue
+        rows = [{slot.name: _random(slot, shapes[slot.name], high, draw) for slot in given} for _ in range(2)]
+        if any(not np.array_equal(rows[0][name], rows[1][name]) for name in shapes):
+            yield rows
+
+
+def _random(slot: Slot, shape: Sequence[int], high: int, draw: np.random.Generator) -> Array:
+    if slot.dtype == "object":
+        return draw.choice(np.array(["a", "b", "the", "good", "bad", "1", "2"], object), shape)
+    if "mask" in slot.name.lower():
+        return np.ones(shape, slot.dtype)
+    kind = np.dtype(slot.dtype).kind
+    return np.asarray(draw.standard_normal(shape) if kind == "f" else draw.integers(0, 2 if kind == "b" else high, shape)).astype(
+        slot.dtype
+    )
+
+
+def _are_alike(one: Any, other: Any) -> bool:
+    """Whether outputs are the same but for rounding."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_are_alike(one[name], other[name]) for name in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_are_alike, one, other))
+    this, that = np.asarray(one), np.asarray(other)
+    if this.dtype.kind != "f" or this.shape != that.shape:
+        return np.array_equal(this, that)
+    tolerance = _TOLERANCE_16 if this.dtype.itemsize == 2 else _TOLERANCE
+    largest = float(np.max(np.abs(this, where=np.isfinite(this), out=np.zeros_like(this)), initial=0))
+    return np.allclose(this.astype("float64"), that.astype("float64"), tolerance, tolerance * largest, equal_nan=True)
 
 
 def _listed(root: Path, pattern: str = "*.onnx") -> str:
@@ -290,7 +382,11 @@ def _elements(value: Any) -> int:
 
 
 def _what(found: Array) -> str:
-    return next((ours for ours, numpys in _DTYPES.values() if found.dtype == numpys and numpys != "object"), "values of other types")
+    """What its values are, which do not become what is wanted."""
+    if found.dtype.kind in "OUS":
+        kinds = {str: "texts", bytes: "bytes", type(None): "null", dict: "objects"}
+        return " and ".join(sorted({kinds.get(type(one), type(one).__name__) for one in found.ravel().tolist()})) or "nothing"
+    return next((ours for ours, numpys in _DTYPES.values() if found.dtype == numpys), str(found.dtype))
 
 
 def _a(value: Any) -> str:

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from function.agent import BadInput, Weights
 from function.agents.byte_alphabet import BYTES
-from function.agents.inputs import read_input, whole_texts
+from function.agents.inputs import check_message, read_input, whole_texts, with_parameters
 from function.agents.llama import Cache, Llama
 from function.agents.sampling import FURTHER_PARAMETERS, Chooser, Sampling, Stops
 
@@ -97,9 +97,9 @@ class SmolLM2:
         """The first passes set up torch's kernels, for a prompt and for a token."""
         self.predict([{"prompt": "warm up", "max_tokens": 2}])
 
-    def predict(self, inputs: Sequence[Any]) -> list[str]:
-        """The whole text for each input. Raises BadInput before any is made."""
-        return whole_texts(self, inputs)
+    def predict(self, inputs: Sequence[Any], parameters: Mapping[str, Any] | None = None) -> list[str]:
+        """The whole text for each input. Raises BadInput before any is made. parameters: of all, where an input says nothing else."""
+        return whole_texts(self, [with_parameters(item, parameters or {}) for item in inputs])
 
     def start(self, input: Any) -> Answer:  # noqa: A002  the contract's word
         """An answer to be made. Raises BadInput."""
@@ -159,9 +159,8 @@ class SmolLM2:
 
     def _conversation(self, messages: list[Any]) -> str:
         """The messages as the model was trained to see them, up to where it answers."""
-        for message in messages:
-            if not isinstance(message, Mapping) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-                raise BadInput(f"each message must have a 'role' ({', '.join(ROLES)}) and 'content', a string")
+        for number, message in enumerate(messages):
+            check_message(message, f"messages[{number}]", ROLES)
         return self._template.render(messages=messages, add_generation_prompt=True)
 
 

@@ -53,10 +53,19 @@ def add_routes(app: flask.Flask, function: Function) -> None:
 
 def describe(settings: FunctionSettings, traits: Traits) -> dict[str, Any]:
     """The document."""
+    declared = _declared(traits.headers)
+    instances = _instances(takes_parameters=traits.takes_parameters)
     paths: dict[str, Any] = {}
-    for path, method, operation in (*_probes(), *_own(), *_v1(), *_openai(settings.model_name, schemas.bodies(traits)), *_v2()):
+    for path, method, operation in (
+        *_probes(),
+        *_own(instances),
+        *_v1(instances),
+        *_openai(settings.model_name, schemas.bodies(traits)),
+        *_v2(),
+    ):
         names = [name for name in _IN_PATHS if f"{{{name}}}" in path]
-        operation["parameters"] = [_ref("parameters", name) for name in (*names, *(_OF_CALLS if method == "post" else ()))]
+        of_calls = (*_HEADERS, *declared) if method == "post" else ()
+        operation["parameters"] = [_ref("parameters", name) for name in (*names, *of_calls)]
         if settings.api_keys_file and path not in ("/healthz", "/readyz"):
             operation["responses"]["401"] = _refusal(401, _ref("schemas", "V2Error" if path.startswith("/v2") else "Error"))
             operation["security"] = [{"key": []}]
@@ -71,7 +80,7 @@ def describe(settings: FunctionSettings, traits: Traits) -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": _SCHEMAS,
-            "parameters": {name: _in_path(name, in_path[name]) for name in _IN_PATHS} | _HEADERS,
+            "parameters": {name: _in_path(name, in_path[name]) for name in _IN_PATHS} | _HEADERS | declared,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -100,7 +109,13 @@ _HEADERS: dict[str, Schema] = {
         "example": "u=5",
     },
 }
-_OF_CALLS = tuple(_HEADERS)
+
+
+def _declared(names: Iterable[str]) -> dict[str, Schema]:
+    """The request headers that the agent asks for."""
+    ours = {name.lower() for name in _HEADERS}
+    said = {"in": "header", "description": "The agent is handed it.", "schema": {"type": "string"}}
+    return {name: {"name": name, **said} for name in names if name not in ours}
 
 
 def _object(required: Mapping[str, Schema] | None = None, optional: Mapping[str, Schema] | None = None, **more: Any) -> Schema:
@@ -115,11 +130,10 @@ def _list(items: Schema | None = None, least: int = 0) -> Schema:
     return {"type": "array", "items": items or {}, **({"minItems": least} if least else {})}
 
 
-_INSTANCES = _object(
-    {"instances": _list(least=1)},
-    {"signature_name": {"enum": [None, "", "serving_default"]}, "parameters": {"type": "object", "maxProperties": 0}},
-    additionalProperties=False,
-)
+def _instances(*, takes_parameters: bool) -> Schema:
+    parameters: Schema = {"type": "object", **({} if takes_parameters else {"maxProperties": 0})}
+    signature = {"enum": [None, "", "serving_default"]}
+    return _object({"instances": _list(least=1)}, {"signature_name": signature, "parameters": parameters}, additionalProperties=False)
 
 
 def _ref(kind: str, name: str) -> Schema:
@@ -176,9 +190,9 @@ def _probes() -> Routes:
     yield "/openapi.json", "get", _operation("This document", {JSON: _object()})
 
 
-def _own() -> Routes:
+def _own(instances: Schema) -> Routes:
     event = _ref("schemas", "Event")
-    anything = {"description": 'One input; or {"instances": [...]}, as in V1.', "anyOf": [_INSTANCES, {"not": _object({"instances": {}})}]}
+    anything = {"description": 'One input; or {"instances": [...]}, as in V1.', "anyOf": [instances, {"not": _object({"instances": {}})}]}
     replied = _object({"specversion": {"enum": ["1.0"]}, "id": _STRING, "source": _STRING, "type": _STRING})
     yield (
         "/",
@@ -192,7 +206,7 @@ def _own() -> Routes:
     )
 
 
-def _v1() -> Routes:
+def _v1(instances: Schema) -> Routes:
     card: dict[str, Schema] = {"id": _STRING, "object": {"enum": ["model"]}, "created": _COUNT, "owned_by": _STRING}
     listed = _object({"object": {"enum": ["list"]}, "data": _list(_object(card)), "models": _list(_STRING)})
     yield "/v1/models", "get", _operation("The models: one", {JSON: listed})
@@ -207,7 +221,7 @@ def _v1() -> Routes:
         _operation(
             "One prediction for each instance",
             {JSON: _object({"predictions": _list(least=1)})},
-            body={JSON: _INSTANCES},
+            body={JSON: instances},
             refusals=(*READING, 404, *RUNNING),
         ),
     )
@@ -245,7 +259,14 @@ def _v2() -> Routes:
     text_in = _object({"text_input": _STRING}, {"parameters": _PARAMETERS})
     text_out = _object({"model_name": _STRING, "model_version": _STRING, "text_output": {}})
     tensor, calls = _ref("schemas", "Tensor"), (*READING, 404, *RUNNING)
-    infer = _object({"inputs": _list(tensor, 1)}, {"id": _STRING, "parameters": _PARAMETERS, "outputs": _list(_object({"name": _STRING}))})
+    flags = {"binary_data": _BOOLEAN, "binary_data_size": {}, "classification": {"enum": [0]}, "content_type": {}, "headers": {}}
+    output = _object({"name": _STRING}, {"parameters": _object({}, flags, additionalProperties=False)}, additionalProperties=False)
+    named: dict[str, Schema] = {"model_name": {}, "model_version": {}}
+    infer = _object(
+        {"inputs": _list(tensor, 1)},
+        {"id": _STRING, "parameters": _PARAMETERS, "outputs": _list(output), **named},
+        additionalProperties=False,
+    )
     inferred = _object({"model_name": _STRING, "model_version": _STRING, "outputs": _list(tensor)}, {"id": _STRING})
     spec = _object({"name": _STRING, "datatype": _STRING, "shape": _list({"type": "integer"})})
     model = _object({"name": _STRING, "versions": _list(_STRING), "platform": _STRING, "inputs": _list(spec), "outputs": _list(spec)})

@@ -23,6 +23,8 @@ VERSION = "1"  # of the model; there is never another beside it
 HEADER_LENGTH = "Inference-Header-Content-Length"
 # The last two are hints that MLServer's clients send along.
 _OF_PROTOCOL = ("binary_data_output", "binary_data_size", "content_type", "headers")
+_OF_OUTPUTS = ("binary_data", "binary_data_size", "classification", "content_type", "headers")
+_OF_REQUEST = ("id", "inputs", "outputs", "parameters", "model_name", "model_version")  # the last two are KServe's client's
 _COPIED_AT_ONCE = 1 << 20  # bytes
 _ACTIONS = ("/infer", "/generate", "/generate_stream")  # no model's name ends so
 _ANY_INPUT, _ANY_OUTPUT = list(Traits().inputs), list(Traits().outputs)  # what the model says for an agent that declares nothing
@@ -87,6 +89,7 @@ def add_routes(app: flask.Flask, function: Function) -> None:
 def infer(function: Function) -> flask.Response:
     """The answer to an inference request. Raises what Function.predict does, and BadInput."""
     document, binary = _read(function)
+    _check_names(document, _OF_REQUEST, "the request")
     wanted = document.get("outputs") or []
     if not isinstance(wanted, list):
         raise BadInput('"outputs" must be a list')
@@ -187,12 +190,20 @@ def _wanted(entries: list[Any], known: list[str], is_binary: bool) -> dict[str, 
         if name not in known:
             raise BadInput(f"{where}: there is no output {name[:100]!r}; this model has {', '.join(map(repr, known))}")
         asked = tensors.parameters(entry, where)
-        if "classification" in asked:
+        _check_names(entry, ("name", "parameters"), where)
+        _check_names(asked, _OF_OUTPUTS, f'{where}: "parameters"')
+        if asked.get("classification"):
             raise BadInput(f"{where}: classification is not supported")
         names.append(name)
         in_binary.append(_asked(asked, "binary_data", default=is_binary))
     tensors.once(names, "outputs")
     return dict(zip(names, in_binary, strict=True))
+
+
+def _check_names(entry: dict[str, Any], known: Sequence[str], where: str) -> None:
+    """Raises BadInput for what would be dropped in silence."""
+    if others := [name for name in entry if name not in known]:
+        raise BadInput(f"{where}: {others[0]!r:.100} is not understood; known are {', '.join(known)}")
 
 
 def _asked(parameters: dict[str, Any], name: str, *, default: bool) -> bool:

@@ -125,7 +125,7 @@ def test_what_cannot_be_called_as_the_contract_has_it_is_told_before_anything_is
         load_class(**members)
     assert str(error.value).startswith("FUNCTION_AGENT='made_here:Agent': ")
     assert said in str(error.value)
-    assert str(error.value).endswith("see function/agent.py for the contract")
+    assert str(error.value).endswith("docs/function.md has the contract")
 
 
 @pytest.mark.parametrize("made", ["Agent = 7", "Agent = Agent()", "def Agent(): pass"])

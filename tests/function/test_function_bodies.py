@@ -263,6 +263,11 @@ def test_utf_16_is_told_of_utf_8() -> None:
         assert "UTF-8" in str(refusal('{"instances":["a"]}'.encode(coding)))
 
 
+def test_a_compressed_body_without_a_word_of_it_is_recognised() -> None:
+    assert "gzip; say so: Content-Encoding: gzip" in str(refusal(gzip.compress(b"[1]")))
+    assert "zstd, which is not" in str(refusal(b"\x28\xb5\x2f\xfd" + b"\0" * MIB))
+
+
 @pytest.mark.parametrize("padding", [b"", b" " * MIB])
 def test_a_byte_order_mark_means_nothing(padding: bytes) -> None:
     assert parsed(b"\xef\xbb\xbf" + padding + b'{"a":1}') == {"a": 1}

@@ -405,8 +405,11 @@ def test_calls_are_told_apart_from_text_however_it_is_cut(template: str, written
         ({"prompt": "a", "logprobs": 1}, "'logprobs' must be a boolean"),
         ({"prompt": "a", "logprobs": True, "top_logprobs": 21}, "'top_logprobs' must be a whole number from 0 to 20"),
         ({"prompt": "a", "top_logprobs": 2}, "'top_logprobs' must go with"),
-        ({"messages": [{"role": "robot", "content": "a"}]}, "each message must have a 'role'"),
-        ({"messages": [{"role": "user", "content": 1}]}, "each message must have a 'role'"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, r"messages\[0\]: 'role' must be one of system, user.*not 'robot'"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": 1}]},
+            r"messages\[1\]: 'content' must be a string, not int",
+        ),
         ({"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}}, "takes no response_format"),
         ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"thinking": 1}}, "takes no thinking"),
         ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"messages": 1}}, "must not have 'messages'"),

@@ -179,10 +179,10 @@ def test_a_classifiers_probabilities_which_are_no_tensor_come_out_as_objects(loa
 @pytest.mark.parametrize(
     ("item", "says"),
     [
-        pytest.param({"words": [1.5], "scale": 1}, r"input 'words' must be INT64 of shape \[-1\] .* not FP64 of \[1\]", id="a real"),
-        pytest.param({"words": [1], "scale": [1]}, r"'scale' must be FP32 of shape \[\] .* not INT64 of \[1\]", id="a shape"),
+        pytest.param({"words": [1.5], "scale": 1}, r"input 'words' must be INT64 of shape \[-1\] .* not FP64$", id="a real"),
+        pytest.param({"words": [1], "scale": [1]}, r"'scale' must be FP32 of shape \[\] .* not shape \[1\]$", id="a shape"),
         pytest.param({"words": [[1], [2, 3]], "scale": 1}, "'words' must be INT64 .* not lists of different lengths", id="ragged"),
-        pytest.param({"words": ["a"], "scale": 1}, "'words' must be INT64 .* not values of other types", id="texts"),
+        pytest.param({"words": ["a"], "scale": 1}, "'words' must be INT64 .* not texts$", id="texts"),
         pytest.param({"words": [2**63], "scale": 1}, "'words' must be INT64 .* not UINT64", id="too large"),
         pytest.param({"words": [1], "scale": 1e300}, "'scale' must be FP32", id="beyond its range"),
         pytest.param({"words": [True], "scale": 1}, "'words' must be INT64 .* not BOOL", id="truth"),

@@ -600,6 +600,24 @@ def test_what_a_chat_cannot_do_is_refused(functions: Functions, name: str, value
     assert (error["param"], repr(name) in error["message"]) == (name, True)
 
 
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "pirate", "content": "Arr"}, "messages[1] has the role 'pirate'"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]},
+            "messages[1] has content[1] of the type 'image_url'",
+        ),
+        ({"role": "user"}, "messages[1] has no 'content'"),
+        ("Hello", "messages[1] is no object"),
+        ({"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, "messages[1] is not as it should be"),
+    ],
+)
+def test_the_message_that_is_wrong_is_named_with_the_reason(functions: Functions, message: Any, said: str) -> None:
+    body = {"model": "m", "messages": [*user("a"), message]}
+    assert said in refused(request(functions["some_agents:Talker"].port, "POST", "/v1/chat/completions", body))["message"]
+
+
 def test_several_prompts_cannot_be_streamed(talker: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="a request for each") as caught:
         talker.completions.create(model="m", prompt=["a", "b"], stream=True)

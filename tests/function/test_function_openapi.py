@@ -115,6 +115,20 @@ def test_what_the_agent_declares_is_in_the_document_and_nothing_else() -> None:
     assert properties(plain, "chat/completions")["tools"]["enum"] == [[], None]
 
 
+def test_the_headers_that_an_agent_asks_for_are_in_the_document_and_parameters_if_it_takes_them() -> None:
+    document = describe(
+        FunctionSettings(agent="any:Agent", model_name="m"), Traits(headers=("x-tenant", "priority"), takes_parameters=True)
+    )
+    assert document["components"]["parameters"]["x-tenant"]["in"] == "header"
+    for methods in document["paths"].values():
+        for method, operation in methods.items():
+            named = [one["$ref"].rpartition("/")[2] for one in operation["parameters"]]
+            assert [name for name in named if name.lower() in ("x-tenant", "priority")] == ["Priority", "x-tenant"] * (method == "post")
+    body = document["paths"]["/v1/models/{model}:predict"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"]["parameters"] == {"type": "object"}
+    schemathesis.openapi.from_dict(document).validate()
+
+
 def test_every_route_of_the_app_is_described_and_no_other(app: flask.Flask) -> None:
     words = {"wanted": "model", "name": "model"}
     found = {

@@ -13,6 +13,7 @@ from tests.support import BIN, Reply, Server, clean_environment, free_port, requ
 
 AGENT = """
 import os, time
+from function.agent import BadInput
 
 class Takes:
     media_types = ("image/*", "text/csv")
@@ -28,6 +29,8 @@ class TakesNone:
     def load(self, weights, device):
         pass
     def predict(self, inputs, threshold=0.5):
+        if any(isinstance(item, dict) and "b64" not in item for item in inputs):
+            raise BadInput("an object")
         return [[item, threshold] for item in inputs]
 """
 V1 = "/v1/models/m:predict"
@@ -123,6 +126,25 @@ def test_what_is_not_understood_is_refused(takes: Server, path: str, body: Any, 
     reply = request(takes.port, "POST", path, body)
     assert reply.status == 400
     assert said in reply.body.decode().replace('\\"', '"')
+
+
+@pytest.mark.parametrize("headers", [{}, {"TE": "trailers"}], ids=["in the loop", "by Flask"])
+@pytest.mark.parametrize(
+    ("body", "is_hinted"),
+    [({"instance": ["a"]}, True), ({"Instances": ["a"]}, True), ({"inputs": "a"}, True), ({"text": "a"}, False)],
+)
+def test_an_object_that_was_meant_to_have_instances_is_told_so_once_the_agent_refused_it(
+    takes_none: Server, headers: dict[str, str], body: Any, is_hinted: bool
+) -> None:
+    reply = request(takes_none.port, "POST", "/", body, headers)
+    assert (reply.status, reply.json()["error"]["type"]) == (400, "bad_input")
+    assert ('a request is {"instances": […]}' in reply.json()["error"]["message"]) == is_hinted
+
+
+def test_a_route_of_openais_that_is_not_here_is_told_which_ones_are(takes_none: Server) -> None:
+    reply = request(takes_none.port, "POST", "/v1/responses", {})
+    assert reply.status == 404
+    assert "/v1/chat/completions" in reply.json()["error"]["message"]
 
 
 def test_a_client_of_tensorflow_serving_may_say_its_signature(takes_none: Server) -> None:

@@ -460,6 +460,7 @@ def test_where_the_config_leaves_a_choice_the_card_decides(workshop: Workshop) -
         ([3], {}, "must be a string.*not a number"),
         ([None], {}, "not null"),
         ([{"sentence": "x"}], {}, "'sentence' is no field"),
+        ([{"messages": []}], {}, r"for text-classification, and does not go on with texts.*POST /"),
         (["cat " * 70], {}, r"72 tokens, and the model takes 64.*truncation"),
         (["\ud800"], {}, "surrogate"),
         (["x"], {"topk": 1}, "no parameter 'topk'; it has top_k"),

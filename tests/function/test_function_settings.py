@@ -1,9 +1,11 @@
 """What the function does with its environment."""
 
 import dataclasses
+import os
 
 import pytest
 
+from function import cpus
 from function.settings import FunctionSettings
 from weights_cache.environment import SettingsError, read
 
@@ -54,3 +56,12 @@ def test_what_kubernetes_injects_for_a_service_named_function_is_no_typo() -> No
         "FUNCTION_PORT_80_TCP_ADDR": "10.0.0.1",
     }
     assert settings(**injected) == settings()
+
+
+@pytest.mark.parametrize(("said", "becomes"), [({}, "1000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_that_compute_together_do_not_spin_for_long_unless_told_to(
+    said: dict[str, str], becomes: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", said.copy())
+    cpus.limit_waiting()
+    assert os.environ.get("GOMP_SPINCOUNT") == becomes

@@ -352,10 +352,14 @@ def test_the_context_bounds_prompt_and_answer(agent: SmolLM2, monkeypatch: pytes
         pytest.param({"text_input": "a", "seed": 1}, "there is no 'seed' beside 'text_input'", id="beside text_input"),
         pytest.param({"messages": []}, "'messages' must be a list that is not empty", id="no messages"),
         pytest.param({"messages": {"role": "user"}}, "'messages' must be a list", id="messages"),
-        pytest.param({"messages": ["hello"]}, "each message must have a 'role'", id="message"),
-        pytest.param({"messages": [{"role": "robot", "content": "a"}]}, r"each message must have a 'role' \(system, user, ass", id="role"),
-        pytest.param({"messages": [{"role": [], "content": "a"}]}, "each message must have a 'role'", id="no role"),
-        pytest.param({"messages": [{"role": "user", "content": None}]}, "and 'content', a string", id="content"),
+        pytest.param({"messages": ["hello"]}, r"messages\[0\] must be an object with 'role' and 'content', not str", id="message"),
+        pytest.param(
+            {"messages": [{"role": "robot", "content": "a"}]},
+            r"messages\[0\]: 'role' must be one of system, user, assistant, not 'robot'",
+            id="role",
+        ),
+        pytest.param({"messages": [{"role": [], "content": "a"}]}, "'role' must be", id="no role"),
+        pytest.param({"messages": [{"role": "user", "content": None}]}, "'content' must be a string, not NoneType", id="content"),
         pytest.param(go_on("a", temperature=2.5), "'temperature' must be a number from 0 to 2", id="temperature"),
         pytest.param(go_on("a", temperature=float("nan")), "'temperature' must be a number", id="nan"),
         pytest.param(go_on("a", temperature=True), "'temperature' must be a number", id="boolean"),
@@ -378,4 +382,5 @@ def test_what_cannot_be_answered_is_refused_before_anything_is_made(agent: SmolL
 
 def test_parameters_that_are_null_are_as_good_as_none(agent: SmolLM2) -> None:
     nothing = dict.fromkeys(("temperature", "top_p", "seed", "max_tokens", "stop"))
+    assert agent.predict([PARIS, go_on("a", max_tokens=1)], {"max_tokens": 2})[0] == "The capital"
     assert agent.predict([chat(PARIS, **nothing), go_on("a", max_tokens=1)])[0] == "The capital of France is Paris."

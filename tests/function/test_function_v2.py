@@ -284,7 +284,7 @@ def test_before_the_agent_has_loaded_the_function_is_live_not_ready_and_does_not
 
 @pytest.mark.parametrize("route", ["", "/ready", "/infer", "/generate", "/generate_stream"])
 def test_the_only_version_may_be_named_and_no_other(client: FlaskClient, route: str) -> None:
-    body = {"inputs": [tensor(["a"])], "text_input": "a"}
+    body = {"inputs": [tensor(["a"])]} if route == "/infer" else {"text_input": "a"}
 
     def call(version: str, model: str = "m") -> TestResponse:
         path = f"/v2/models/{model}/versions/{version}{route}"
@@ -491,6 +491,12 @@ WRONG = [
     ({"inputs": [tensor(["a"])], "outputs": [{"name": "output"}] * 2}, "outputs: each name may be there only once"),
     ({"inputs": [tensor(["a"])], "outputs": [{"name": "output", "parameters": {"binary_data": "yes"}}]}, '"binary_data" must be true'),
     ({"inputs": [tensor(["a"])], "outputs": [{"name": "output", "parameters": {"classification": 2}}]}, "classification is not supported"),
+    (
+        {"inputs": [tensor(["a"])], "outputs": [{"name": "output", "parameters": {"binary": True}}]},
+        "outputs[0]: \"parameters\": 'binary' is not",
+    ),
+    ({"inputs": [tensor(["a"])], "outputs": [{"name": "output", "binary_data": True}]}, "outputs[0]: 'binary_data' is not understood"),
+    ({"inputs": [tensor(["a"])], "output": []}, "the request: 'output' is not understood; known are id, inputs"),
 ]
 
 

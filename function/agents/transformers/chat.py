@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from function.agent import BadInput, Weights
-from function.agents.inputs import read_input, whole_texts
+from function.agents.inputs import read_input, whole_texts, with_parameters
 from function.agents.sampling import FURTHER_PARAMETERS, Chooser, Sampling, Stops
 from function.agents.transformers import choice
 from function.agents.transformers.chat_template import ChatTemplate
@@ -153,7 +153,7 @@ class Chat:
         parameters: of all of them, where an input says nothing else.
         """
         if parameters:
-            inputs = [{**parameters, **self._object(item)} if isinstance(item, str | Mapping) else item for item in inputs]
+            inputs = [with_parameters(self._object(item) if isinstance(item, str) else item, parameters) for item in inputs]
         for item in inputs:
             if isinstance(item, Mapping) and (item.get("tools") or item.get("logprobs")):
                 raise BadInput("probabilities and calls of tools are told at /v1/chat/completions alone")

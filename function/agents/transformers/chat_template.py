@@ -11,6 +11,7 @@ import jinja2.ext
 import jinja2.meta
 
 from function.agent import BadInput
+from function.agents.inputs import check_message
 
 log = logging.getLogger("relight.function")
 
@@ -49,7 +50,7 @@ class ChatTemplate:
         for name in variables:
             if not self.takes(name):
                 raise BadInput(f"this model's chat template takes no {name}: leave out {name!r}")
-        prepared = [self._prepared(message) for message in messages]
+        prepared = [self._prepared(message, f"messages[{number}]") for number, message in enumerate(messages)]
         try:
             return self._applied(prepared, variables)
         except BadInput:
@@ -64,16 +65,12 @@ class ChatTemplate:
             raise BadInput(f"the model's chat template refuses the messages: {error!s:.500}") from error
         return text
 
-    def _prepared(self, message: Any) -> dict[str, Any]:
-        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-            raise BadInput(f"each message must have a 'role' ({', '.join(ROLES)}) and 'content', a string")
-        calls = message.get("tool_calls") or []
+    def _prepared(self, message: Any, where: str) -> dict[str, Any]:
+        calls = (message.get("tool_calls") if isinstance(message, Mapping) else None) or []
+        check_message(message, where, ROLES, may_lack_content=bool(calls))
         if (calls or message["role"] == "tool") and not self.takes("tools"):
             raise BadInput("this model's chat template takes no tools: it has no place for messages of tools and their calls")
-        content = message.get("content", "" if calls else None)
-        if not isinstance(content, str) and not (calls and content is None):
-            raise BadInput(f"each message must have a 'role' ({', '.join(ROLES)}) and 'content', a string")
-        found = {**message, "content": content or ""}
+        found = {**message, "content": message.get("content") or ""}
         if calls:
             found["tool_calls"] = [_prepared_call(call) for call in (calls if isinstance(calls, list) else [calls])]
         else:

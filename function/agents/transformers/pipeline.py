@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from function.agent import TensorSpec, Weights
+from function.agents.inputs import check_no_prompt
 from function.agents.transformers import choice, loading
 from function.agents.transformers.answers import QuestionAnswering
 from function.agents.transformers.media import ImageClassification, SpeechRecognition
@@ -73,6 +74,7 @@ class Pipeline:
 
     def predict(self, inputs: Sequence[Any], parameters: Mapping[str, Any]) -> list[Any]:
         """One answer for each input. Raises BadInput."""
+        check_no_prompt(inputs, self.task)
         return self._task.predict(inputs, checked(parameters, self._task.parameters, self.task))
 
     def size(self, input: Any) -> float:  # noqa: A002  the contract's word

@@ -13,7 +13,7 @@ from function.errors import BadInput, FunctionError
 from function.guarded_agent import Usage, to_function_error
 from function.http import Function, PredictRequest, event, events, reply
 from function.merged import Merged
-from function.protocols.openai.schemas import EMBEDDINGS, SAMPLING, UNSAID, Schema, bodies, fits
+from function.protocols.openai.schemas import EMBEDDINGS, SAMPLING, UNSAID, Schema, bodies, fits, wrong_message
 from function.protocols.openai.shapes import CHAT_SHAPE, TEXT_SHAPE, Shape, Told, usage
 from function.told import has
 
@@ -80,7 +80,8 @@ def _checked(function: Function, schema: Schema) -> dict[str, Any]:
         if name not in rules:
             raise _wrong(name, f"there is no parameter {name!r:.100} here")
         if not fits(value, rules[name]):
-            raise _wrong(name, f"{name!r} must be {rules[name]['description']}")
+            wrong = wrong_message(value, rules[name]) if name == "messages" else ""
+            raise _wrong(name, f"{wrong or repr(name)} must be {rules[name]['description']}")
     try:
         function.known(given["model"])
     except FunctionError as error:

@@ -248,6 +248,31 @@ def bodies(traits: Traits) -> Bodies:
     return _last[0]
 
 
+def wrong_message(messages: Any, schema: Schema) -> str:
+    """Which of the messages does not fit, and why: the beginning of what is said; empty if they are no list."""
+    if not isinstance(messages, list):
+        return ""
+    if not messages:
+        return "'messages' is empty: it"
+    number = next((number for number, one in enumerate(messages) if not fits(one, schema["items"])), None)
+    if number is None:
+        return ""
+    where, message = f"messages[{number}]", messages[number]
+    if not isinstance(message, dict):
+        return f"{where} is no object; 'messages'"
+    roles = [role for one in schema["items"].get("anyOf", [schema["items"]]) for role in one["properties"]["role"]["enum"]]
+    if message.get("role") not in roles:
+        return f"{where} has the role {message.get('role')!r:.60}; 'messages'"
+    content = message.get("content")
+    for at, part in enumerate(content if isinstance(content, list) else ()):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            return f"{where} has content[{at}] of the type {kind!r:.60}, and this model takes text alone; 'messages'"
+    if not fits(content, _CONTENT):
+        return f"{where} has no 'content' that is a string or a list of texts; 'messages'"
+    return f"{where} is not as it should be (its tool_calls, perhaps); 'messages'"
+
+
 _TYPES = {"array": list, "boolean": bool, "integer": int, "null": type(None), "number": int | float, "object": dict, "string": str}
 
 
