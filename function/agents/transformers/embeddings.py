@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from function.agent import BadInput, TensorSpec, Weights
+from function.agents.inputs import check_no_prompt
 from function.agents.transformers import choice, loading
 from function.agents.transformers.sentence_modules import SENTENCE, TOKENS, Features, Normalize, Pooling, Step, read_json, read_layout
 from function.settings import for_agents
@@ -64,6 +65,7 @@ class Embeddings:
         for text in inputs:
             if not isinstance(text, str):
                 raise BadInput(f"each instance must be a text (a string), not {type(text).__name__}")
+        check_no_prompt(inputs, "embeddings")
         if unknown := [name for name in parameters if name not in _PARAMETERS]:
             raise BadInput(f"there is no parameter {unknown[0]!r:.100}; this model takes {', '.join(_PARAMETERS)}")
         return list(self._embed(inputs, self._prompts.find(parameters), self._dimensions(parameters.get("dimensions"))).numpy())
