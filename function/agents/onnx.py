@@ -2,8 +2,8 @@
 
 What goes in and comes out is what the model's file says, by its names. Where the first axis of all tensors may have any size, or is 1, it
 counts rows: one row is one input of the agent, and rows of several callers that are alike in shape share a call of onnxruntime, once two
-rows were seen to give together what each gives alone. A model whose first axis is something else (a fixed size, a scalar) is run once for each input, which is then all of its tensors; `/v2` shows
-one axis more.
+rows were seen to give together what each gives alone. A model whose first axis is something else (a fixed size, a scalar) is run once for
+each input, which is then all of its tensors; `/v2` shows one axis more.
 """
 
 import itertools

@@ -1,6 +1,7 @@
 """The ONNX agent, on models of a few nodes, beside onnxruntime itself."""
 
 import json
+import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,8 +16,8 @@ from onnx import TensorProto, helper
 
 from function.agent import BadInput, TensorSpec, Weights
 from function.agents import examples
-from function.agents.onnx import Session
-from tests.support import Server, clean_environment, fill_cache, free_port, request, running
+from function.agents.onnx import Session, external_files
+from tests.support import ROOT, Server, clean_environment, fill_cache, free_port, request, running
 from weights_cache.environment import SettingsError
 from weights_cache.errors import WeightsError
 from weights_cache.settings import WeightsSettings
@@ -78,7 +79,6 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loader:
             monkeypatch.setenv(name, text)
         agent = Session()
         agent.load(Weights(WeightsSettings(uri=URI, cache_dir=tmp_path)), device)
-        agent.warm_up()
         return agent
 
     return load
@@ -287,7 +287,78 @@ def test_a_model_that_makes_one_row_of_several_is_called_for_each(load: Loader, 
     rows = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
     for _ in range(2):
         assert [output.tolist() for output in agent.predict(rows)] == rows
-    assert ["each is a call of its own" in record.message for record in caplog.records] == [True]
+    assert ["each row is a call of its own" in record.message for record in caplog.records] == [True]
+
+
+def test_rows_that_the_model_mixes_are_called_for_each_which_is_said_once(load: Loader, caplog: pytest.LogCaptureFixture) -> None:
+    """Softmax over the rows, a recurrent network whose first axis is time, a sum over them."""
+    soft = model(
+        [helper.make_node("Softmax", ["x"], ["y"], axis=0)],
+        [value("x", TensorProto.FLOAT, ["n", 2])],
+        [value("y", TensorProto.FLOAT, ["n", 2])],
+    )
+    recurrent = model(
+        [helper.make_node("RNN", ["x", "w", "r"], ["all", ""], hidden_size=2), helper.make_node("Squeeze", ["all", "axes"], ["y"])],
+        [value("x", TensorProto.FLOAT, ["time", "n", 3])],
+        [value("y", TensorProto.FLOAT, ["time", "n", 2])],
+        w=RANDOM.random((1, 2, 3)).astype("float32"),
+        r=RANDOM.random((1, 2, 2)).astype("float32"),
+        axes=np.array([1]),
+    )
+    for made, rows in ((soft, [[1.0, 2.0], [5.0, 0.0]]), (recurrent, RANDOM.random((3, 1, 3)).tolist())):
+        caplog.clear()
+        agent = load(made)
+        alone = [agent.predict([row])[0] for row in rows]
+        assert np.array_equal(agent.predict(rows), alone)
+        assert ["together give other outputs" in record.message for record in caplog.records] == [True]
+
+
+def test_rows_of_which_none_could_be_tried_are_called_for_each(load: Loader, caplog: pytest.LogCaptureFixture) -> None:
+    """A reshape that wants 100 numbers a row, which the file does not say."""
+    made = model(
+        [helper.make_node("Reshape", ["x", "shape"], ["y"])],
+        [value("x", TensorProto.FLOAT, ["n", "m"])],
+        [value("y", TensorProto.FLOAT, ["n", 10, 10])],
+        shape=np.array([-1, 10, 10]),
+    )
+    agent = load(made)
+    assert [output.shape for output in agent.predict([[0.5] * 100] * 2)] == [(10, 10)] * 2
+    assert ["could not be tried" in record.message for record in caplog.records] == [True]
+
+
+def test_values_that_a_model_fails_on_are_the_callers_fault_while_it_takes_others(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model(
+        [helper.make_node("Expand", ["one", "x"], ["y"])],
+        [value("x", TensorProto.INT64, [2])],
+        [value("y", TensorProto.FLOAT, [None, None])],
+        one=np.ones(1, "float32"),
+    )
+    agent = load(made)
+    assert agent.predict([[2, 2]])[0].shape == (2, 2)
+    with pytest.raises(BadInput, match="the model fails on this, and not on other values"):
+        agent.predict([[-5, 1]])
+    monkeypatch.setattr(agent, "_taken", {"x": np.array([-5, 1])})  # as if nothing worked any more
+    with pytest.raises(Exception, match="Expand") as raised:
+        agent.predict([[-5, 1]])
+    assert not isinstance(raised.value, BadInput)
+
+
+def test_a_project_saves_a_model_with_the_files_of_its_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "made").mkdir()
+    options: dict[str, Any] = {"save_as_external_data": True, "location": "my.onnx.data", "size_threshold": 0}
+    onnx.save_model(linear(), tmp_path / "made/my.onnx", **options)
+    (tmp_path / "made/other.data").write_bytes(b"x")
+    assert external_files(tmp_path / "made/my.onnx") == [Path("my.onnx.data")]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["save_weights.py", "made/my.onnx"])
+    runpy.run_path(str(ROOT / "knative/project/templates/onnx/save_weights.py.txt"), run_name="__main__")
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["model.onnx", "my.onnx.data"]
+    assert "saved weights/model.onnx, my.onnx.data" in capsys.readouterr().out
+    (tmp_path / "made/my.onnx.data").unlink()
+    with pytest.raises(SystemExit, match=r"made/my\.onnx cannot be loaded: "):
+        runpy.run_path(str(ROOT / "knative/project/templates/onnx/save_weights.py.txt"), run_name="__main__")
 
 
 # Through the server
