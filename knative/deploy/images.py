@@ -12,6 +12,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 from knative.deploy import pullable
 from knative.deploy.errors import DeployError, VariableError
@@ -21,12 +22,13 @@ ROOT = Path(__file__).parents[2]  # of our sources, if this is no installed pack
 CONTAINERFILES = ("Containerfile", "Dockerfile")
 REQUIREMENTS = "requirements.txt"
 # What is in many a folder with an agent, and no part of its code.
-_WEIGHTS = ("weights", *(f"*.{kind}" for kind in ("safetensors", "gguf", "bin", "onnx", "pt", "pth", "ckpt")))
+_WEIGHTS = ("weights", *(f"*.{kind}" for kind in ("safetensors", "gguf", "bin", "onnx", "onnx.data", "onnx_data", "pt", "pth", "ckpt")))
 _SECRET = ("*.pem", "*.key", "*.p12", "id_rsa", "id_ed25519", "credentials", "credentials.json", "kubeconfig*")
 _NO_CODE = (".*", "__pycache__", "*.egg-info", "build", "dist", *_WEIGHTS, *_SECRET)
 _IGNORE = (".dockerignore", ".containerignore")  # of an engine
 _VENV = "pyvenv.cfg"  # in each virtual environment, whatever its name
 _MOST_NAMED = 6
+_MOST_FILES, _MOST_BYTES = 20_000, 1 << 30  # of an agent's code
 ENGINES = ("docker", "podman")
 ANSWER_S = 60.0  # for an engine to say how it is
 VARIABLES = {"function": "IMAGE", "weights-cache": "WEIGHTS_IMAGE", "queue-source": "QUEUE_IMAGE"}
@@ -117,11 +119,52 @@ def _context(folder: Path, base: str) -> Iterator[list[str]]:
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "agent"
         try:
-            shutil.copytree(folder, copy, ignore=lambda place, names: _no_code(Path(place), names), ignore_dangling_symlinks=True)
+            _copy_code(folder, copy)
         except OSError as error:
             raise VariableError("AGENT_DIR", folder, f"cannot be copied for the build: {error}") from error
         (copy / CONTAINERFILES[0]).write_text(containerfile(base, has_requirements=(folder / REQUIREMENTS).is_file()))
         yield ["--file", str(copy / CONTAINERFILES[0]), str(copy)]
+
+
+def _copy_code(folder: Path, copy: Path) -> None:
+    """What of a folder is code, links as links. Raises VariableError for a link that leads out of it and for too much, and OSError."""
+    root = folder.resolve()
+    code = list(_code(folder, root))  # all of it, before anything is written
+    copy.mkdir()
+    for source in code:
+        target = copy / source.relative_to(root)
+        if source.is_dir() and not source.is_symlink():
+            target.mkdir()
+        else:
+            shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _code(folder: Path, root: Path) -> Iterator[Path]:
+    """The folders, files and links that are code, each behind its folder. A link to nothing is none."""
+    files = size = 0
+    for at, folders, names in os.walk(root, onerror=_raise):
+        place = Path(at)
+        left_out = _no_code(place, (*folders, *names))
+        folders[:] = sorted(set(folders) - left_out)
+        for path in (place / name for name in (*folders, *sorted(set(names) - left_out))):
+            if path.is_symlink():
+                if not path.exists():
+                    continue
+                if path.readlink().is_absolute() or not path.resolve().is_relative_to(root):
+                    link = f"the link {path.relative_to(root)} leads to {path.readlink()}"
+                    raise VariableError("AGENT_DIR", folder, f"{link}, which the image will not have: put a copy in its place")
+            elif path.is_file():
+                files, size = files + 1, size + path.stat().st_size
+                if files > _MOST_FILES or size > _MOST_BYTES:
+                    most = f"{_MOST_FILES} files or {_MOST_BYTES >> 20} MiB"
+                    raise VariableError("AGENT_DIR", folder, f"has more than {most} besides weights: is it the folder of an agent?")
+            elif not path.is_dir():
+                continue
+            yield path
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _no_code(folder: Path, names: Iterable[str]) -> set[str]:

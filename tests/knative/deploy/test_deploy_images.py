@@ -147,6 +147,35 @@ def test_an_agents_image_stands_on_ours_and_has_its_code_alone(engine: Path, fol
     assert content.split() == ["Containerfile", "my_model.py", "requirements.txt", "words"]
 
 
+def test_links_in_an_agents_folder_stay_links_and_lead_nowhere_else(
+    engine: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Followed, two of them to the folder that they are in would make 2^40 folders."""
+    monkeypatch.setenv("HAS", OURS)
+    variables = Variables(agent_dir=folder, image="example/mine:1")
+    for name, target in {"a": ".", "b": ".", "other.py": "my_model.py", "gone": "nowhere"}.items():
+        (folder / name).symlink_to(target)
+    images.build(variables, print)
+    assert builds(engine)[1].split() == ["Containerfile", "a", "b", "my_model.py", "other.py", "requirements.txt", "words"]
+    for target in (tmp_path, "..", folder / "my_model.py"):
+        (folder / "a").unlink()
+        (folder / "a").symlink_to(target)
+        with pytest.raises(DeployError, match=f"the link a leads to {target}, which the image will not have"):
+            images.build(variables, print)
+
+
+@pytest.mark.parametrize(("bound", "value"), [("_MOST_FILES", 2), ("_MOST_BYTES", 10)])
+def test_more_than_an_agents_code_is_not_copied(
+    engine: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, bound: str, value: int
+) -> None:
+    monkeypatch.setenv("HAS", OURS)
+    monkeypatch.setattr(images, bound, value)
+    (folder / "words/__init__.py").write_text("#" * 11)
+    with pytest.raises(DeployError, match=r"has more than .* besides weights: is it the folder of an agent"):
+        images.build(Variables(agent_dir=folder, image="example/mine:1"), print)
+    assert not builds(engine)
+
+
 def test_a_folders_own_recipe_is_taken_and_the_image_that_it_stands_on_may_be_named(
     engine: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
