@@ -239,6 +239,9 @@ def test_vectors_are_shortened_where_the_model_declares_it_and_keep_their_length
         (["a"], {"prompt_name": "x"}, "there is no prompt 'x'; this model has 'query', 'document'"),
         (["a"], {"prompt_name": "query", "prompt": "x"}, "'prompt' or 'prompt_name', not both"),
         (["a"], {"prompt": 1}, "'prompt' must be a string"),
+        (["a"], {"prompt_name": []}, "'prompt_name' must be a string"),
+        (["\ud800"], {}, "half a character"),
+        (["a" * (1 << 20)], {"prompt": "b"}, "1048577 characters with its prompt, and may have 1048576"),
     ],
 )
 def test_what_is_not_understood_is_refused(bert: Path, load: Loader, inputs: Any, parameters: Any, says: str) -> None:
@@ -264,6 +267,19 @@ def test_a_module_that_is_not_known_fails_the_start(bert: Path, load: Loader, tm
     (folder / "modules.json").write_text(json.dumps([first, {"type": module, "path": "1_It"}]))
     with pytest.raises(WeightsError, match=says):
         load(folder)
+
+
+def test_long_texts_are_not_kept_and_their_size_is_estimated(bert: Path, load: Loader) -> None:
+    agent = load(bert)
+    seen: list[int] = []
+    tokens = agent._encoder.tokens
+    agent._encoder.tokens = lambda text: seen.append(len(text)) or tokens(text)
+    long, kept = "bread and " * 1000, agent._tokens_of.cache_info().currsize
+    assert agent.size(long) == agent._encoder.limit
+    assert seen == []
+    assert np.allclose(agent.predict([long], {}), agent.predict([long[: len(long) // 2]], {}), atol=1e-5)
+    assert seen == [10_000, 5000]
+    assert agent._tokens_of.cache_info().currsize == kept
 
 
 # Through the app

@@ -38,6 +38,9 @@ _OF_TRANSFORMER = [
 _PARAMETERS = ("prompt", "prompt_name", "dimensions")
 _UNBOUNDED = 10**20  # a `model_max_length` beyond it says that there is none
 _REMEMBERED = 512  # texts whose tokens are kept between `size` and `predict`
+_LONG = 4096  # characters of a text whose tokens are not: they are kept by the whole text, and made once, by `predict`
+_CHARACTERS = 4  # about as many of a text make a token
+MOST_CHARACTERS = 1 << 20  # of a text with its prompt; the tokenizer reads all of it, and keeps what it cuts off until it is done
 
 
 class Embeddings:
@@ -62,24 +65,29 @@ class Embeddings:
 
     def predict(self, inputs: Sequence[Any], parameters: Mapping[str, Any]) -> Sequence[Any]:
         """A vector of float32, as one of numpy's arrays, for each text."""
+        check_no_prompt(inputs, "embeddings")
         for text in inputs:
             if not isinstance(text, str):
                 raise BadInput(f"each instance must be a text (a string), not {type(text).__name__}")
-        check_no_prompt(inputs, "embeddings")
         if unknown := [name for name in parameters if name not in _PARAMETERS]:
             raise BadInput(f"there is no parameter {unknown[0]!r:.100}; this model takes {', '.join(_PARAMETERS)}")
         return list(self._embed(inputs, self._prompts.find(parameters), self._dimensions(parameters.get("dimensions"))).numpy())
 
     def size(self, input: Any) -> int:  # noqa: A002  the contract's word
         """Tokens, as many as the model sees of a text."""
-        return len(self._tokens_of((self._prompts.default or "") + input)[0]) if isinstance(input, str) else 0
+        if not isinstance(input, str):
+            return 0
+        text = (self._prompts.default or "") + input
+        if len(text) > _LONG:
+            return min(len(text) // _CHARACTERS, self._encoder.limit)
+        return len(self._tokens_of(text)[0])
 
     def _embed(self, texts: Sequence[str], prompt: str | None, dimensions: int) -> "Tensor":
         """dimensions: at which vectors are cut; 0: the model's own."""
         import torch
 
         with torch.inference_mode():
-            rows = [self._tokens_of((prompt or "") + text) for text in texts]
+            rows = [self._row((prompt or "") + text) for text in texts]
             features = self._encoder.run(rows)
             if prompt and any(isinstance(step, Pooling) and not step.includes_prompt for step in self._steps):
                 features.prompt_tokens = self._encoder.prompt_tokens(prompt)
@@ -92,6 +100,14 @@ class Embeddings:
                 if dimensions and self._is_unit:
                     vectors = torch.nn.functional.normalize(vectors, dim=-1)
             return vectors.contiguous().cpu()
+
+    def _row(self, text: str) -> "Row":
+        if len(text) > MOST_CHARACTERS:
+            raise BadInput(f"a text has {len(text)} characters with its prompt, and may have {MOST_CHARACTERS}")
+        try:
+            return self._tokens_of(text) if len(text) <= _LONG else self._encoder.tokens(text)
+        except (UnicodeEncodeError, TypeError):
+            raise BadInput("the text holds half a character (a lone surrogate)") from None
 
     def _dimensions(self, wanted: Any) -> int:
         if wanted is None:
@@ -147,6 +163,8 @@ class Prompts:
             if not isinstance(prompt, str):
                 raise BadInput(f"'prompt' must be a string, not {type(prompt).__name__}")
             return prompt
+        if not isinstance(name, str):
+            raise BadInput(f"'prompt_name' must be a string, not {type(name).__name__}")
         if name not in self._named:
             raise BadInput(f"there is no prompt {name!r:.100}; this model has {', '.join(map(repr, self._named))}")
         return self._named[name]
@@ -180,6 +198,7 @@ class Encoder:
         self._model = loading.load_model(weights, device, kind, config=config, dtype=named, spare=("pooler.",))
         self._device = next(self._model.parameters()).device
         self._tokenizer = self._make_tokenizer(weights, said, config)
+        self.limit: int = min(int(self._tokenizer.model_max_length), _UNBOUNDED)  # tokens of a text
         self._how = (said.get("modality_config") or {}).get("text") or {"method": "forward", "method_output_name": "last_hidden_state"}
         self._makes = said.get("module_output_name") or TOKENS
         if is_plain and getattr(self._tokenizer, "chat_template", None):
@@ -271,6 +290,7 @@ class Static:
         if "embedding.weight" not in tensors:
             raise WeightsError(f"a StaticEmbedding has the tensor embedding.weight; the weights have {', '.join(sorted(tensors))}")
         self.config: Mapping[str, Any] = {}
+        self.limit = _UNBOUNDED
         self._table = tensors["embedding.weight"]
         self._tokenizer = Tokenizer.from_file(str(weights.path("tokenizer.json")))
         self._tokenizer.no_padding()
