@@ -379,6 +379,29 @@ def test_a_text_is_made_by_the_models_own_generate(task: str, prefix: str, name:
         agent.predict(TEXTS, {"num_return_sequences": 3, "num_beams": 2})
 
 
+def test_a_model_of_several_languages_translates_from_and_to_those_that_are_said(workshop: Workshop) -> None:
+    from function.agents.transformers import Pipeline
+
+    library = workshop.library
+    words = ["<s>", "<pad>", "</s>", "<unk>", *(f"\u2581{word}" for word in ("the", "cat", "eats", "a", "man", "der", "hund"))]
+    tokenizer = library.MBartTokenizer(vocab=[(word, -float(at)) for at, word in enumerate(words)], src_lang="en_XX", tgt_lang="de_DE")
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "bos_token_id": 0}
+    torch.manual_seed(3)
+    config = library.MBartConfig(vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1, init_std=0.7, **heads)
+    model = library.MBartForConditionalGeneration(config).eval()
+    agent: Pipeline = workshop.agent(workshop.save("mbart", model, tokenizer), "translation")
+    for source, target in (("en_XX", "de_DE"), ("fr_XX", "en_XX")):
+        tokenizer.src_lang = source
+        first = tokenizer.convert_tokens_to_ids(target)
+        expected = []
+        for text in TEXTS:
+            made = model.generate(**tokenizer(text, return_tensors="pt"), forced_bos_token_id=first, num_beams=4, max_new_tokens=6)
+            expected.append({"translation_text": tokenizer.decode(made[0], skip_special_tokens=True)})
+        assert agent.predict(TEXTS, {"src_lang": source, "tgt_lang": target, "max_new_tokens": 6}) == expected
+    with pytest.raises(BadInput, match="'tgt_lang': the model does not know 'klingon'"):
+        agent.predict(["a"], {"src_lang": "en_XX", "tgt_lang": "klingon"})
+
+
 # Which task
 
 
