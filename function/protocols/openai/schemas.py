@@ -189,7 +189,10 @@ def chat(traits: Traits) -> Schema:
             "functions": _one_of([], because="tools are said in 'tools'"),
             "function_call": _one_of("none", "auto", because="tools are said in 'tools'"),
         },
-    )
+    ) | {
+        "if": {"required": ["top_logprobs"], "properties": {"top_logprobs": {"type": "integer", "minimum": 1}}},
+        "then": {"required": ["logprobs"], "properties": {"logprobs": {"enum": [True]}}},
+    }
 
 
 _LACKING = {
