@@ -33,7 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from function import cpus, server, warm_imports
-from function.warm_imports import OURS, Importer, LeftOut, Order
+from function.import_traces import OURS
+from function.warm_imports import Importer, LeftOut, Order
 
 PROGRAM = "function"
 # What many functions import, as far as it is installed here.
@@ -44,6 +45,7 @@ ADOPTION_S = 5.0
 # What a fresh process has imported before it looks for its agent.
 _BEFORE_AGENT = frozenset(name for name in sys.modules if "." not in name)
 
+_encode = json.JSONEncoder().encode  # of now: what a library does to `json.dumps` is still to be told
 _prctl = ctypes.CDLL(None).prctl
 _PR_SET_PDEATHSIG = 1
 
@@ -57,6 +59,7 @@ def main() -> None:
     # From here on we are a function's process.
     control.close()
     _become(conversation, held)
+    del held  # it knows variables of others
     runpy.run_module(PROGRAM, run_name="__main__", alter_sys=True)
 
 
@@ -86,7 +89,7 @@ def _warm_up(control: socket.socket, order: Order) -> _Held:
         sys.stderr.write(f"fork server: {error}\n")
         if error.__cause__:
             traceback.print_exception(error.__cause__)
-        control.send(b"without " + json.dumps({"library": error.library, "reason": error.reason, "stamp": error.stamp}).encode())
+        control.send(b"without " + _encode({"library": error.library, "reason": error.reason, "stamp": error.stamp}).encode())
         sys.stderr.flush()
         os._exit(1)
     if threads := [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]:
@@ -97,7 +100,7 @@ def _warm_up(control: socket.socket, order: Order) -> _Held:
     gc.disable()  # until there is a function: what is collected here would be copied for each
     gc.freeze()
     held = _Held(importer, sites)
-    control.send(b"warm " + json.dumps({"libraries": importer.libraries, "bytes": warm_imports.own_bytes()}).encode())
+    control.send(b"warm " + _encode({"libraries": importer.libraries, "bytes": warm_imports.own_bytes()}).encode())
     return held
 
 
@@ -185,9 +188,9 @@ def _enter(order: dict[str, Any], importer: Importer) -> str | None:
     os.environ.update(importer.added | env)
     time.tzset()
     if not sys.flags.safe_path:
-        sys.path[0] = str(Path.cwd())  # where `python -m` looks first
+        sys.path[0] = str(Path.cwd())  # where `python -m` looks first; a library that changes sys.path is not held
     importlib.invalidate_caches()
-    warm_imports.differ()
+    importer.generators.differ()
     sys.argv = ["-m"]  # runpy puts the program in its place
     sys.orig_argv[1:] = ["-m", PROGRAM]
     return None

@@ -11,13 +11,8 @@ import ast
 import importlib
 import importlib.util
 import json
-import locale
-import logging
 import os
-import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-OURS = ("function", "weights_cache")
-# Of no matter: the mark of a process, and threads, of which the platform has seen to it that what a fork has is what is asked for.
-_NOT_NOTED = ("RELIGHT_CONTAINER", "OMP_NUM_THREADS")
+from function.generators import Generators
+from function.import_traces import OURS, Attributes, reads, state
+from weights_cache.environment import is_secret
+
 FILE = "RELIGHT_IMPORTS_FILE"  # where a function is to tell what it has imported; given by the local platform
 # What native code of libraries reads when it is loaded, which cannot be seen; besides names that begin with the library's own.
 _READ_BY_NATIVE_CODE = {
@@ -159,12 +155,14 @@ class LeftOut(Exception):
 class Order:
     """What is to be imported.
 
-    functions: the variables that each will have, as far as they are known. modules: as `imported` names them. sources: of agents that
-    were never seen running, `agent` and `folders` to look for it in; what their source names is imported. without: libraries that are
-    left out, with their stamps. most_bytes: of the process's own memory.
+    environment: the variables that all functions will have alike, as far as they are known, without secrets. withheld: the names of all
+    others, whose values are nobody else's business. modules: as `imported` names them. sources: of agents that were never seen running,
+    `agent` and `folders` to look for it in; what their source names is imported. without: libraries that are left out, with their stamps.
+    most_bytes: of the process's own memory.
     """
 
-    functions: Sequence[Mapping[str, str]] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    withheld: Sequence[str] = ()
     modules: Sequence[str] = ()
     sources: Sequence[Mapping[str, Any]] = ()
     without: Mapping[str, int] = field(default_factory=dict)
@@ -192,34 +190,38 @@ class Importer:
         self.libraries: dict[str, float] = {}  # that were not there before, with the seconds that each took which was asked for
         self.added: dict[str, str] = {}  # variables that libraries have set
         self.env = dict(os.environ)  # the variables as they were then
+        self.generators = Generators()
         self._order = order
+        self._pid = os.getpid()
         self._tell = tell
         self._began_with = set(sys.modules)
         self._reads: dict[str, None] = {}
         self._seconds: dict[str, float] = {}
-        self._state = _state()
+        self._state = state()
+        self._attributes = Attributes()
         self._told = ""
         self._prefixes: tuple[str, ...] = ()
 
     def run(self, first: Sequence[str]) -> None:
         """Import `first` and what was ordered. Raises LeftOut."""
-        variables = {name: value for env in reversed(self._order.functions) for name, value in env.items()}
-        os.environ.update(variables)
+        os.environ.update(self._order.environment)
         self.env = dict(os.environ)
         for name in (*first, *self._order.names()):
             library = _held_or_left(name)
             stamp = self._order.without.get(library)
             if stamp is None or (stamp and stamp != _stamp(library)):
                 self._import(name, library)
+        self._check_attributes()
         found = {name.partition(".")[0] for name in imported(self._began_with)} - set(OURS)
         self.libraries = dict(
             sorted(((library, self._seconds.get(library, 0.0)) for library in found), key=lambda item: (-item[1], item[0]))
         )
         self._prefixes = _prefixes(self.libraries)
+        self._order = Order()
 
     def disagreement(self, env: Mapping[str, str]) -> str | None:
         """A variable for which a function with this environment would have needed an import of its own; None if there is none."""
-        for name in (*self._reads, *_beginning_with(self._prefixes, {**self.env, **env})):
+        for name in (*self._reads, *_read_unseen(self._prefixes, {**self.env, **env})):
             if env.get(name) != self.env.get(name):
                 return name
         return next((name for name, value in self.added.items() if env.get(name, value) != value), None)
@@ -229,43 +231,58 @@ class Importer:
         if module_name in sys.modules and (not attribute or attribute in vars(sys.modules[module_name])):
             return
         if library != self._told:
+            self._check_attributes()
             self._tell(library)
             self._told = library
         began, known = time.monotonic(), len(self._reads)
         try:
-            with _reads(self._reads):
+            with reads(self._reads), self.generators:
                 module = importlib.import_module(module_name)
                 if attribute:
                     getattr(module, attribute, None)
         except ImportError:
             pass  # what was ordered is not installed, or not any more, or something that it needs
         except BaseException as error:
+            self._end_if_forked()
             if not (_is_ours(library) and isinstance(error, Exception)):  # what an agent of ours asks for is seen by its own name
                 raise self._left_out(library, f"cannot be imported: {type(error).__name__}: {error}"[:300]) from error
         self._seconds[library] = self._seconds.get(library, 0.0) + time.monotonic() - began
         self._check(library, list(self._reads)[known:])
 
-    def _check(self, library: str, reads: Sequence[str]) -> None:
-        state = _state()
+    def _end_if_forked(self) -> None:
+        """What a library has forked has all of ours, and is not to go on with it."""
+        if os.getpid() != self._pid:
+            os._exit(0)
+
+    def _check(self, library: str, read: Sequence[str]) -> None:
+        self._end_if_forked()
+        now = state()
         for what, value in self._state.items():
-            if state[what] != value:
+            if now[what] != value:
                 raise self._left_out(library, f"{what} when it is imported")
-        self._check_variables(library, reads)
+        if self.generators.is_seeded():
+            raise self._left_out(library, "seeds the random numbers of all others when it is imported")
+        self._check_variables(library, read)
         if (used := own_bytes()) > self._order.most_bytes:
             raise LeftOut(library, f"would take the fork server to {used >> 20} MiB, of at most {self._order.most_bytes >> 20}")
 
-    def _check_variables(self, library: str, reads: Sequence[str]) -> None:
+    def _check_attributes(self) -> None:
+        """That takes longer, and is done once all modules of a library are there that are asked for in a row."""
+        if replaced := self._attributes.replaced():
+            raise self._left_out(self._told, f"replaces {replaced} when it is imported")
+
+    def _check_variables(self, library: str, read: Sequence[str]) -> None:
         expected = {**self.env, **self.added}
         for name in expected:
             if os.environ.get(name) != expected[name]:
                 raise self._left_out(library, f"changes the variable {name} when it is imported")
         self.added |= {name: value for name, value in os.environ.items() if name not in expected}
-        functions = self._order.functions
+        withheld = self._order.withheld
         prefixes = () if _is_ours(library) else _prefixes([library])  # ours reads its settings when the program begins
-        names = {name for env in functions for name in _beginning_with(prefixes, env)}
-        for name in sorted({*reads, *names}):
-            if len({env.get(name) for env in functions}) > 1:
-                raise LeftOut(library, f"reads {name} when it is imported, which is not the same in all pods")
+        for name in sorted({*(set(read) & set(withheld)), *_read_unseen(prefixes, withheld)}):
+            raise LeftOut(
+                library, f"reads {name} when it is imported, which is {'a secret' if is_secret(name) else 'not the same in all pods'}"
+            )
 
     def _left_out(self, library: str, reason: str) -> LeftOut:
         return LeftOut(library, reason, _stamp(library))
@@ -292,13 +309,6 @@ def sites() -> dict[str, int]:
     return {folder: _changed(folder) for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")}
 
 
-def differ() -> None:
-    """Give this process, which has just been forked, random numbers of its own. (Python's `random` does that itself, and torch's begin
-    with the same seed in every process.)"""
-    if "numpy.random" in sys.modules:
-        sys.modules["numpy.random"].seed()
-
-
 def _stamp(library: str) -> int:
     """When something was last installed where a library is; 0 if it cannot be told."""
     with suppress(ImportError, ValueError, AttributeError):
@@ -320,63 +330,6 @@ def _prefixes(libraries: Iterable[str]) -> tuple[str, ...]:
     return tuple(prefix for library in libraries for prefix in (f"{library.upper()}_", *_READ_BY_NATIVE_CODE.get(library, ())))
 
 
-def _beginning_with(prefixes: tuple[str, ...], names: Iterable[str]) -> Iterator[str]:
-    return (name for name in names if name.startswith(prefixes))
-
-
-class _reads:  # noqa: N801  used like a function
-    """Notes which variables are read, as long as it is entered."""
-
-    def __init__(self, names: dict[str, None]) -> None:
-        theirs = type(os.environ)
-
-        class Noting(theirs):  # type: ignore[misc, valid-type]
-            def __getitem__(self, key: str) -> str:
-                if key not in _NOT_NOTED:
-                    names[key] = None
-                return str(super().__getitem__(key))
-
-            # All of them are read for a program that is started, or to choose by the beginning of a name, of which `_prefixes` knows.
-            def copy(self) -> dict[str, str]:
-                return {key: super(Noting, self).__getitem__(key) for key in self}
-
-            def items(self) -> Any:
-                return self.copy().items()
-
-        self._theirs, self._noting = theirs, Noting
-
-    def __enter__(self) -> None:
-        os.environ.__class__ = self._noting
-
-    def __exit__(self, *_: object) -> None:
-        os.environ.__class__ = self._theirs
-
-
-def _state() -> dict[str, object]:
-    """What no import may change, each by what is said of a library that does."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return {
-        "starts threads": len(os.listdir("/proc/self/task")),  # noqa: PTH208  names are enough
-        "starts processes": Path(f"/proc/self/task/{os.getpid()}/children").read_text(),
-        "sets signal handlers": (
-            [status[name] for name in ("SigBlk", "SigIgn", "SigCgt")],
-            [signal.getsignal(number) for number in signal.valid_signals()],
-        ),
-        "opens files or devices": sorted(_open_files()),
-        "shares memory with its forks, as a lock does": Path("/proc/self/maps").read_bytes().count(b" rw-s "),
-        "changes the working directory": str(Path.cwd()),
-        "changes the umask": status["Umask"],
-        "changes how logs are written": (logging.root.level, list(logging.root.handlers), logging.root.manager.disable),
-        "replaces standard files or hooks": (sys.stdin, sys.stdout, sys.stderr, sys.excepthook, threading.excepthook),
-        "changes the locale": locale.setlocale(locale.LC_ALL),
-        "changes the default time-out of sockets": socket.getdefaulttimeout(),
-    }
-
-
-def _open_files() -> Iterator[str]:
-    """All but ordinary files: to share the place in one that is only read does no harm."""
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208  names are enough
-        with suppress(OSError):  # that of the listing itself
-            target = str(Path("/proc/self/fd", name).readlink())
-            if not target.startswith("/") or target.startswith("/dev/"):
-                yield target
+def _read_unseen(prefixes: tuple[str, ...], names: Iterable[str]) -> Iterator[str]:
+    """Those that native code may have read; no secrets, which none needs to be loaded."""
+    return (name for name in names if name.startswith(prefixes) and not is_secret(name))

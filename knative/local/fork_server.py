@@ -23,6 +23,7 @@ from knative.local.launch import Process
 from knative.local.procfs import MARK
 from knative.local.tasks import Tasks, describe
 from knative.local.warm_process import YIELD_S, Forked, Refused, WarmProcess
+from weights_cache.environment import is_secret
 
 PROGRAM = ("-m", "function")
 ANSWER_S = 2.0  # for a fork, then it is not well
@@ -58,7 +59,8 @@ class ForkServer:
         self._log = log
         self._is_busy = is_busy
         self._say = say
-        self._env = inherited(inherits) | _ONE_THREAD | {MARK: f"{mark}fork-server/"}
+        known = {name: value for name, value in inherited(inherits).items() if not is_secret(name)}
+        self._env = known | _ONE_THREAD | {MARK: f"{mark}fork-server/"}
         self._imports = imports
         self._current: WarmProcess | None = None  # the one that is asked
         self._changed = asyncio.Event()  # set when there is something else to be imported

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from weights_cache.environment import is_secret
+
 FILE = "RELIGHT_IMPORTS_FILE"  # the variable that tells a function where to tell
 AGENT, AGENT_PATH = "FUNCTION_AGENT", "FUNCTION_AGENT_PATH"
 LOOK_S = 0.5  # between two looks whether somebody has told
@@ -167,8 +169,11 @@ class Imports:
         wanted = {env[AGENT]: env for env in self.functions if env.get(AGENT)}
         known = [agent for agent in reversed(self._memory.agents) if agent in wanted]
         modules = dict.fromkeys(module for agent in known for module in self._memory.agents[agent].modules)
+        names = {name for env in self.functions for name in env}
+        alike = {name for name in names if len({env.get(name) for env in self.functions}) == 1 and not is_secret(name)}
         return {
-            "functions": self.functions,
+            "environment": {name: self.functions[0][name] for name in sorted(alike)},
+            "withheld": sorted(names - alike),
             "modules": list(modules),
             "sources": [{"agent": agent, "folders": _folders(env)} for agent, env in wanted.items() if agent not in known],
             "without": {library: about.stamp for library, about in self._memory.left_out.items()},

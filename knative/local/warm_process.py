@@ -134,19 +134,23 @@ class WarmProcess:
 
     async def _attend(self, child: asyncio.subprocess.Process, ours: socket.socket) -> int:
         yielding = self._tasks.start(self._yield_to_others(child), "letting others start first")
+        ended = self._tasks.start(_end(child), "waiting for the fork server's end")
         keeping: asyncio.Task[None] | None = None
         try:
-            await self._import(ours)
+            await self._import(ours, ended)
             yielding.cancel()
             if self.was_warm:
                 self._control = ours
                 self.settled.set()
                 keeping = self._tasks.start(self._keep_spare(), "keeping a spare process")
-            while answer := await _receive(ours):
+            while not self.without and (answer := await _receive(ours, ended)):
                 self._answered(int(answer))
+            if self.without:
+                _kill(child.pid)  # it ends, unless what the library has left behind keeps it from that
             return await child.wait()
         finally:
             yielding.cancel()
+            ended.cancel()
             if keeping:
                 keeping.cancel()
             self._control = None
@@ -160,14 +164,15 @@ class WarmProcess:
                 os.killpg(child.pid, signal.SIGKILL)  # with whatever a library has started
             await child.wait()
 
-    async def _import(self, ours: socket.socket) -> None:
+    async def _import(self, ours: socket.socket, ended: asyncio.Task[None]) -> None:
         """Hear what it imports, until it is warm or over."""
-        while message := await _receive(ours):
+        while message := await _receive(ours, ended):
             word, _, rest = message.decode().partition(" ")
             if word == "importing":
                 self.importing = rest
             elif word == "without":
                 self.without = json.loads(rest)
+                return
             elif word == "warm":
                 document = json.loads(rest)
                 self.libraries, self.own_bytes, self.was_warm = document["libraries"], document["bytes"], True
@@ -279,12 +284,27 @@ async def _converse(new: _New, process: Process, log: IO[bytes], enter: Callable
         writer.close()
 
 
-async def _receive(control: socket.socket) -> bytes:
-    """The next message, nothing if there will be none."""
+async def _end(child: asyncio.subprocess.Process) -> None:
+    await child.wait()
+
+
+async def _receive(control: socket.socket, ended: asyncio.Task[None]) -> bytes:
+    """The next message, nothing if there will be none: it has ended, though what a library has forked may hold the other end open."""
+    loop = asyncio.get_running_loop()
+    readable = loop.create_future()
+    loop.add_reader(control, _resolve, readable)
     try:
-        return await asyncio.get_running_loop().sock_recv(control, MESSAGE_BYTES)
-    except ConnectionError:
+        await asyncio.wait({readable, ended}, return_when=asyncio.FIRST_COMPLETED)
+        return control.recv(MESSAGE_BYTES)
+    except (BlockingIOError, ConnectionError):
         return b""
+    finally:
+        loop.remove_reader(control)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _kill(pid: int) -> None:

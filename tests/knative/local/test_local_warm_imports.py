@@ -5,7 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,42 @@ BAD = {
     "changing": ("import os; os.environ['HOME'] = '/elsewhere'", "changes the variable HOME"),
     "choosing": ("import os; os.environ.get('CHOICE')", "reads CHOICE when it is imported, which is not the same in all pods"),
     "native": ("", "reads NATIVE_LEVEL when it is imported, which is not the same in all pods"),
+    "secretive": ("import os; os.environ.get('DB_PASSWORD')", "reads DB_PASSWORD when it is imported, which is a secret"),
+    "appending": ("import sys; sys.path.append('/elsewhere')", "changes sys.path"),
+    "inserting": ("import sys; sys.path.insert(0, '/elsewhere')", "changes sys.path"),
+    "finding": (
+        "import sys\nclass Finder:\n    def find_spec(self, name, path, target=None): return self\nsys.meta_path.insert(0, Finder())",
+        "changes how modules are found",
+    ),
+    "recursing": ("import sys; sys.setrecursionlimit(77777)", "changes the recursion limit"),
+    "switching": ("import sys; sys.setswitchinterval(0.1)", "changes how often threads switch"),
+    "silencing": ("import warnings; warnings.simplefilter('ignore', UserWarning)", "changes which warnings are shown"),
+    "tracing": ("import sys; sys.setprofile(lambda *_: None)", "traces or profiles"),
+    "patching": ("import socket; socket.create_connection = lambda *_, **__: 'PATCHED'", "replaces socket.create_connection"),
+    "telling": ("import json; json.dumps = lambda *_, **__: 'PATCHED'", "replaces json.dumps"),
+    "method": ("import http.client; http.client.HTTPConnection.request = lambda self: None", "replaces http.client.HTTPConnection.request"),
+    "constant": ("import socket; socket.SOMAXCONN = 5", "replaces socket.SOMAXCONN"),
+    "early": ("import xml.sax; xml.sax.parse = lambda *_: None", "replaces xml.sax.parse"),  # nobody else has it yet
+    "instead": ("import sys, types; sys.modules['json'] = types.ModuleType('json')", "replaces json"),
+    "builtin": ("import builtins; builtins._ = str", "replaces builtins._"),
+    "another": ("import weights_cache.environment as ours; ours.masked = print", "replaces weights_cache.environment.masked"),
+    "seeding": ("import random; random.seed(5)", "seeds the random numbers of all others"),
+    "seeding_numpy": ("import numpy; numpy.random.seed(5)", "seeds the random numbers of all others"),
     "large": ("content = bytearray(1 << 27); content[::4096] = b'x' * (1 << 15)", "would take the fork server to "),
 }
 GOOD = {
     "quiet": "import os, tqdm\nlevel = os.environ.get('LEVEL')\nos.environ.setdefault('QUIET_HOME', '/quiet')",
     "reading": "text = open(__file__)",
+    "old_names": (
+        "import sys\nclass Finder:\n    def find_spec(self, name, path, target=None): return self if name == 'older_names' else None\n"
+        "sys.meta_path.insert(0, Finder())"
+    ),
+    "warning": (
+        "import warnings\nwarnings.filterwarnings('ignore', module='warning')\n"
+        "warnings.simplefilter('always', type('Ours', (Warning,), {}))"
+    ),
+    "lazy": "import mimetypes, random, tempfile, typing_extensions\ntempfile.gettempdir(), mimetypes.init(), random.random()",
+    "generating": "import random, numpy\nown, chosen = random.Random(), (random.Random(5), numpy.random.RandomState(5))",
     "asking": "import os\nfor name, value in os.environ.items(): pass\nos.environ.copy()",
 }
 OURS = ("function.agents.echo", "weights_cache.uri")
@@ -47,20 +79,20 @@ TRY = """
 import json, os, sys
 from function.warm_imports import Importer, LeftOut, Order, own_bytes
 
-functions = [{"CHOICE": "a", "NATIVE_LEVEL": "1", "PORT": "1"}, {"CHOICE": "b", "NATIVE_LEVEL": "1", "PORT": "2"}, {"CHOICE": "a"}]
-functions = [{**env, "WEIGHTS_CACHE_DIR": f"/pod-{number}", "FUNCTION_AGENT": f"agent:A{number}"} for number, env in enumerate(functions)]
+withheld = ["CHOICE", "DB_PASSWORD", "FUNCTION_AGENT", "NATIVE_LEVEL", "NATIVE_TOKEN", "PORT", "QUIET_TOKEN", "WEIGHTS_CACHE_DIR"]
+encode = json.JSONEncoder().encode  # one of them replaces json.dumps
 for library in sys.argv[1:]:
     told, tell = os.pipe()
     child = os.fork()
     if not child:
         os.setsid()
-        importer = Importer(Order(functions=functions, modules=[library], most_bytes=own_bytes() + (1 << 26)))
+        importer = Importer(Order(withheld=withheld, modules=[library], most_bytes=own_bytes() + (1 << 26)))
         try:
             importer.run([])
             said = ["", list(importer.libraries), importer.added]
         except LeftOut as error:
             said = [error.reason, [], {}]
-        os.write(tell, json.dumps(said).encode())
+        os.write(tell, encode(said).encode())
         os._exit(0)
     os.close(tell)
     print(json.dumps([library, *json.loads(os.read(told, 1 << 16))]))
@@ -76,7 +108,13 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     packages.mkdir()
     for name, code in {**{name: code for name, (code, _) in BAD.items()}, **GOOD}.items():
         (packages / f"{name}.py").write_text(code)
-    env = {"PATH": os.environ["PATH"], "HOME": "/home", "PYTHONPATH": f"{packages}:{ROOT}", "PYTHONWARNINGS": "ignore"}
+    env = {
+        "PATH": os.environ["PATH"],
+        "HOME": "/home",
+        "PYTHONPATH": f"{packages}:{ROOT}",
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run([sys.executable, "-c", TRY, *BAD, *GOOD, *OURS], env=env, capture_output=True, text=True, timeout=60, check=True)
     return {library: said for library, *said in map(json.loads, done.stdout.splitlines())}
 
@@ -204,6 +242,16 @@ def test_a_file_that_is_no_memory_is_as_good_as_none(tmp_path: Path) -> None:
     assert imports.order(1)["modules"] == []
 
 
+def test_what_the_fork_server_is_told_of_functions(tmp_path: Path) -> None:
+    imports = Imports(tmp_path)
+    one = {"LEVEL": "1", "HF_TOKEN": "both", "PORT": "1", "DB_PASSWORD": "mine"}
+    imports.want([one, {"LEVEL": "1", "HF_TOKEN": "both", "PORT": "2"}])
+    order = imports.order(1)
+    assert order["environment"] == {"LEVEL": "1"}
+    assert order["withheld"] == ["DB_PASSWORD", "HF_TOKEN", "PORT"]
+    assert "both" not in json.dumps(order)
+
+
 AGENT = """
 import os
 import numpy
@@ -318,6 +366,129 @@ def test_a_library_that_ends_the_process_is_left_out(project: Path, tmp_path: Pa
         process = replace(stage.process(), env={**stage.process().env, "FUNCTION_AGENT": "function.agents.echo:Echo"})
         async with stage.running(process) as container:
             assert container.is_forked
+
+    play(tmp_path, scene, imports)
+
+
+def test_a_library_that_forks_is_left_out_and_what_it_forked_ends(project: Path, tmp_path: Path) -> None:
+    noted = tmp_path / "forked"
+    code = f"import os, time\nif not os.fork():\n    open({str(noted)!r}, 'w').write(str(os.getpid()))\n    time.sleep(600)\n"
+    (tmp_path / "site/site-packages/slow_library.py").write_text(f"{code}while not os.path.exists({str(noted)!r}): pass\n")
+    imports = Imports(tmp_path / "imports")
+    imports.want([stage_env(project)])
+
+    async def scene(stage: Stage) -> None:
+        assert stage.said == [
+            "slow_library is imported by each function itself, which only makes its start longer: it starts processes when it is imported"
+        ]
+        assert stage.server.status()["left_out"] == {"slow_library": "starts processes when it is imported"}
+        assert "numpy" in stage.server.status()["modules"]
+        await until("what it forked has ended", lambda: not is_running(int(noted.read_text())))
+
+    play(tmp_path, scene, imports)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+DRAWING = """
+import random
+import numpy
+
+own, chosen = [random.Random(), numpy.random.default_rng(), numpy.random.RandomState()], [random.Random(5), numpy.random.default_rng(5)]
+"""
+
+
+def test_each_fork_draws_numbers_of_its_own_but_for_seeds_that_a_library_has_chosen(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "site/site-packages/drawing_library.py").write_text(DRAWING)
+    (project / "agent.py").write_text(
+        "import drawing_library, numpy, random\n"
+        "class Agent:\n"
+        "    def load(self, weights, device):\n"
+        "        self.own = [generator.random() for generator in (random, numpy.random, *drawing_library.own)]\n"
+        "        self.chosen = [generator.random() for generator in drawing_library.chosen]\n"
+        "    def predict(self, inputs):\n"
+        "        return [[self.own, self.chosen]] * len(inputs)\n"
+    )
+    imports = Imports(tmp_path / "imports")
+    imports.want([stage_env(project)])
+
+    async def scene(stage: Stage) -> None:
+        assert "drawing_library" in stage.server.status()["modules"]
+        told = []
+        for name in ("first", "second"):
+            process = stage.process("agent:Agent", name, FUNCTION_AGENT_PATH=str(project))
+            async with stage.running(process) as container:
+                assert container.is_forked
+                told.append(await ask(process))
+        (own, chosen), (other, same) = told
+        assert len({*own, *other}) == 2 * len(own)
+        assert chosen == same
+
+    play(tmp_path, scene, imports)
+
+
+TORCH = """
+import os
+from function.warm_imports import Importer, Order
+
+importer = Importer(Order())
+importer.run(["torch"])
+for _ in range(2):
+    child = os.fork()
+    if not child:
+        importer.generators.differ()
+        import torch
+        print(torch.rand(1).item(), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.soak
+def test_each_fork_draws_numbers_of_its_own_from_torch() -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", TORCH], env=env, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
+    assert len(set(done.stdout.split())) == 2
+
+
+def memory(pid: int) -> Iterator[bytes]:
+    """What a process can write to."""
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as content:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            span, access, *_ = line.split()
+            if access.startswith("rw"):
+                start, end = (int(number, 16) for number in span.split("-"))
+                content.seek(start)
+                with suppress(OSError):
+                    yield content.read(end - start)
+
+
+def test_no_function_nor_the_fork_server_knows_what_another_one_is_told(project: Path, tmp_path: Path) -> None:
+    words = {name: f"{os.urandom(8).hex()}-of-{name}" for name in ("one", "other")}
+    settings = {name: {**stage_env(project), "DB_PASSWORD": word, "PLACE": f"at-{word}"} for name, word in words.items()}
+    imports = Imports(tmp_path / "imports")
+    imports.want(list(settings.values()))
+
+    def known(*pids: int) -> set[str]:
+        return {name for name, word in words.items() for pid in pids if any(word.encode() in content for content in memory(pid))}
+
+    async def scene(stage: Stage) -> None:
+        assert stage.server.pid
+        assert known(stage.server.pid, await stage.spare()) == set()
+        for name, env in settings.items():
+            process = stage.process("agent:Agent", name, **{key: value for key, value in env.items() if key != "FUNCTION_AGENT"})
+            async with stage.running(process) as container:
+                assert container.is_forked
+                await ask(process)
+                master = container._child.pid  # type: ignore[union-attr]
+                workers = Path(f"/proc/{master}/task/{master}/children").read_text().split()
+                assert known(master, *map(int, workers)) == {name}
+                assert known(stage.server.pid, await stage.spare()) == set()
 
     play(tmp_path, scene, imports)
 
