@@ -273,7 +273,12 @@ def test_long_texts_are_not_kept_and_their_size_is_estimated(bert: Path, load: L
     agent = load(bert)
     seen: list[int] = []
     tokens = agent._encoder.tokens
-    agent._encoder.tokens = lambda text: seen.append(len(text)) or tokens(text)
+
+    def counted(text: str) -> Any:
+        seen.append(len(text))
+        return tokens(text)
+
+    agent._encoder.tokens = counted
     long, kept = "bread and " * 1000, agent._tokens_of.cache_info().currsize
     assert agent.size(long) == agent._encoder.limit
     assert seen == []

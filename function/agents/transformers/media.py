@@ -81,7 +81,7 @@ class ImageClassification:
                 self._fit(image, left)
                 image.load()
                 return Row(dict(self._pipe.preprocess(image))), image.width * image.height
-        except BadInput:
+        except (BadInput, MemoryError):
             raise
         except self._images.UnidentifiedImageError as error:
             raise BadInput(f"the image cannot be used: it is none that can be read here ({', '.join(self._formats)})") from error
@@ -99,7 +99,7 @@ class ImageClassification:
             image.draft(None, (width // scale, height // scale))
         if (pixels := image.width * image.height) > left:
             others = f", and those before it {self._most - left}" if left < self._most else ""
-            raise BadInput(f"the image has {pixels} pixels ({width} × {height}){others}; together they may have {self._most}")
+            raise BadInput(f"the image has {pixels} pixels ({image.width} × {image.height}){others}; together they may have {self._most}")
 
 
 SHORTEST_S = 0.025  # of a recording: what the first layers of the usual models look at

@@ -157,10 +157,10 @@ def test_links_in_an_agents_folder_stay_links_and_lead_nowhere_else(
         (folder / name).symlink_to(target)
     images.build(variables, print)
     assert builds(engine)[1].split() == ["Containerfile", "a", "b", "my_model.py", "other.py", "requirements.txt", "words"]
-    for target in (tmp_path, "..", folder / "my_model.py"):
+    for outside in (tmp_path, "..", folder / "my_model.py"):
         (folder / "a").unlink()
-        (folder / "a").symlink_to(target)
-        with pytest.raises(DeployError, match=f"the link a leads to {target}, which the image will not have"):
+        (folder / "a").symlink_to(outside)
+        with pytest.raises(DeployError, match=f"the link a leads to {outside}, which the image will not have"):
             images.build(variables, print)
 
 
