@@ -89,8 +89,8 @@ def _warm_up(control: socket.socket, order: Order) -> _Held:
         sys.stderr.write(f"fork server: {error}\n")
         if error.__cause__:
             traceback.print_exception(error.__cause__)
+        sys.stderr.flush()  # first: then this process may be ended at any time
         control.send(b"without " + _encode({"library": error.library, "reason": error.reason, "stamp": error.stamp}).encode())
-        sys.stderr.flush()
         os._exit(1)
     if threads := [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]:
         sys.exit(f"fork server: imports have started {len(threads)} threads, which a forked function would lack")

@@ -1,5 +1,6 @@
 """What an import leaves behind in a process, besides its modules: what others would notice, and the variables that it has read."""
 
+import gc
 import locale
 import logging
 import os
@@ -54,8 +55,16 @@ def state() -> dict[str, object]:
         "changes the recursion limit": sys.getrecursionlimit(),
         "changes how often threads switch": sys.getswitchinterval(),
         "changes which warnings are shown": [rule for rule in warnings.filters if _is_of_all_warnings(rule)],
+        "changes what garbage is collected": (gc.isenabled(), gc.get_threshold()),
+        "chooses how processes are started": _how_processes_are_started(),
         "traces or profiles": (sys.gettrace(), sys.getprofile(), threading.gettrace(), threading.getprofile()),
     }
+
+
+def _how_processes_are_started() -> str | None:
+    """None if nobody has chosen."""
+    module = sys.modules.get("multiprocessing")
+    return module.get_start_method(allow_none=True) if module else None
 
 
 def _open_files() -> Iterator[str]:
@@ -88,7 +97,7 @@ def _is_of_all_warnings(rule: tuple[Any, ...]) -> bool:
 
 
 class Attributes:
-    """The functions, classes and constants of Python's modules, and of all that are there when it is made."""
+    """The functions and classes of Python's modules, with its constants, and of all modules that are there when it is made."""
 
     def __init__(self) -> None:
         self._there = set(sys.modules)
@@ -103,7 +112,7 @@ class Attributes:
                 return name
             for attribute, value in before.items():
                 new = now.get(attribute, _MISSING)
-                if new is not value and _is_changed(value, new) and not _is_harmless(name, attribute, new):
+                if new is not value and _is_changed(name, value, new) and not _is_harmless(name, attribute, new):
                     return f"{name}.{attribute}"
             if name == "builtins" and (added := now.keys() - before.keys()):
                 return f"builtins.{min(added)}"
@@ -112,32 +121,35 @@ class Attributes:
     def _foreign(self, name: str) -> Iterator[str]:
         """Attributes of a module of Python's that has just come, or of a class in it, which are not Python's."""
         for attribute, value in self._known[name][1].items():
-            is_foreign = callable(value) and (package := _package_of(value)) in sys.modules and package not in sys.stdlib_module_names
+            is_foreign = callable(value) and (package := _package_of(value)) in sys.modules and not _is_pythons(package)
             if is_foreign and not _is_harmless(name, attribute, value):
                 yield attribute
 
     def _look(self) -> Iterator[tuple[str, tuple[object, dict[str, Any]]]]:
-        """Modules, and classes of Python's, by name, each with its attributes."""
+        """Modules and their classes by name, each with its attributes."""
         for name, module in list(sys.modules.items()):
-            is_pythons = name.partition(".")[0] in sys.stdlib_module_names
-            if isinstance(module, types.ModuleType) and (is_pythons or name in self._there):
+            if isinstance(module, types.ModuleType) and (_is_pythons(name) or name in self._there):
                 attributes = dict(vars(module))
                 yield name, (module, attributes)
-                for key, value in attributes.items() if is_pythons else ():
-                    if isinstance(value, type) and value.__module__ == name:
+                for key, value in attributes.items():
+                    if issubclass(type(value), type) and value.__module__ == name:  # `isinstance` would wake up proxies
                         yield f"{name}.{key}", (value, dict(vars(value)))
 
 
-def _is_changed(value: object, new: object) -> bool:
+def _is_pythons(name: str) -> bool:
+    return name.partition(".")[0] in sys.stdlib_module_names
+
+
+def _is_changed(owner: str, value: object, new: object) -> bool:
     """Whether that is more than what a module may make for itself when it is first needed."""
     if type(value) in (int, float, str):
-        return type(new) is not type(value) or new != value
+        return _is_pythons(owner) and (type(new) is not type(value) or new != value)
     return callable(value) or isinstance(value, (staticmethod, classmethod, property))
 
 
 def _is_harmless(owner: str, attribute: str, new: object) -> bool:
     package = _package_of(new)
-    return package == owner.partition(".")[0] not in sys.stdlib_module_names or (f"{owner}.{attribute}", package) in _HARMLESS
+    return (package == owner.partition(".")[0] and not _is_pythons(owner)) or (f"{owner}.{attribute}", package) in _HARMLESS
 
 
 def _package_of(value: Any) -> str:

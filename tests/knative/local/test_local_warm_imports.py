@@ -55,6 +55,12 @@ BAD = {
     "instead": ("import sys, types; sys.modules['json'] = types.ModuleType('json')", "replaces json"),
     "builtin": ("import builtins; builtins._ = str", "replaces builtins._"),
     "another": ("import weights_cache.environment as ours; ours.masked = print", "replaces weights_cache.environment.masked"),
+    "method_of_ours": (
+        "import weights_cache.environment as ours; ours.SettingsError.__init__ = lambda self: None",
+        "replaces weights_cache.environment.settings.SettingsError.__init__",
+    ),
+    "collecting": ("import gc; gc.set_threshold(1)", "changes what garbage is collected"),
+    "spawning": ("import multiprocessing; multiprocessing.set_start_method('spawn')", "chooses how processes are started"),
     "seeding": ("import random; random.seed(5)", "seeds the random numbers of all others"),
     "seeding_numpy": ("import numpy; numpy.random.seed(5)", "seeds the random numbers of all others"),
     "large": ("content = bytearray(1 << 27); content[::4096] = b'x' * (1 << 15)", "would take the fork server to "),
