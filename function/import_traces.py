@@ -57,6 +57,7 @@ def state() -> dict[str, object]:
         "changes which warnings are shown": [rule for rule in warnings.filters if _is_of_all_warnings(rule)],
         "changes what garbage is collected": (gc.isenabled(), gc.get_threshold()),
         "chooses how processes are started": _how_processes_are_started(),
+        "replaces the event loops of asyncio": _event_loop_policy(),
         "traces or profiles": (sys.gettrace(), sys.getprofile(), threading.gettrace(), threading.getprofile()),
     }
 
@@ -65,6 +66,12 @@ def _how_processes_are_started() -> str | None:
     """None if nobody has chosen."""
     module = sys.modules.get("multiprocessing")
     return module.get_start_method(allow_none=True) if module else None
+
+
+def _event_loop_policy() -> object:
+    """None if it is asyncio's own, which is made when it is first needed."""
+    policy = getattr(sys.modules.get("asyncio.events"), "_event_loop_policy", None)
+    return None if type(policy).__module__.startswith("asyncio.") else policy
 
 
 def _open_files() -> Iterator[str]:

@@ -61,6 +61,10 @@ BAD = {
     ),
     "collecting": ("import gc; gc.set_threshold(1)", "changes what garbage is collected"),
     "spawning": ("import multiprocessing; multiprocessing.set_start_method('spawn')", "chooses how processes are started"),
+    "looping": (
+        "import asyncio\nclass Policy(asyncio.DefaultEventLoopPolicy): pass\nasyncio.set_event_loop_policy(Policy())",
+        "replaces the event loops of asyncio",
+    ),
     "seeding": ("import random; random.seed(5)", "seeds the random numbers of all others"),
     "seeding_numpy": ("import numpy; numpy.random.seed(5)", "seeds the random numbers of all others"),
     "large": ("content = bytearray(1 << 27); content[::4096] = b'x' * (1 << 15)", "would take the fork server to "),
@@ -76,7 +80,8 @@ GOOD = {
         "import warnings\nwarnings.filterwarnings('ignore', module='warning')\n"
         "warnings.simplefilter('always', type('Ours', (Warning,), {}))"
     ),
-    "lazy": "import mimetypes, random, tempfile, typing_extensions\ntempfile.gettempdir(), mimetypes.init(), random.random()",
+    "lazy": "import asyncio, mimetypes, random, tempfile, typing_extensions\n"
+    "asyncio.get_event_loop_policy(), tempfile.gettempdir(), mimetypes.init(), random.random()",
     "generating": "import random, numpy\nown, chosen = random.Random(), (random.Random(5), numpy.random.RandomState(5))",
     "asking": "import os\nfor name, value in os.environ.items(): pass\nos.environ.copy()",
 }
