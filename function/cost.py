@@ -7,9 +7,8 @@ _MOST_CUTS = 31  # that are tried in one batch, so that to choose them takes wel
 _TELLING = 1e-3  # the variance, relative to the squares, from which on a line says what is fixed and what is not
 _WORTH_A_TRY = 0.25  # the share of padding from which on a batch is cut in two to learn what that saves
 _SLACK = 0.01  # of a batch's time, that a cut has to save beside the fixed part
-_ENOUGH = 0.6  # of what there is to gain, if fewer are sorted for it
-_WORTH = 0.15  # the share of a batch's time that there must be to gain, as an agent may have padding for less
-_LEAST_WIDTH = 4  # inputs that are sorted
+_WINDOW = 8  # inputs that are sorted, at least
+_NEARLY = 1.15  # how much longer than the best plan one may take that sorts fewer
 
 
 class Recent:
@@ -88,7 +87,8 @@ class SizedCost:
         """The indices of these inputs, which are in the order they came in, cut into the batches that they are best computed in.
 
         Only neighbours are sorted by size, as few of them as bring most of what there is to gain: who is computed long before those that
-        came before him makes them wait. While it is not known what is fixed, much padding is worth a try: it is cut in two.
+        came before him makes them wait, and next time it is he who waits. While it is not known what is fixed, much padding is worth a
+        try: it is cut in two.
         """
         count, padding = len(sizes), padded(sizes) - sum(sizes)
         line = self.line()
@@ -97,20 +97,17 @@ class SizedCost:
             by_size = sorted(range(count), key=sizes.__getitem__)
             return sorted(map(sorted, (by_size[: count // 2], by_size[count // 2 :]))) if is_worth_a_try else [list(range(count))]
         fixed_s, each_s = line
-        if padding * each_s <= fixed_s:  # less than one more batch costs
-            return [list(range(count))]
         whole_s = fixed_s + each_s * padded(sizes)
-        plans: list[tuple[float, list[list[int]]]] = []  # what each saves
-        width = count
-        while width >= _LEAST_WIDTH or not plans:
+        plans: list[tuple[float, list[list[int]]]] = []  # seconds, and the parts; the fewer are sorted, the earlier
+        width = _WINDOW
+        while padding * each_s > fixed_s and (width < count or not plans):  # else less is to be gained than one more batch costs
             windows = [range(start, min(start + width, count)) for start in range(0, count, width)]
             cut = [_alike(sizes, window, fixed_s + _SLACK * whole_s, each_s) for window in windows]
-            plans.append((whole_s - sum(seconds for seconds, _ in cut), [part for _, parts in cut for part in parts]))
-            width = math.ceil(width / 2)
-        most_s = max(plans)[0]
-        if most_s < _WORTH * whole_s:
-            return [list(range(count))]
-        return next(parts for saved_s, parts in reversed(plans) if saved_s >= _ENOUGH * most_s)
+            plans.append((sum(seconds for seconds, _ in cut), [part for _, parts in cut for part in parts]))
+            width *= 2
+        plans.append((whole_s, [list(range(count))]))
+        least_s = min(plans)[0]
+        return next(parts for seconds, parts in plans if seconds <= _NEARLY * least_s)
 
 
 def padded(sizes: Sequence[float]) -> float:
