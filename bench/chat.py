@@ -249,7 +249,7 @@ def table(found: Mapping[str, Figures], steps: Sequence[Mapping[int, tuple[float
         "# Chat beside `transformers serve`",
         "",
         f"{machine()}. SmolLM2-135M-Instruct in {arguments.dtype}, one torch thread for each server, {TOKENS} tokens an answer, greedy, "
-        f"streamed; each caller asks {arguments.requests} times. Medians of {arguments.rounds} rounds, least and most behind them.",
+        f"streamed; requests a caller: {arguments.requests}. Medians of {arguments.rounds} rounds, least and most behind them.",
         "",
         f"    .venv/bin/python bench/chat.py {whole} --dtype {arguments.dtype}",
         "",
