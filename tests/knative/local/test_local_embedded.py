@@ -113,9 +113,10 @@ def test_what_cannot_be_filled_again_is_told_once(tmp_path: Path, monkeypatch: p
             await store.serve_objects([Seed(folder, "s3://models/small")])
             monkeypatch.setattr(store, "fill", refill)
             await asyncio.to_thread(empty_bucket, store)
+            while len(tries) < 5:  # on a busy machine the store may be said to work again for another reason before
+                await asyncio.sleep(0.01)
             await told(said, "works again")
             assert sum("no such directory" in line for line in said) == 1
-            assert len(tries) == 5
         finally:
             await store.stop()
 
