@@ -215,10 +215,7 @@ def serving(contender: Contender, python: Path, agent: str, place: Workplace) ->
             time.sleep(LOOK_S)
         yield Server(port, process.pid, time.perf_counter() - began)
     finally:
-        for one in family(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(one, signal.SIGKILL)
-        process.wait()
+        end_family(process)
 
 
 def is_right(port: int, path: str, agent: str) -> bool:
@@ -269,6 +266,14 @@ def family(pid: int) -> list[int]:
     for one in found:
         found += children.get(one, [])
     return found
+
+
+def end_family(process: "subprocess.Popen[Any]") -> None:
+    """End a server and all that it started."""
+    for one in family(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+    process.wait()
 
 
 def cpu_seconds(pid: int) -> float:

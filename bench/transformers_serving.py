@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose platform.py would stand for Python's own
 
 from bench.common import Failed, free_ports, machine, make_venv, reason, spread  # noqa: E402  found through the line above
-from bench.serving import UVICORN, Server, ask, family, load, sentences  # noqa: E402
+from bench.serving import UVICORN, Server, ask, end_family, family, load, sentences  # noqa: E402
 from tests.support import fill_cache  # noqa: E402
 
 URI = "s3://models/classifier"
@@ -111,10 +111,7 @@ def serving(contender: Contender, python: Path, model: Model, threads: int) -> I
                 time.sleep(0.02)
             yield Server(port, process.pid, time.perf_counter() - began)
         finally:
-            for one in family(process.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(one, signal.SIGKILL)
-            process.wait()
+            end_family(process)
 
 
 def answers(port: int, path: str) -> Any:

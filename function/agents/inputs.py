@@ -99,7 +99,7 @@ def _parameters(others: Mapping[str, Any]) -> Mapping[str, Any]:
     """What stands beside a text_input."""
     found = others.get("parameters")
     if strange := [name for name in others if name != "parameters"]:
-        raise BadInput(f"there is no {strange[0]!r} beside 'text_input'; what is to be said goes into 'parameters'")
+        raise BadInput(f"there is no {strange[0]!r} beside 'text_input'; put it into 'parameters'")
     if not isinstance(found, Mapping | None):
         raise BadInput("'parameters' must be an object")
     return found or {}

@@ -159,13 +159,6 @@ def load_feature_extractor(weights: Weights) -> Any:
     return _from_folder(weights, "AutoFeatureExtractor", "the feature extractor")
 
 
-def load_processor(weights: Weights) -> Any:
-    """Tokenizer and image processor or feature extractor in one, for models that have several. Raises as `load_tokenizer`."""
-    processor = _from_folder(weights, "AutoProcessor", "the processor")
-    _check_vocabulary(getattr(processor, "tokenizer", processor), weights)
-    return processor
-
-
 def small_files(weights: Weights) -> Path:
     """The folder, once all its files but those of weights are there; not all of it, as `weights.directory()` waits for."""
     for name in weights.files():
