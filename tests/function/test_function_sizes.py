@@ -282,3 +282,11 @@ def test_an_agent_need_not_tell_sizes() -> None:
 
     assert not GuardedAgent(Unsized()).tells_sizes
     assert GuardedAgent(Sized()).tells_sizes
+
+
+def test_where_eight_neighbours_bring_nearly_all_there_is_to_gain_no_more_of_them_are_sorted() -> None:
+    sizes = [20 + 37 * number % 230 for number in range(32)]
+    parts = cost(1e-5, 1e-4).parts(sizes)
+    assert sorted(index for part in parts for index in part) == list(range(32))
+    assert len(parts) > 4
+    assert all(part[0] // 8 == part[-1] // 8 for part in parts)
