@@ -144,7 +144,7 @@ def test_a_project_passes_on_what_its_makefile_names_and_refuses_an_overlay_of_o
 
     def make(*words: str) -> "subprocess.CompletedProcess[str]":
         env = clean_environment(PATH=f"{BIN}:/usr/local/bin:/usr/bin:/bin")
-        return subprocess.run(["make", *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
+        return subprocess.run(["make", "--no-print-directory", *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
 
     names = ("NAMESPACE=models", "IMAGE=r.example.com/mine:1", "WEIGHTS_IMAGE=r.example.com/weights:1", "QUEUE_IMAGE=r.example.com/queue:1")
     done = make("render", *names, "EVENTS=amqp")
