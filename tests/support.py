@@ -69,7 +69,7 @@ def request(port: int, method: str, path: str, body: Any = None, headers: Mappin
 
 def clean_environment(**settings: str) -> dict[str, str]:
     """Our environment without what would configure the program under test, plus `settings`."""
-    ours = ("FUNCTION_", "WEIGHTS_", "QUEUE_SOURCE_", "AWS_", "K_", "OTEL_", "PORT")
+    ours = ("FUNCTION_", "WEIGHTS_", "QUEUE_SOURCE_", "AWS_", "K_", "OTEL_", "PORT", "MAKE", "MFLAGS")
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | settings
 
 
